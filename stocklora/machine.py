@@ -1,0 +1,66 @@
+"""The machine a number was measured on, and the memory a program took."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def peak_memory_mb(device_type: str = "cpu") -> float:
+    """Most memory taken so far, in MB: of the graphics card for ``cuda``, else of this process."""
+    if device_type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # bytes there, KiB here
+
+
+def machine_facts() -> dict[str, Any]:
+    """Processor, cores, memory, system and library versions: what a benchmark's figures belong to."""
+    import psutil
+
+    facts: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": usable_cores(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+    for name in ("torch", "transformers", "peft", "accelerate"):
+        try:
+            facts[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            facts[name] = None
+    if "torch" in sys.modules:
+        import torch
+
+        facts["gpu"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return facts
+
+
+def usable_cores() -> int:
+    """Cores this process may run on; a container is often allowed fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

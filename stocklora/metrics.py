@@ -1,0 +1,101 @@
+"""How good a forecast was: point, direction and interval measures.
+
+Shapes throughout: ``n`` origins (all tickers together), ``horizon`` days ahead, ``levels`` quantiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+# The seven columns of predictions.csv and two more around the median, where most of a year's days fall.
+QUANTILE_LEVELS = (0.05, 0.10, 0.25, 0.40, 0.50, 0.60, 0.75, 0.90, 0.95)
+BASIS_POINTS = 1e4
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Averages over origins and horizons.
+
+    Attributes:
+        mae, rmse: of the close, in its currency.
+        mape: of the close, percent.
+        mae_bp: of the log return, basis points: comparable between tickers.
+        direction: share of origins whose sign the forecast got right, percent; days without a move and
+            forecasts of no move are left out; NaN when that leaves none.
+        pinball_bp: mean quantile loss of the log return, basis points.
+        coverage_80: share of closes inside P10..P90, percent.
+    """
+
+    mae: float
+    rmse: float
+    mape: float
+    mae_bp: float
+    direction: float
+    pinball_bp: float
+    coverage_80: float
+    origins: int
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def pinball_loss(returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Quantile loss (Koenker and Bassett, Econometrica 46, 1978) averaged over levels.
+
+    Args:
+        returns: (n, horizon). quantiles: (n, horizon, levels).
+
+    Returns:
+        (n, horizon) in the unit of ``returns``.
+    """
+    error = returns[..., None] - quantiles
+    return np.maximum(levels * error, (levels - 1.0) * error).mean(axis=-1)
+
+
+def median_index(levels: np.ndarray) -> int:
+    return int(np.argmin(np.abs(np.asarray(levels) - 0.5)))
+
+
+def coverage(returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarray, share: float) -> float:
+    """Percent of returns inside the central interval that should hold ``share`` of them.
+
+    Raises:
+        ValueError: the two levels at its ends are not among ``levels``.
+    """
+    levels = np.asarray(levels)
+    ends = []
+    for level in ((1.0 - share) / 2.0, (1.0 + share) / 2.0):
+        near = int(np.argmin(np.abs(levels - level)))
+        if abs(levels[near] - level) > 1e-6:
+            raise ValueError(f"no quantile at level {level:.3f} among {levels.tolist()}")
+        ends.append(near)
+    inside = (returns >= quantiles[..., ends[0]]) & (returns <= quantiles[..., ends[1]])
+    return 100.0 * float(inside.mean())
+
+
+def score(last_close: np.ndarray, returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarray) -> Scores:
+    """Score forecasts against what came.
+
+    Args:
+        last_close: (n,) close at the origin.
+        returns: (n, horizon) log returns that came.
+        quantiles: (n, horizon, levels) forecasts of them.
+    """
+    levels = np.asarray(levels)
+    median = quantiles[..., median_index(levels)]
+    close, forecast = last_close[:, None] * np.exp(returns), last_close[:, None] * np.exp(median)
+    error = forecast - close
+    moved = (returns != 0.0) & (np.abs(median) > 1e-12)
+    right = np.sign(median[moved]) == np.sign(returns[moved])
+    return Scores(
+        mae=float(np.abs(error).mean()),
+        rmse=float(np.sqrt((error**2).mean())),
+        mape=100.0 * float((np.abs(error) / close).mean()),
+        mae_bp=BASIS_POINTS * float(np.abs(median - returns).mean()),
+        direction=100.0 * float(right.mean()) if right.size else float("nan"),
+        pinball_bp=BASIS_POINTS * float(pinball_loss(returns, quantiles, levels).mean()),
+        coverage_80=coverage(returns, quantiles, levels, 0.80),
+        origins=len(returns),
+    )

@@ -1,0 +1,162 @@
+"""Pictures: the training curve, the forecast's fan, the backtest. Drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+matplotlib.use("Agg")
+
+from matplotlib import dates as mdates
+from matplotlib import pyplot as plt
+from matplotlib.collections import LineCollection, PolyCollection
+
+from stocklora.files import replacing
+
+if TYPE_CHECKING:
+    from stocklora.training import TrainingOutcome
+
+INK, MUTED, GRID = "#1f2933", "#697586", "#e4e7eb"
+UP, DOWN, MODEL, WALK = "#2a9d6f", "#d1495b", "#2f5d9b", "#9aa5b1"
+BANDS = (("P05", "P95", 0.14, "90%"), ("P10", "P90", 0.22, "80%"), ("P25", "P75", 0.34, "50%"))
+DPI = 150
+
+
+def _figure(rows: int = 1, height: float = 5.0, ratios: Sequence[float] | None = None) -> tuple[Any, Any]:
+    figure, axes = plt.subplots(
+        rows, 1, figsize=(10, height), sharex=rows > 1, height_ratios=ratios, layout="constrained"
+    )
+    for axis in np.atleast_1d(axes):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(WALK)
+        axis.tick_params(colors=MUTED, labelsize=9)
+        axis.grid(axis="y", color=GRID, linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _title(axis: Any, title: str, subtitle: str = "") -> None:
+    axis.set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=26 if subtitle else 8)
+    if subtitle:
+        axis.text(0, 1.025, subtitle, transform=axis.transAxes, color=MUTED, fontsize=9.5)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format="png")
+    plt.close(figure)
+
+
+def plot_training_curve(outcome: TrainingOutcome, path: Path) -> None:
+    """Validation loss against the untrained model's, epoch by epoch, and the training loss below it."""
+    epochs = [row["epoch"] for row in outcome.history]
+    ratios = [row["validation_ratio"] for row in outcome.history]
+    figure, (top, bottom) = _figure(2, 6.0, (3, 2))
+    _title(top, "Validation loss relative to the random walk", "below 1: the model has learned something that holds "
+                                                               "on days it was not trained on")
+    top.axhline(1.0, color=WALK, linewidth=1.2, linestyle="--")
+    top.plot(epochs, ratios, color=MODEL, marker="o", markersize=4)
+    best = outcome.best_epoch
+    top.plot([best], [ratios[best]], "o", color=UP, markersize=9, zorder=3)
+    top.annotate(f"kept: epoch {best}, {ratios[best]:.4f}", (best, ratios[best]), (9, -14), color=UP, fontsize=9.5,
+                 textcoords="offset points")
+    # A curve that stays within a thousandth of 1 should look flat.
+    low, high = min([*ratios, 0.998]), max([*ratios, 1.002])
+    top.set_ylim(low - 0.25 * (high - low), high + 0.2 * (high - low))
+    top.set_ylabel("ratio", color=MUTED)
+    bottom.plot(epochs[1:], [row["train_loss"] for row in outcome.history[1:]], color=INK, marker="o", markersize=4)
+    bottom.set_ylabel("training loss\n(units of the scale)", color=MUTED)
+    bottom.set_xlabel("epoch", color=MUTED)
+    bottom.xaxis.get_major_locator().set_params(integer=True)
+    _save(figure, path)
+
+
+def plot_forecast(frame: pd.DataFrame, rows: Sequence[Mapping[str, Any]], path: Path, subtitle: str = "",
+                  days: int = 60) -> None:
+    """Candles of the last ``days`` and the fan of the forecast after them.
+
+    Args:
+        rows: one ticker's rows of ``predictions.csv``.
+    """
+    recent = frame.iloc[-days:]
+    figure, axis = _figure(height=5.2)
+    first, last = rows[0], rows[-1]
+    low, high = last["P10"], last["P90"]
+    _title(axis, f"{first['Ticker']}: next {len(rows)} closes from {first['Origin']:%Y-%m-%d}",
+           subtitle or f"day {last['Day']}: {last['Predicted_Close']:,.2f}, 80% between {low:,.2f} and {high:,.2f}; "
+                       f"last close {first['Last_Close']:,.2f}")
+    _candles(axis, recent)
+    # Days are drawn one step apart, so that weekends leave no holes.
+    at = np.arange(len(recent) - 1, len(recent) + len(rows))
+    for lower, upper, alpha, label in BANDS:
+        bottom = [first["Last_Close"], *[row[lower] for row in rows]]
+        top = [first["Last_Close"], *[row[upper] for row in rows]]
+        axis.fill_between(at, bottom, top, color=MODEL, alpha=alpha, linewidth=0, label=f"{label} interval")
+    axis.plot(at, [first["Last_Close"], *[row["P50"] for row in rows]], color=MODEL, linewidth=1.8, marker="o",
+              markersize=3.5, label="median forecast")
+    axis.axhline(first["Last_Close"], color=WALK, linewidth=1.0, linestyle="--", label="last close (random walk)")
+    _date_ticks(axis, [*recent.index, *[row["Date"] for row in rows]])
+    axis.set_xlim(-1, at[-1] + 1)
+    axis.set_ylabel("price", color=MUTED)
+    _legend(axis)
+    _save(figure, path)
+
+
+def _legend(axis: Any, columns: int = 1) -> None:
+    axis.legend(loc="upper left", fontsize=9, labelcolor=INK, ncols=columns, facecolor="white", edgecolor="none",
+                framealpha=0.85)
+
+
+def _candles(axis: Any, frame: pd.DataFrame) -> None:
+    at = np.arange(len(frame))
+    rises = (frame["Close"] >= frame["Open"]).to_numpy()
+    colours = np.where(rises, UP, DOWN)
+    wicks = [[(x, low), (x, high)] for x, low, high in zip(at, frame["Low"], frame["High"], strict=True)]
+    axis.add_collection(LineCollection(wicks, colors=colours, linewidths=1.0))
+    bodies = [
+        [(x - 0.32, o), (x + 0.32, o), (x + 0.32, c), (x - 0.32, c)]
+        for x, o, c in zip(at, frame["Open"], frame["Close"], strict=True)
+    ]
+    axis.add_collection(PolyCollection(bodies, facecolors=colours, edgecolors=colours, linewidths=0.8))
+    axis.autoscale_view()
+
+
+def _date_ticks(axis: Any, dates: Sequence[pd.Timestamp]) -> None:
+    step = max(1, len(dates) // 8)
+    at = list(range(len(dates) - 1, -1, -step))[::-1]
+    axis.set_xticks(at, [f"{dates[index]:%d %b\n%Y}" for index in at])
+
+
+def plot_backtest(frame: pd.DataFrame, origins: range, quantiles: np.ndarray, levels: np.ndarray, path: Path,
+                  ticker: str, subtitle: str) -> None:
+    """One-day-ahead intervals over the test days with the closes that came.
+
+    Args:
+        quantiles: (origins, horizon, levels) of the log return.
+    """
+    rows = list(origins)
+    dates = frame.index[[row + 1 for row in rows]]
+    close = frame["Close"].to_numpy()
+    came = close[[row + 1 for row in rows]]
+    forecast = close[rows][:, None] * np.exp(quantiles[:, 0, :])
+    column = {name: forecast[:, int(np.argmin(np.abs(levels - level)))]
+              for name, level in (("P05", 0.05), ("P10", 0.1), ("P25", 0.25), ("P50", 0.5), ("P75", 0.75),
+                                  ("P90", 0.9), ("P95", 0.95))}
+    figure, axis = _figure(height=5.0)
+    _title(axis, f"{ticker}: every close of the test days, forecast the day before", subtitle)
+    for lower, upper, alpha, label in BANDS:
+        axis.fill_between(dates, column[lower], column[upper], color=MODEL, alpha=alpha, linewidth=0, step="mid",
+                          label=f"{label} interval")
+    inside = (came >= column["P10"]) & (came <= column["P90"])
+    axis.plot(dates, came, color=INK, linewidth=0.8, alpha=0.5)
+    axis.plot(dates[inside], came[inside], "o", color=INK, markersize=3.5, label="close, inside 80%")
+    axis.plot(dates[~inside], came[~inside], "o", color=DOWN, markersize=4.5, label="close, outside 80%")
+    axis.xaxis.set_major_formatter(mdates.ConciseDateFormatter(axis.xaxis.get_major_locator()))
+    axis.set_ylabel("price", color=MUTED)
+    _legend(axis, columns=2)
+    _save(figure, path)
