@@ -115,6 +115,7 @@ def fit_scale(
         return VolatilityScale("ewma", horizon)
     inputs = np.concatenate([range_features(prices[name])[list(origins[name])] for name in prices])
     sizes = np.abs(np.concatenate([returns[name][list(origins[name])] for name in prices]))
+    sizes = np.maximum(sizes, 0.1 * SCALE_FLOOR)  # a ticker that never moved would pull log s to minus infinity
     rows = [tuple(float(value) for value in _laplace_regression(inputs, sizes[:, h])) for h in range(horizon)]
     return VolatilityScale("har", horizon, tuple(rows))
 

@@ -104,11 +104,15 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
     for row in rows:
         # Text, not str: "[AAPL]" is a cell, not a style
         table.add_row(*[Text(str(cell)) for cell in row])
-    console = Console()
-    if not on_terminal:
-        needed = Console(width=100_000).measure(table).maximum
-        console = Console(width=max(160, needed, len(title)))
-    console.print(table)
+    if on_terminal:
+        Console().print(table)
+        return
+    needed = Console(width=100_000).measure(table).maximum
+    console = Console(width=max(160, needed, len(title)))
+    with console.capture() as capture:
+        console.print(table)
+    # logs and copied text want no blanks at the ends of lines
+    print("\n".join(line.rstrip() for line in capture.get().rstrip().splitlines()), flush=True)
 
 
 @contextlib.contextmanager

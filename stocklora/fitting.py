@@ -29,8 +29,8 @@ from stocklora.machine import peak_memory_mb
 from stocklora.metrics import Scores
 from stocklora.options import TrainLoraSettings
 from stocklora.prompts import fit_targets_per_sequence
-from stocklora.training import HISTORY_COLUMNS, TrainingOutcome, train
-from stocklora.windows import SPLITS, count_origins
+from stocklora.training import HISTORY_COLUMNS, TrainingOutcome, standardize_head, train
+from stocklora.windows import SPLITS
 
 WEIGHTS_NAME = "best_lora_weights.pth"
 HISTORY_NAME = "training_history.csv"
@@ -110,6 +110,7 @@ def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings) -> Fitt
         forecaster.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     announce(forecaster, data, examples, settings, scale_kind, tokens_per_day)
 
+    standardize_head(forecaster.model, examples["train"], accelerator.device)
     outcome = train(
         forecaster.model, examples["train"], examples["validation"], data.levels, settings, accelerator
     )

@@ -53,7 +53,7 @@ class TrainLoraSettings:
     batch_size: int = setting(4, "sequences a step", section="training")
     gradient_accumulation_steps: int = setting(1, "batches summed before a step", section="training", metavar="N")
     learning_rate: float = setting(1e-4, "peak learning rate of the adapters", section="training", metavar="RATE")
-    head_learning_rate: float = setting(1e-3, "peak learning rate of the forecast head", section="training",
+    head_learning_rate: float = setting(3e-4, "peak learning rate of the forecast head", section="training",
                                         metavar="RATE")
     weight_decay: float = setting(0.01, "AdamW's weight decay", section="training", metavar="RATE")
     warmup_ratio: float = setting(0.1, "share of the steps spent warming up", section="training", metavar="SHARE")
@@ -81,7 +81,7 @@ class TrainLoraSettings:
                 raise UserError(f"--{name} must be between 0 and 0.5, got {getattr(self, name)}")
         if not 0.0 <= self.warmup_ratio <= 1.0:
             raise UserError(f"--warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
-        if not 0.0 <= self.weight_decay:
+        if not self.weight_decay >= 0.0:
             raise UserError(f"--weight_decay must be 0 or more, got {self.weight_decay}")
         if self.window_size < 2:
             raise UserError(f"--window_size must be at least 2, got {self.window_size}")

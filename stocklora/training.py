@@ -106,6 +106,22 @@ def predict(
     return np.concatenate(results)
 
 
+def standardize_head(
+    model: StockForecaster, examples: Sequence[Example], device: torch.device, targets: int = 2000
+) -> None:
+    """Fit the head's centre and spread on training origins, about ``targets`` of them spread over all."""
+    every = max(1, sum(len(example.scale) for example in examples) // targets)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        states = []
+        for example in examples[::every]:
+            batch = collate([example]).to(device)
+            states.append(model.hidden_at(batch.input_ids, batch.origin_tokens)[0])
+        model.head.standardize(torch.cat(states))
+    model.train(was_training)
+
+
 def _by_tokens(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[list[Example]]:
     group: list[Example] = []
     longest = 0

@@ -1,0 +1,220 @@
+"""The loop's promises: epoch 0 is the random walk, the same gradients however cut, nothing good is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from price_tables import random_prices
+
+import stocklora.training as training
+from lora import lora_parameters
+from stocklora.checkpoints import load_weights
+from stocklora.dataset import prepare
+from stocklora.fitting import fit
+from stocklora.forecasting import choose_device, load_forecaster
+from stocklora.metrics import QUANTILE_LEVELS, pinball_loss
+from stocklora.options import TrainLoraSettings
+
+LEVELS = np.array(QUANTILE_LEVELS)
+
+
+@pytest.fixture
+def prices():
+    return {"AAA": random_prices(220, 1), "BBB": random_prices(180, 2, "2020-02-03")}
+
+
+@pytest.fixture
+def settings(tiny_model, tmp_path):
+    return TrainLoraSettings(
+        model_path=tiny_model, epochs=2, batch_size=2, targets_per_sequence=20, dtype="float32", device="cpu",
+        learning_rate=1e-3, head_learning_rate=1e-2, save_dir=tmp_path / "checkpoints",
+    )  # fmt: skip
+
+
+def changed(settings, **changes):
+    return dataclasses.replace(settings, **changes)
+
+
+def test_epoch_0_is_the_volatility_scaled_random_walk(prices, settings):
+    run = fit(prices, changed(settings, epochs=0, scale="ewma"))
+    baseline = run.data.forecasts_of("ewma", "validation")
+    expected = 1e4 * pinball_loss(run.data.returns_of("validation"), baseline, LEVELS).mean()
+    assert run.outcome.history[0]["validation_pinball_bp"] == pytest.approx(expected, rel=1e-5)
+    assert run.outcome.best_epoch == 0
+
+
+def test_a_model_that_only_gets_worse_ends_as_the_random_walk(prices, settings):
+    # A learning rate this size destroys the head; what is saved must be the start.
+    run = fit(prices, changed(settings, epochs=3, head_learning_rate=5.0, learning_rate=1.0, max_grad_norm=1e9))
+    kept = run.forecaster.quantiles(run.forecaster.examples(prices, run.data.sequences("test", 20)), calibrated=False)
+    np.testing.assert_allclose(kept, run.data.forecasts_of(run.forecaster.spec.scale["kind"], "test"), rtol=1e-4)
+    assert run.outcome.best_epoch == 0
+
+
+def test_it_learns_when_there_is_something_to_learn(settings):
+    # Ups and downs come in runs of ten days on average: no random walk, and the day's line says which it is.
+    draw = np.random.default_rng(0)
+    signs = np.cumprod(np.where(draw.random(600) < 0.1, -1.0, 1.0))
+    close = 50 * np.exp(np.cumsum(0.01 * (0.8 * signs + 0.5 * draw.standard_normal(600))))
+    frame = random_prices(600)
+    frame["Close"], frame["Open"] = close, close
+    frame["High"], frame["Low"] = close * 1.001, close / 1.001
+    changes = {"epochs": 7, "horizon": 1, "batch_size": 1, "learning_rate": 3e-3, "head_learning_rate": 3e-4}
+    run = fit({"X": frame}, changed(settings, targets_per_sequence=40, scale="ewma", **changes))
+    assert run.outcome.best_ratio < 0.92
+    assert run.test_scores["model"].pinball_bp < 0.92 * run.test_scores["ewma"].pinball_bp
+    assert run.test_scores["model"].direction > 70
+
+
+def gradients(run, examples, cut):
+    from accelerate import Accelerator
+
+    model = run.forecaster.model
+    model.zero_grad()
+    torch.nn.init.normal_(model.head.linear.weight, generator=torch.Generator().manual_seed(0))
+    batches = [training.collate([examples[index] for index in part]) for part in cut]
+    targets = sum(len(examples[index].scale) for part in cut for index in part)
+    levels = torch.tensor(LEVELS, dtype=torch.float32)
+    loss = training.accumulate_gradients(model, batches, levels, Accelerator(cpu=True), targets)
+    parameters = [*lora_parameters(model.backbone), *model.head.parameters()]
+    return loss, [parameter.grad.clone() for parameter in parameters]
+
+
+def test_accumulated_gradients_are_the_large_batchs(prices, settings):
+    run = fit(prices, changed(settings, epochs=0))
+    examples = run.forecaster.examples(prices, run.data.sequences("train", 20))
+    sizes = {len(example.scale) for example in examples}
+    assert len(sizes) > 1  # unequal sequences: a mean of means would give other gradients
+    whole = list(range(len(examples)))
+    loss, large = gradients(run, examples, [whole])
+    for cut in ([[index] for index in whole], [whole[:1], whole[1:]]):
+        cut_loss, small = gradients(run, examples, cut)
+        assert cut_loss == pytest.approx(loss, rel=1e-5)
+        for one, other in zip(large, small, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_packed_forecasts_are_those_of_one_window_a_pass_when_they_see_the_same_days(prices, settings):
+    run = fit(prices, changed(settings, epochs=1, batch_size=1))
+    packed = run.forecaster.examples(prices, run.data.sequences("test", 20))
+    single = run.forecaster.examples(prices, run.data.sequences("test", 1))
+    first = [0]
+    for example in packed[:-1]:
+        first.append(first[-1] + len(example.scale))
+    # Only a sequence's first origin sees exactly the window; later ones see more of the past.
+    many, one = run.forecaster.quantiles(packed), run.forecaster.quantiles(single)
+    np.testing.assert_allclose(many[first], one[first], rtol=1e-4, atol=1e-7)
+
+
+def test_the_same_seed_gives_the_same_weights(prices, settings, tmp_path):
+    runs = [fit(prices, changed(settings, save_dir=tmp_path / name)) for name in ("a", "b")]
+    first, second = (load_weights(run.weights_path) for run in runs)
+    assert all(torch.equal(first.adapters[name], second.adapters[name]) for name in first.adapters)
+    assert all(torch.equal(first.head[name], second.head[name]) for name in first.head)
+    other = load_weights(fit(prices, changed(settings, seed=7, save_dir=tmp_path / "c")).weights_path)
+    assert any(not torch.equal(first.adapters[name], other.adapters[name]) for name in first.adapters)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_saved_weights_forecast_the_same_in_a_new_forecaster(prices, settings, checkpointing):
+    run = fit(prices, changed(settings, epochs=3, batch_size=1, gradient_checkpointing=checkpointing))
+    assert run.outcome.steps > 0
+    loaded, content = load_forecaster(run.weights_path, settings.model_path, choose_device("cpu"), torch.float32)
+    assert loaded.forecast(prices) == run.forecaster.forecast(prices)
+    assert content.training["test_scores"]["model"]["pinball_bp"] == run.test_scores["model"].pinball_bp
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(prices, settings, tmp_path):
+    plain, checkpointed = (
+        load_weights(fit(prices, changed(settings, gradient_checkpointing=flag, save_dir=tmp_path / str(flag)))
+                     .weights_path) for flag in (False, True)
+    )  # fmt: skip
+    for name, tensor in plain.adapters.items():
+        torch.testing.assert_close(tensor, checkpointed.adapters[name])
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(prices, settings, monkeypatch):
+    real, calls = training.pinball_sum, []
+
+    def breaks_in_the_second_epoch(*arguments):
+        calls.append(None)
+        return real(*arguments) * (float("nan") if len(calls) > 8 else 1.0)
+
+    monkeypatch.setattr(training, "pinball_sum", breaks_in_the_second_epoch)
+    run = fit(prices, changed(settings, epochs=5, head_learning_rate=1e-4))
+    assert "no longer finite" in run.outcome.stopped
+    assert np.isfinite(run.test_quantiles).all()
+    assert all(bool(tensor.isfinite().all()) for tensor in load_weights(run.weights_path).adapters.values())
+
+
+def test_ctrl_c_keeps_the_best_weights_so_far(prices, settings, monkeypatch):
+    real, calls = training.pinball_sum, []
+
+    def interrupted_in_the_second_epoch(*arguments):
+        calls.append(None)
+        if len(calls) > 8:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "pinball_sum", interrupted_in_the_second_epoch)
+    run = fit(prices, changed(settings, epochs=5))
+    assert run.outcome.stopped == "interrupted"
+    assert run.weights_path.exists()
+
+
+def test_early_stopping_waits_for_its_patience(prices, settings):
+    run = fit(prices, changed(settings, epochs=10, patience=2, learning_rate=1.0, head_learning_rate=5.0))
+    assert run.outcome.history[-1]["epoch"] == run.outcome.best_epoch + 2
+
+
+def test_history_and_curve_are_written(prices, settings):
+    run = fit(prices, settings)
+    history = pd.read_csv(settings.save_dir / "training_history.csv")
+    assert history["epoch"].tolist() == [0, 1, 2]
+    assert history["validation_ratio"][0] == 1.0
+    assert history["train_loss"][1:].notna().all()
+    assert (settings.save_dir / "training_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert not [path for path in settings.save_dir.iterdir() if path.name.startswith(".")]
+    assert run.outcome.steps == 2 * -(-len(run.data.sequences("train", 20)) // 2)
+
+
+def test_changing_future_prices_moves_no_earlier_forecast_bit_for_bit(prices, settings):
+    run = fit(prices, changed(settings, epochs=2, batch_size=1))
+    frame, cut = prices["AAA"], 190
+    altered = frame.copy()
+    draw = np.random.default_rng(0)
+    altered.iloc[cut:] *= draw.uniform(0.9, 1.1, (len(frame) - cut, 1))
+    origins = range(150, 210)
+    from stocklora.windows import pack
+
+    sequences = pack("AAA", origins, 30, 60)
+    known = run.forecaster.examples({"AAA": frame}, sequences)
+    future = run.forecaster.examples({"AAA": altered}, sequences)
+    # Equal lengths, so that the same kernels run: shorter lines are made up for by padding on the right.
+    longest = max(len(known[0].encoded.input_ids), len(future[0].encoded.input_ids))
+    padded = [
+        [dataclasses.replace(example, encoded=dataclasses.replace(
+            example.encoded,
+            input_ids=np.pad(example.encoded.input_ids, (0, longest - len(example.encoded.input_ids)))))
+         for example in part]
+        for part in (known, future)
+    ]  # fmt: skip
+    before, after = (run.forecaster.quantiles(part) for part in padded)
+    seen = cut - origins.start
+    assert (before[:seen] == after[:seen]).all()
+    assert (before[seen:] != after[seen:]).any()
+
+
+def test_baselines_and_scale_are_fitted_on_training_days_alone(prices):
+    data = prepare(prices, 30, 3)
+    altered = {name: frame.copy() for name, frame in prices.items()}
+    for frame in altered.values():
+        frame.loc[frame.index >= data.dates.validation] *= 1.7
+    again = prepare(altered, 30, 3)
+    for name, baseline in data.baselines.items():
+        np.testing.assert_array_equal(baseline.table, again.baselines[name].table)
+        assert baseline.scale == again.baselines[name].scale
