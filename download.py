@@ -1,0 +1,46 @@
+"""Download daily prices into a CSV that every other script reads.
+
+    python download.py                                        # AAPL, one year, sample_test.csv
+    python download.py --ticker AAPL --period 1y --output sample_test.csv
+    python download.py --source sample                        # bundled prices, no network needed
+    python download.py --ticker AAPL MSFT 600519.SS --start 2020-01-01 --output prices.csv
+    python download.py --ticker tickers.txt --period 10y --output prices/   # a folder, one CSV a ticker
+    python download.py --update --output prices.csv           # append the days since
+    python download.py --check prices.csv                     # gaps, jumps, stale runs; downloads nothing
+
+Beside each CSV stands FILE.meta.json: source, adjustment, dates, sha256. Exit code 0: all is written;
+1: some tickers did not come, the others are written; 2: nothing was written, and the line says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from stocklora.console import run_script
+from stocklora.settings import add_settings, resolve_settings
+from stocklora.sources import DownloadSettings
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_settings(parser, DownloadSettings)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+
+    def body() -> int:
+        settings = resolve_settings(arguments, DownloadSettings)
+
+        from stocklora.downloads import run
+
+        return run(settings)
+
+    return run_script(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
