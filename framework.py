@@ -1,0 +1,64 @@
+"""Forecast the next three closes with the simple baseline.
+
+    python framework.py --model_path model.pth --test_csv sample_test.csv
+    python framework.py --test_csv prices/ --output predictions.csv
+
+The window comes from the model file that train.py wrote. Writes one row a ticker and day:
+Ticker,Origin,Date,Day,Last_Close,Predicted_Close,P05,P10,P25,P50,P75,P90,P95.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from stocklora.console import UserError, run_script, say
+from stocklora.settings import add_settings, resolve_settings
+from stocklora.simple_options import FrameworkSettings, check_model_file
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="framework.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_settings(parser, FrameworkSettings)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    return run_script(lambda: run(resolve_settings(arguments, FrameworkSettings)))
+
+
+def run(settings: FrameworkSettings) -> None:
+    check_model_file(settings.model_path)  # before the seconds that torch takes to import
+    from stocklora.dataset import select_tickers
+    from stocklora.prices import read_prices
+
+    prices = select_tickers(read_prices(settings.test_csv), settings.tickers)
+
+    from stocklora.devices import choose_device
+    from stocklora.machine import peak_memory_mb
+    from stocklora.predictions import write_predictions
+    from stocklora.simple_model import load_simple
+    from stocklora.simple_run import forecast_simple
+    from stocklora.tables import print_forecast
+
+    device = choose_device(settings.device)
+    forecaster = load_simple(settings.model_path, device)
+    if settings.window_size not in (None, forecaster.window_size):
+        raise UserError(
+            f"--window_size {settings.window_size}: {settings.model_path} was trained with a window of "
+            f"{forecaster.window_size} days; leave the flag out or train again"
+        )
+    rows = forecast_simple(forecaster, prices)
+    write_predictions(settings.output, rows)
+    say(f"trainable parameters: {forecaster.trainable_parameters:,}")
+    say(f"peak memory: {peak_memory_mb(device.type):,.0f} MB ({device.type})")
+    print_forecast(rows)
+    say(f"saved: {settings.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Train the simple baseline: a small network from 30 days of prices to the next close.
+
+    python train.py --data sample_test.csv --epochs 100
+    python train.py --data prices/ --tickers AAPL MSFT --save_path model.pth
+
+Training days come first, then validation days (early stopping, error bars), then test days that the
+model never saw, on which it stands beside the random walk. Writes model.pth, which framework.py reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from stocklora.console import run_script, say
+from stocklora.settings import add_settings, resolve_settings
+from stocklora.simple_options import TrainSettings
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_settings(parser, TrainSettings)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    return run_script(lambda: run(resolve_settings(arguments, TrainSettings)))
+
+
+def run(settings: TrainSettings) -> None:
+    from stocklora.dataset import select_tickers
+    from stocklora.prices import read_prices
+
+    prices = select_tickers(read_prices(settings.data), settings.tickers)
+
+    from stocklora.simple_model import save_simple
+    from stocklora.simple_run import fit_simple, report_simple
+
+    result = fit_simple(prices, settings)
+    save_simple(settings.save_path, result.forecaster)
+    report_simple(result)
+    say(f"model: {settings.save_path}")
+    say(f"next: python framework.py --model_path {settings.save_path} --test_csv {settings.data[0]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
