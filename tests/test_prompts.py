@@ -35,7 +35,7 @@ def test_a_returns_line_by_hand():
 
 def test_an_ohlcv_line_is_the_documents_format_rebased_to_100():
     frame = table([[10.0, 10.5, 9.5, 10.0, 5e6], [10.05, 10.23, 9.98, 10.12, 1_000_000]])
-    first, second = ohlcv_lines(frame, range(0, 2))
+    first, second = ohlcv_lines(frame, range(2))
     assert first == "Day 1: Open=100.0, High=105.0, Low=95.0, Close=100.0, Volume=5000000\n"
     assert second == "Day 2: Open=100.5, High=102.3, Low=99.8, Close=101.2, Volume=1000000\n"
 
