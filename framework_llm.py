@@ -38,9 +38,11 @@ def run(settings: ForecastSettings) -> int:
 
     prices = select_tickers(read_prices(settings.test_csv), settings.tickers)
 
-    from stocklora.checkpoints import write_predictions
-    from stocklora.forecasting import choose_device, choose_dtype, load_forecaster, print_forecast
+    from stocklora.devices import choose_device, choose_dtype
+    from stocklora.forecasting import load_forecaster
     from stocklora.machine import peak_memory_mb
+    from stocklora.predictions import write_predictions
+    from stocklora.tables import print_forecast
 
     device = choose_device(settings.device)
     forecaster, weights = load_forecaster(

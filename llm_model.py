@@ -42,6 +42,8 @@ class QuantileHead(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False)
         self.register_buffer("mean", torch.zeros(hidden_size))
         self.register_buffer("spread", torch.ones(hidden_size))
+        self.mean: Tensor
+        self.spread: Tensor
         self.linear = nn.Linear(hidden_size, self.horizon * self.levels)
         nn.init.zeros_(self.linear.weight)
         with torch.no_grad():

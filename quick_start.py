@@ -98,9 +98,9 @@ def run(settings: QuickStartSettings) -> int:
     )
 
     say("[5/5] The next three closes")
-    from stocklora.checkpoints import write_predictions
-    from stocklora.forecasting import print_forecast
     from stocklora.machine import peak_memory_mb
+    from stocklora.predictions import write_predictions
+    from stocklora.tables import print_forecast
 
     rows = result.forecaster.forecast(prices)
     write_predictions(folder / "predictions.csv", rows)

@@ -34,8 +34,12 @@ def ewma_volatility(close: pd.Series) -> np.ndarray:
     """
     squared = np.log(close).diff() ** 2
     variance = squared.ewm(alpha=1.0 - EWMA_LAMBDA, adjust=True).mean()
-    return np.maximum(np.sqrt(variance.to_numpy()), SCALE_FLOOR, where=variance.notna().to_numpy(),
-                      out=np.full(len(close), SCALE_FLOOR))
+    return np.maximum(
+        np.sqrt(variance.to_numpy()),
+        SCALE_FLOOR,
+        where=variance.notna().to_numpy(),
+        out=np.full(len(close), SCALE_FLOOR),
+    )
 
 
 def garman_klass_variance(frame: pd.DataFrame) -> pd.Series:

@@ -7,8 +7,9 @@ penalty worth a few days, so that a short validation part cannot swing them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -55,11 +56,12 @@ def fit_calibration(returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarr
         penalty = (shrinkage - 1.0) ** 2 / 10.0 + np.log(interval_scale) ** 2
         return float(pinball_loss(returns, adjusted, levels).mean()) + weight * float(penalty)
 
+    def best(fixed: Callable[[float], float], low: float, high: float) -> float:
+        return float(minimize_scalar(fixed, bounds=(low, high), method="bounded").x)
+
     shrinkage, interval_scale = 1.0, 1.0
     for _ in range(5):  # coordinate-wise: the two hardly interact
-        shrinkage = float(minimize_scalar(lambda x: loss(x, interval_scale), bounds=(0.0, 1.0), method="bounded").x)
-        interval_scale = float(
-            minimize_scalar(lambda x: loss(shrinkage, x), bounds=(0.4, 2.5), method="bounded").x
-        )
+        shrinkage = best(partial(loss, interval_scale=interval_scale), 0.0, 1.0)
+        interval_scale = best(partial(loss, shrinkage), 0.4, 2.5)
     fitted = Calibration(round(shrinkage, 4), round(interval_scale, 4))
     return fitted if loss(fitted.shrinkage, fitted.interval_scale) <= loss(1.0, 1.0) else Calibration()

@@ -1,6 +1,6 @@
-"""Artefacts on disk: the weights file of a forecaster, and the predictions table.
+"""A forecaster on disk.
 
-A weights file holds adapters, head, and the metadata that rebuilds the model; it loads with
+Its weights file holds adapters, head, and the metadata that rebuilds the model; it loads with
 ``torch.load(weights_only=True)``, so that no file can run code.
 """
 
@@ -21,11 +21,6 @@ from stocklora.files import replacing
 
 FORMAT = "stocklora-forecaster"
 FORMAT_VERSION = 1
-PREDICTION_COLUMNS = (
-    "Ticker", "Origin", "Date", "Day", "Last_Close", "Predicted_Close",
-    "P05", "P10", "P25", "P50", "P75", "P90", "P95",
-)  # fmt: skip
-INTERVAL_COLUMNS = {0.05: "P05", 0.10: "P10", 0.25: "P25", 0.50: "P50", 0.75: "P75", 0.90: "P90", 0.95: "P95"}
 
 
 @dataclass(frozen=True)
@@ -112,9 +107,7 @@ def load_weights(path: Path) -> WeightsFile:
     if content["format_version"] > FORMAT_VERSION:
         raise UserError(f"{path} was written by a newer version of this program; update it")
     try:
-        return WeightsFile(
-            ForecasterSpec(**content["spec"]), content["adapters"], content["head"], content["training"]
-        )
+        return WeightsFile(ForecasterSpec(**content["spec"]), content["adapters"], content["head"], content["training"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is incomplete ({error}); train it anew with train_lora.py") from None
 
@@ -141,14 +134,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def write_predictions(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write ``predictions.csv``: one row a ticker and day, prices with enough digits for a penny stock."""
-    import pandas as pd
-
-    frame = pd.DataFrame(rows, columns=list(PREDICTION_COLUMNS))
-    for name in PREDICTION_COLUMNS[4:]:
-        frame[name] = [float(f"{value:.7g}") for value in frame[name]]
-    with replacing(path) as temporary:
-        frame.to_csv(temporary, index=False, date_format="%Y-%m-%d", lineterminator="\n")

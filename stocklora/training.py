@@ -201,8 +201,11 @@ def train(
     best_epoch, best_bp, best_state = 0, start_bp, _snapshot(model)
     stopped: str | None = None
     step, trained_targets, started, training_s = 0, 0, time.perf_counter(), 0.0
-    columns = ("loss {task.fields[loss]}", "validation {task.fields[ratio]} of the random walk",
-               "{task.fields[rate]} days/s")
+    columns = (
+        "loss {task.fields[loss]}",
+        "validation {task.fields[ratio]} of the random walk",
+        "{task.fields[rate]} days/s",
+    )
     try:
         with progress(*columns) as bar:
             task = bar.add_task("training", total=max(total_steps, 1), loss="-", ratio="1.0000", rate="-")
@@ -242,8 +245,16 @@ def train(
                     stopped = f"forecasts were no longer finite after epoch {epoch}; lower --learning_rate"
                     break
                 history.append(
-                    _history_row(epoch, step, float(np.mean(losses)), bp, start_bp, schedule.get_last_lr()[0],
-                                 time.perf_counter() - started, epoch_targets / epoch_s)
+                    _history_row(
+                        epoch,
+                        step,
+                        float(np.mean(losses)),
+                        bp,
+                        start_bp,
+                        schedule.get_last_lr()[0],
+                        time.perf_counter() - started,
+                        epoch_targets / epoch_s,
+                    )
                 )
                 bar.update(task, ratio=f"{bp / start_bp:.4f}")
                 if bp < best_bp:
@@ -259,8 +270,9 @@ def train(
     return TrainingOutcome(history, best_epoch, stopped, step, rate)
 
 
-def _history_row(epoch: int, step: int, loss: float, bp: float, start_bp: float, rate: float, seconds: float,
-                 targets_per_s: float) -> dict[str, float]:
+def _history_row(
+    epoch: int, step: int, loss: float, bp: float, start_bp: float, rate: float, seconds: float, targets_per_s: float
+) -> dict[str, float]:
     values = (epoch, step, loss, bp, bp / start_bp, rate, seconds, targets_per_s)
     return dict(zip(HISTORY_COLUMNS, values, strict=True))
 

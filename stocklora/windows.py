@@ -86,8 +86,8 @@ def choose_split_dates(
             f"{window_size} needs at least {window_size + least}; download more days (--period 2y) or lower "
             f"--window_size"
         )
-    validation_at = len(calendar) - int(round(len(calendar) * (validation_fraction + test_fraction)))
-    test_at = len(calendar) - int(round(len(calendar) * test_fraction))
+    validation_at = len(calendar) - round(len(calendar) * (validation_fraction + test_fraction))
+    test_at = len(calendar) - round(len(calendar) * test_fraction)
     test = _as_date(test_from, "--test_from") if test_from else calendar[min(test_at, len(calendar) - 1)]
     validation = _as_date(validation_from, "--validation_from") if validation_from else calendar[validation_at]
     if not calendar[0] < validation < test <= calendar[-1]:
@@ -106,9 +106,7 @@ def _as_date(text: str, flag: str) -> pd.Timestamp:
         raise UserError(f"{flag} {text!r} is not a date; write it as 2016-07-01") from None
 
 
-def split_origins(
-    frame: pd.DataFrame, dates: SplitDates, window_size: int, horizon: int
-) -> dict[str, range]:
+def split_origins(frame: pd.DataFrame, dates: SplitDates, window_size: int, horizon: int) -> dict[str, range]:
     """Rows of one ticker that are origins of each split.
 
     Purged: an origin belongs to train or validation only if its last target day lies before the next
