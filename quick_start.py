@@ -93,8 +93,8 @@ def run(settings: QuickStartSettings) -> int:
         result.data.levels,
         folder / "backtest.png",
         TICKER,
-        f"{len(test_origins)} days it never saw: mean error {model.mape:.2f}% of the price, the last close's "
-        f"{walk.mape:.2f}%; the 80% interval held {model.coverage_80:.0f}%",
+        f"{len(test_origins)} days it never saw. Mean error one to three days ahead {model.mape:.2f}%, the last "
+        f"close's {walk.mape:.2f}%; the 80% interval held {model.coverage_80:.0f}%",
     )
 
     say("[5/5] The next three closes")

@@ -4,8 +4,8 @@
     python bench/packing.py --model_path FOLDER --seeds 1
 
 The first part times real training steps of the whole model, four sequences a forward pass on both sides,
-the sides taking turns. The second trains the first layers of the model on the same targets, as many of
-them in each step on both sides, and compares validation losses against the spread between seeds.
+the sides taking turns. The second trains the first layers of the model with both on the same targets, step
+by step, and compares their losses on two years of validation days against the noise of those days.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="timed turns of each side (default: %(default)s)")
     parser.add_argument("--loss_layers", type=int, default=6, help="layers of the second part (default: %(default)s)")
     parser.add_argument("--loss_epochs", type=int, default=3, help="epochs of the second part (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of the second part (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="seeds of the second part (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "packing.json")
     return parser
@@ -46,17 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     from stocklora.base_models import check_model_folder
     from stocklora.console import print_table, say
-    from stocklora.dataset import select_tickers
+    from stocklora.dataset import prepare, select_tickers
     from stocklora.files import write_json
     from stocklora.machine import machine_facts
     from stocklora.prices import read_prices
-    from stocklora.sources import sample_folder, sample_prices
+    from stocklora.sources import sample_folder
 
     check_model_folder(arguments.model_path)
-    prices, _ = sample_prices("AAPL", period="1y")
-    history = select_tickers(read_prices(sample_folder() / "us_tech_2000_2013.csv.gz"), ["AAPL"])
-    speed = measure_speed(arguments, history)
-    loss = compare_losses(arguments, prices) if arguments.seeds else None
+    prices = select_tickers(read_prices(sample_folder() / "us_tech_2000_2013.csv.gz"), ["AAPL"])
+    data = prepare(prices, 30, 3, validation_from="2010-01-04", test_from="2012-01-03")
+    speed = measure_speed(arguments, data)
+    loss = compare_losses(arguments, data) if arguments.seeds else None
     write_json(arguments.output, {"machine": machine_facts(), "speed": speed, "loss": loss})
 
     packed, single = speed["packed"], speed["one_window_a_pass"]
@@ -72,135 +72,152 @@ def run(arguments: argparse.Namespace) -> int:
     say(f"packed is {speed['ratio']:.1f} times as fast (target: {TARGET_RATIO:.0f})")
     if loss:
         say(
-            f"validation loss after {arguments.loss_epochs} epochs: packed {loss['packed_mean_bp']:.3f} bp, one window "
-            f"{loss['one_window_mean_bp']:.3f} bp; difference {loss['difference_bp']:+.3f}, spread of seeds "
-            f"{loss['seed_spread_bp']:.3f}"
+            f"validation loss over {loss['validation_days']} days after the same steps: packed {loss['packed_bp']:.3f} "
+            f"bp, one window {loss['one_window_a_pass_bp']:.3f} bp (untrained {loss['untrained_bp']:.3f}); difference "
+            f"{loss['difference_bp']:+.3f}, standard error {loss['standard_error_bp']:.3f}"
         )
     say(f"saved: {arguments.output}")
     return 0 if speed["ratio"] >= TARGET_RATIO else 1
 
 
-def measure_speed(arguments: argparse.Namespace, prices: Any) -> dict[str, Any]:
-    """Targets a second of whole training steps, medians over turns."""
-    import torch
-    from accelerate import Accelerator
-
-    from lora import lora_parameters
-    from stocklora.dataset import prepare
+def build(arguments: argparse.Namespace, data: Any, layers: int | None) -> tuple[Any, int]:
+    """A forecaster with rank-8 adapters on all linear layers, and how many targets fit a sequence."""
+    from stocklora.checkpoints import ForecasterSpec
     from stocklora.devices import choose_device, choose_dtype
     from stocklora.forecasting import build_forecaster, context_tokens_of, load_encoder
     from stocklora.prompts import fit_targets_per_sequence
-    from stocklora.training import accumulate_gradients, collate
 
-    data = prepare(prices, 30, 3)
-    frame = next(iter(prices.values()))
     encoder = load_encoder(arguments.model_path, "returns")
-    fitted = fit_targets_per_sequence(
-        encoder.tokens_per_day(frame), 30, context_tokens_of(arguments.model_path), 1400, available=1000
-    )
-    device = choose_device(arguments.device)
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    forecaster = build_forecaster(
-        forecaster_spec(data, fitted), arguments.model_path, encoder, device, choose_dtype("auto", device)
-    )
-    model = forecaster.model.train()
-    torch.nn.init.normal_(model.head.linear.weight, std=1e-3)  # at zero, no gradient would reach the adapters
-    optimizer = torch.optim.AdamW([*lora_parameters(model.backbone), *model.head.parameters()], lr=1e-5)
-    levels = torch.tensor(data.levels, dtype=torch.float32, device=device)
-
-    def step(examples: list[Any], batch_size: int) -> tuple[float, int, int]:
-        """Seconds, targets and tokens of one optimizer step over ``examples``."""
-        targets = sum(len(example.scale) for example in examples)
-        tokens = sum(len(example.encoded.input_ids) for example in examples)
-        micro = [collate(examples[at : at + batch_size]) for at in range(0, len(examples), batch_size)]
-        start = time.perf_counter()
-        accumulate_gradients(model, micro, levels, accelerator, targets)
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start, targets, tokens
-
-    packed = forecaster.examples(prices, data.sequences("train", fitted)[:BATCH_SIZE])
-    single = forecaster.examples(prices, data.sequences("train", 1)[:fitted])
-    step(packed, BATCH_SIZE), step(single[:BATCH_SIZE], BATCH_SIZE)  # warm up
-    turns: dict[str, list[tuple[float, int, int]]] = {"packed": [], "one_window_a_pass": []}
-    for _ in range(arguments.rounds):
-        turns["packed"] += [step(packed, BATCH_SIZE) for _ in range(2)]
-        turns["one_window_a_pass"].append(step(single, BATCH_SIZE))
-    sides = {}
-    for name, results in turns.items():
-        seconds = statistics.median(result[0] for result in results)
-        _, targets, tokens = results[0]
-        sides[name] = {
-            "targets_per_sequence": fitted if name == "packed" else 1,
-            "tokens_per_target": tokens / targets,
-            "step_s": seconds,
-            "targets_per_s": targets / seconds,
-            "tokens_per_s": tokens / seconds,
-        }
-    ratio = sides["packed"]["targets_per_s"] / sides["one_window_a_pass"]["targets_per_s"]
-    facts = {"model": arguments.model_path.name, "prompt": "returns", "batch_size": BATCH_SIZE}
-    return {**facts, **sides, "ratio": round(ratio, 2)}
-
-
-def forecaster_spec(data: Any, targets_per_sequence: int) -> Any:
-    """Rank-8 adapters on all linear layers, starting at the EWMA-scaled random walk."""
-    from stocklora.checkpoints import ForecasterSpec
-
+    frame = next(iter(data.prices.values()))
+    context = context_tokens_of(arguments.model_path)
+    fitted = fit_targets_per_sequence(encoder.tokens_per_day(frame), data.window_size, context, 1400, available=1000)
     start = data.baselines["ewma"]
-    return ForecasterSpec(
-        base_model={}, backbone_layers=None, prompt="returns", window_size=30,
-        targets_per_sequence=targets_per_sequence, horizon=3, levels=data.levels.tolist(), table=start.table.tolist(),
+    spec = ForecasterSpec(
+        base_model={}, backbone_layers=layers, prompt="returns", window_size=data.window_size,
+        targets_per_sequence=fitted, horizon=data.horizon, levels=data.levels.tolist(), table=start.table.tolist(),
         scale=start.scale.to_dict(), lora={"rank": 8, "alpha": 16.0},
         calibration={"shrinkage": 1.0, "interval_scale": 1.0},
     )  # fmt: skip
+    device = choose_device(arguments.device)
+    return build_forecaster(spec, arguments.model_path, encoder, device, choose_dtype("auto", device)), fitted
 
 
-def compare_losses(arguments: argparse.Namespace, prices: Any) -> dict[str, Any]:
-    """Final validation loss of both sides after the same epochs over the same targets, for some seeds."""
-    import contextlib
-    import io
-    import tempfile
+class Trainer:
+    """Real optimizer steps, as ``train_lora.py`` takes them."""
 
-    from stocklora.fitting import fit
-    from stocklora.options import TrainLoraSettings
+    def __init__(self, forecaster: Any) -> None:
+        import torch
+        from accelerate import Accelerator
 
-    losses: dict[str, list[float]] = {"packed": [], "one_window": []}
+        from lora import lora_parameters
+
+        self.model = forecaster.model.train()
+        self.device = forecaster.device
+        self.accelerator = Accelerator(cpu=self.device.type == "cpu")
+        self.levels = torch.tensor(forecaster.levels, dtype=torch.float32, device=self.device)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": list(lora_parameters(self.model.backbone)), "lr": 1e-4},
+                {"params": list(self.model.head.parameters()), "lr": 3e-4},
+            ]
+        )
+
+    def step(self, examples: list[Any], batch_size: int) -> float:
+        """One optimizer step over ``examples``, ``batch_size`` sequences a pass; seconds."""
+        import torch
+
+        from stocklora.training import accumulate_gradients, collate
+
+        targets = sum(len(example.scale) for example in examples)
+        micro = [collate(examples[at : at + batch_size]) for at in range(0, len(examples), batch_size)]
+        start = time.perf_counter()
+        accumulate_gradients(self.model, micro, self.levels, self.accelerator, targets)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def measure_speed(arguments: argparse.Namespace, data: Any) -> dict[str, Any]:
+    """Targets a second of whole training steps, medians over turns."""
+    import torch
+
+    forecaster, fitted = build(arguments, data, None)
+    # At zero, no gradient would reach the adapters.
+    torch.nn.init.normal_(forecaster.model.head.linear.weight, std=1e-3)
+    trainer = Trainer(forecaster)
+    prices = data.prices
+    sides = {
+        "packed": forecaster.examples(prices, data.sequences("train", fitted)[:BATCH_SIZE]),
+        "one_window_a_pass": forecaster.examples(prices, data.sequences("train", 1)[:fitted]),
+    }
+    for examples in sides.values():
+        trainer.step(examples[:BATCH_SIZE], BATCH_SIZE)  # warm up
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(arguments.rounds):
+        for name, examples in sides.items():
+            seconds[name].append(trainer.step(examples, BATCH_SIZE))
+    table = {}
+    for name, examples in sides.items():
+        step_s = statistics.median(seconds[name])
+        targets = sum(len(example.scale) for example in examples)
+        tokens = sum(len(example.encoded.input_ids) for example in examples)
+        table[name] = {
+            "targets_per_sequence": len(examples[0].scale),
+            "tokens_per_target": tokens / targets,
+            "step_s": step_s,
+            "targets_per_s": targets / step_s,
+            "tokens_per_s": tokens / step_s,
+        }
+    ratio = table["packed"]["targets_per_s"] / table["one_window_a_pass"]["targets_per_s"]
+    facts = {"model": arguments.model_path.name, "prompt": "returns", "batch_size": BATCH_SIZE}
+    return {**facts, **table, "ratio": round(ratio, 2)}
+
+
+def compare_losses(arguments: argparse.Namespace, data: Any) -> dict[str, Any]:
+    """Validation loss of both sides after the same steps on the same targets, day by day.
+
+    The noise is the standard error of the mean difference over validation days, from means of blocks of
+    ten days, since neighbouring days share the returns that they forecast.
+    """
+    import numpy as np
+    import torch
+
+    from stocklora.metrics import BASIS_POINTS, pinball_loss
+    from stocklora.training import standardize_head
+
+    returns = data.returns_of("validation")
+    differences, means = [], {"packed": 0.0, "one_window_a_pass": 0.0, "untrained": 0.0}
     for seed in range(arguments.seeds):
-        packed_targets = None
-        for name in losses:
-            single = name == "one_window"
-            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-                result = fit(
-                    prices,
-                    TrainLoraSettings(
-                        model_path=arguments.model_path,
-                        backbone_layers=arguments.loss_layers,
-                        epochs=arguments.loss_epochs,
-                        patience=arguments.loss_epochs,
-                        targets_per_sequence=1 if single else None,
-                        batch_size=4 if single else 1,
-                        gradient_accumulation_steps=-(-packed_targets // 4) if single else 1,
-                        scale="ewma",
-                        seed=seed,
-                        device=arguments.device,
-                        save_dir=Path(folder),
-                    ),
-                )
-            packed_targets = result.forecaster.spec.targets_per_sequence
-            losses[name].append(result.outcome.history[-1]["validation_pinball_bp"])
-    means = {name: statistics.mean(values) for name, values in losses.items()}
-    spread = max(statistics.stdev(values) if len(values) > 1 else 0.0 for values in losses.values())
+        losses = {}
+        for name in ("untrained", "packed", "one_window_a_pass"):
+            torch.manual_seed(seed)
+            forecaster, fitted = build(arguments, data, arguments.loss_layers)
+            packed = forecaster.examples(data.prices, data.sequences("train", fitted)[-BATCH_SIZE - 1 : -1])
+            windows = {item.encoded.sequence.origins[0]: item for item in
+                       forecaster.examples(data.prices, data.sequences("train", 1))}  # fmt: skip
+            standardize_head(forecaster.model, packed, forecaster.device)
+            trainer = Trainer(forecaster)
+            for _ in range(arguments.loss_epochs if name != "untrained" else 0):
+                for example in packed:
+                    same = [windows[origin] for origin in example.encoded.sequence.origins]
+                    trainer.step([example] if name == "packed" else same, BATCH_SIZE)
+            quantiles = forecaster.quantiles(forecaster.examples(data.prices, data.sequences("validation", fitted)))
+            losses[name] = BASIS_POINTS * pinball_loss(returns, quantiles, forecaster.levels).mean(axis=1)
+            means[name] += float(losses[name].mean()) / arguments.seeds
+        differences.append(losses["packed"] - losses["one_window_a_pass"])
+    difference = np.mean(differences, axis=0)
+    blocks = difference[: len(difference) // 10 * 10].reshape(-1, 10).mean(axis=1)
     return {
         "layers": arguments.loss_layers,
         "epochs": arguments.loss_epochs,
-        "packed_bp": losses["packed"],
-        "one_window_bp": losses["one_window"],
-        "packed_mean_bp": means["packed"],
-        "one_window_mean_bp": means["one_window"],
-        "difference_bp": means["packed"] - means["one_window"],
-        "seed_spread_bp": spread,
+        "seeds": arguments.seeds,
+        "training_targets": BATCH_SIZE * fitted,
+        "validation_days": len(returns),
+        **{f"{name}_bp": value for name, value in means.items()},
+        "difference_bp": float(difference.mean()),
+        "standard_error_bp": float(blocks.std(ddof=1) / np.sqrt(len(blocks))),
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import platform
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -94,7 +95,9 @@ def load_weights(path: Path) -> WeightsFile:
     if not path.is_file():
         raise UserError(f"no weights file {path}; train one with: python train_lora.py --data FILE --model_path FOLDER")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch remarks on a foreign pickle before it refuses it
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} is not a plain weights file (damaged, or it holds code, which is never run); train it anew with "

@@ -23,6 +23,7 @@ from stocklora.machine import peak_memory_mb
 from stocklora.metrics import Scores
 from stocklora.options import TrainLoraSettings
 from stocklora.prompts import fit_targets_per_sequence
+from stocklora.quality import short_form
 from stocklora.tables import print_scores
 from stocklora.training import HISTORY_COLUMNS, TrainingOutcome, standardize_head, train
 from stocklora.windows import SPLITS
@@ -144,11 +145,11 @@ def announce(
     tokens = sum(len(example.encoded.input_ids) for example in examples["train"])
     names = list(data.prices)
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    rows = sum(len(frame) for frame in data.prices.values())
     days = {split: sum(len(parts[split]) for parts in data.origins.values()) for split in SPLITS}
     spec = forecaster.spec
     facts = [
-        ("prices", f"{shown}: {rows:,} days, {data_range(data)}"),
+        ("prices", short_form(data.prices)),
+        *([("tickers", shown)] if len(names) > 1 else []),
         ("days to learn from", f"{days['train']:,}; to validate {days['validation']:,} (from "
                                f"{data.dates.validation:%Y-%m-%d}); to test {days['test']:,} (from "
                                f"{data.dates.test:%Y-%m-%d})"),
@@ -166,12 +167,6 @@ def announce(
         warn(
             f"only {len(examples['train'])} training sequences: one step an epoch; --batch_size 1 learns more per epoch"
         )
-
-
-def data_range(data: ForecastData) -> str:
-    first = min(frame.index[0] for frame in data.prices.values())
-    last = max(frame.index[-1] for frame in data.prices.values())
-    return f"{first:%Y-%m-%d} to {last:%Y-%m-%d}"
 
 
 def dtype_name(forecaster: Forecaster) -> str:

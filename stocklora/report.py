@@ -12,11 +12,11 @@ import pandas as pd
 
 matplotlib.use("Agg")
 
-from matplotlib import dates as mdates
 from matplotlib import pyplot as plt
 from matplotlib.collections import LineCollection, PolyCollection
 
 from stocklora.files import replacing
+from stocklora.predictions import INTERVAL_COLUMNS
 
 if TYPE_CHECKING:
     from stocklora.training import TrainingOutcome
@@ -120,7 +120,10 @@ def plot_forecast(
         markersize=3.5,
         label="median forecast",
     )
-    axis.axhline(first["Last_Close"], color=WALK, linewidth=1.0, linestyle="--", label="last close (random walk)")
+    shown = [max(0, len(recent) - 20), at[-1]]
+    axis.plot(
+        shown, [first["Last_Close"]] * 2, color=WALK, linewidth=1.0, linestyle="--", label="last close (random walk)"
+    )
     _date_ticks(axis, [*recent.index, *[row["Date"] for row in rows]])
     axis.set_xlim(-1, at[-1] + 1)
     axis.set_ylabel("price", color=MUTED)
@@ -174,41 +177,33 @@ def plot_backtest(
     Args:
         quantiles: (origins, horizon, levels) of the log return.
     """
-    rows = list(origins)
-    dates = frame.index[[row + 1 for row in rows]]
+    rows = np.array(origins)
     close = frame["Close"].to_numpy()
-    came = close[[row + 1 for row in rows]]
+    came = close[rows + 1]
     forecast = close[rows][:, None] * np.exp(quantiles[:, 0, :])
-    column = {
-        name: forecast[:, int(np.argmin(np.abs(levels - level)))]
-        for name, level in (
-            ("P05", 0.05),
-            ("P10", 0.1),
-            ("P25", 0.25),
-            ("P50", 0.5),
-            ("P75", 0.75),
-            ("P90", 0.9),
-            ("P95", 0.95),
-        )
-    }
+    column = {name: forecast[:, int(np.argmin(np.abs(levels - level)))] for level, name in INTERVAL_COLUMNS.items()}
     figure, axis = _figure(height=5.0)
     _title(axis, f"{ticker}: every close of the test days, forecast the day before", subtitle)
+    # Days are drawn one step apart, so that a Friday's interval is as wide as any other day's.
+    at = np.arange(len(rows))
     for lower, upper, alpha, label in BANDS:
-        axis.fill_between(
-            dates,
-            column[lower],
-            column[upper],
+        axis.bar(
+            at,
+            column[upper] - column[lower],
+            bottom=column[lower],
+            width=0.92,
             color=MODEL,
             alpha=alpha,
             linewidth=0,
-            step="mid",
             label=f"{label} interval",
         )
     inside = (came >= column["P10"]) & (came <= column["P90"])
-    axis.plot(dates, came, color=INK, linewidth=0.8, alpha=0.5)
-    axis.plot(dates[inside], came[inside], "o", color=INK, markersize=3.5, label="close, inside 80%")
-    axis.plot(dates[~inside], came[~inside], "o", color=DOWN, markersize=4.5, label="close, outside 80%")
-    axis.xaxis.set_major_formatter(mdates.ConciseDateFormatter(axis.xaxis.get_major_locator()))
+    axis.plot(at, came, color=INK, linewidth=0.8, alpha=0.5)
+    axis.plot(at[inside], came[inside], "o", color=INK, markersize=3.5, label="close, inside 80%")
+    axis.plot(at[~inside], came[~inside], "o", color=DOWN, markersize=4.5, label="close, outside 80%")
+    _date_ticks(axis, list(frame.index[rows + 1]))
+    low, high = min(column["P05"].min(), came.min()), max(column["P95"].max(), came.max())
+    axis.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
     axis.set_ylabel("price", color=MUTED)
     _legend(axis, columns=2)
     _save(figure, path)
