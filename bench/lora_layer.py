@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -50,8 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision",
         nargs="+",
         choices=("fp32", "bf16_autocast", "bf16_base"),
-        default=["fp32", "bf16_autocast"],
-        help="fp32; bf16 autocast over an fp32 base; a bf16 base (default: the first two)",
+        default=["fp32", "bf16_autocast", "bf16_base"],
+        help="fp32; bf16 autocast over an fp32 base; a bf16 base, as train_lora.py (default: all three)",
     )
     parser.add_argument(
         "--loss",
@@ -75,9 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     for precision in args.precision:
         results.append(compare(args, precision))
     settings = {key: value for key, value in vars(args).items() if key not in ("worker", "output", "threads")}
-    report = {"settings": settings, "machine": machine_facts(args.threads), "results": results}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
+    from stocklora.files import write_json
+    from stocklora.machine import machine_facts
+
+    facts = {**machine_facts(), "threads": args.threads or None}
+    write_json(args.output, {"settings": settings, "machine": facts, "results": results})
     print(f"{'':32}{'ours':>10}{'peft':>10}{'ratio':>8}")
     for result in results:
         for name, label in MEASURES.items():
@@ -236,32 +238,6 @@ def peak_resident_mb() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def machine_facts(threads: int) -> dict[str, Any]:
-    """What a reader needs to judge the numbers."""
-    import platform
-
-    import peft
-    import torch
-    import transformers
-
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
-    return {
-        "cpu": processor,
-        "cores": os.cpu_count(),
-        "threads": threads or torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "peft": peft.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 if __name__ == "__main__":

@@ -48,13 +48,14 @@ def run(arguments: argparse.Namespace) -> int:
     from stocklora.console import print_table, say
     from stocklora.dataset import prepare, select_tickers
     from stocklora.files import write_json
-    from stocklora.machine import machine_facts
+    from stocklora.machine import keep_freed_memory, machine_facts
     from stocklora.prices import read_prices
     from stocklora.sources import sample_folder
 
     check_model_folder(arguments.model_path)
     prices = select_tickers(read_prices(sample_folder() / "us_tech_2000_2013.csv.gz"), ["AAPL"])
     data = prepare(prices, 30, 3, validation_from="2010-01-04", test_from="2012-01-03")
+    keep_freed_memory()  # as train_lora.py does
     speed = measure_speed(arguments, data)
     loss = compare_losses(arguments, data) if arguments.seeds else None
     write_json(arguments.output, {"machine": machine_facts(), "speed": speed, "loss": loss})
@@ -110,15 +111,17 @@ class Trainer:
         from accelerate import Accelerator
 
         from lora import lora_parameters
+        from stocklora.options import TrainLoraSettings
 
+        defaults = TrainLoraSettings()
         self.model = forecaster.model.train()
         self.device = forecaster.device
         self.accelerator = Accelerator(cpu=self.device.type == "cpu")
         self.levels = torch.tensor(forecaster.levels, dtype=torch.float32, device=self.device)
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": list(lora_parameters(self.model.backbone)), "lr": 1e-4},
-                {"params": list(self.model.head.parameters()), "lr": 3e-4},
+                {"params": list(lora_parameters(self.model.backbone)), "lr": defaults.learning_rate},
+                {"params": list(self.model.head.parameters()), "lr": defaults.head_learning_rate},
             ]
         )
 

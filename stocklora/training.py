@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm_model import StockForecaster, pinball_sum
 from lora import load_lora_state_dict, lora_parameters, lora_state_dict
-from stocklora.console import progress, warn
+from stocklora.console import progress, say, warn
 from stocklora.dataset import Example
 from stocklora.metrics import BASIS_POINTS, pinball_loss
 from stocklora.options import TrainLoraSettings
@@ -257,6 +257,12 @@ def train(
                     )
                 )
                 bar.update(task, ratio=f"{bp / start_bp:.4f}")
+                line = (
+                    f"epoch {epoch}/{settings.epochs}: loss {np.mean(losses):.4f}, validation {bp / start_bp:.4f} of "
+                    f"the random walk, {epoch_targets / epoch_s:,.1f} days/s"
+                )
+                # A log has no bar; in a terminal the line goes above it.
+                say(line) if bar.disable else bar.console.print(line, highlight=False)
                 if bp < best_bp:
                     best_epoch, best_bp, best_state = epoch, bp, _snapshot(model)
                 elif epoch - best_epoch >= settings.patience:

