@@ -79,7 +79,10 @@ def plot(path: Path, prices: dict, rows: list[dict]) -> None:
 
     for ticker, frame in prices.items():
         own = [row for row in rows if row["Ticker"] == ticker]
-        target = path if len(prices) == 1 else path.with_name(f"{path.stem}_{ticker}{path.suffix}")
+        if not own:  # too few days: said already
+            continue
+        name = ticker.replace("/", "-")
+        target = path if len(prices) == 1 else path.with_name(f"{path.stem}_{name}{path.suffix}")
         plot_forecast(frame, own, target)
         say(f"chart: {target}")
 

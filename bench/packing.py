@@ -155,8 +155,9 @@ def measure_speed(arguments: argparse.Namespace, data: Any) -> dict[str, Any]:
         "packed": forecaster.examples(prices, data.sequences("train", fitted)[:BATCH_SIZE]),
         "one_window_a_pass": forecaster.examples(prices, data.sequences("train", 1)[:fitted]),
     }
-    for examples in sides.values():
-        trainer.step(examples[:BATCH_SIZE], BATCH_SIZE)  # warm up
+    for _ in range(3):  # the first steps fetch their memory from the system
+        for examples in sides.values():
+            trainer.step(examples[:BATCH_SIZE], BATCH_SIZE)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(arguments.rounds):
         for name, examples in sides.items():

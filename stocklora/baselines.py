@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from stocklora.metrics import median_index
+
 EWMA_LAMBDA = 0.94  # RiskMetrics Technical Document (J.P. Morgan, 1996): daily data
 SCALE_FLOOR = 1e-4  # one basis point a day: keeps a ticker that never moves from dividing by zero
 RANGE_DAYS = (1, 5, 22, 66)  # a day, a week, a month, a quarter
@@ -200,7 +202,7 @@ def fit_baselines(
 ) -> dict[str, QuantileBaseline]:
     """Fit ``naive``, ``drift``, ``ewma`` and ``har`` on the training origins of all tickers, pooled."""
     pooled = np.concatenate([returns[name][list(origins[name])] for name in prices])
-    median = int(np.argmin(np.abs(levels - 0.5)))
+    median = median_index(levels)
     raw = empirical_quantiles(pooled, levels)
     centred = raw - raw[:, median : median + 1]
     baselines = {

@@ -6,11 +6,9 @@ Its weights file holds adapters, head, and the metadata that rebuilds the model;
 
 from __future__ import annotations
 
-import math
 import pickle
 import platform
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 
 from stocklora.calibration import Calibration
 from stocklora.console import UserError
-from stocklora.files import replacing
+from stocklora.files import plain, replacing
 
 FORMAT = "stocklora-forecaster"
 FORMAT_VERSION = 1
@@ -113,19 +111,6 @@ def load_weights(path: Path) -> WeightsFile:
         return WeightsFile(ForecasterSpec(**content["spec"]), content["adapters"], content["head"], content["training"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is incomplete ({error}); train it anew with train_lora.py") from None
-
-
-def plain(value: Any) -> Any:
-    """``value`` in plain Python types, the only ones a weights-only load accepts; NaN becomes None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if hasattr(value, "item") and not hasattr(value, "__len__"):
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, (bool, int, str, type(None))) else str(value)
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from llm_model import best_dtype
@@ -24,3 +27,19 @@ def choose_device(name: str) -> torch.device:
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return best_dtype(device) if name == "auto" else {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn a graphics card's out-of-memory error into advice.
+
+    Raises:
+        UserError: naming the flags that need less.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "the graphics card's memory is full; try --batch_size 1, --gradient_checkpointing, --backbone_layers 8, "
+            "a smaller base model, or --device cpu"
+        ) from None

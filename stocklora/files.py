@@ -104,20 +104,21 @@ def write_json(path: Path, content: Any) -> None:
 
     NumPy numbers and arrays become plain ones, NaN and infinities null, anything else unknown its text.
     """
-    write_text(path, json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """``value`` in plain Python types, which JSON and a weights-only load accept; a NaN becomes None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if hasattr(value, "tolist"):  # NumPy and torch, without importing either
-        return _plain(value.tolist())
+        return plain(value.tolist())
     return str(value)
 
 

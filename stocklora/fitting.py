@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,17 +13,18 @@ import numpy as np
 import pandas as pd
 
 from stocklora.base_models import check_model_folder, describe_model
+from stocklora.baselines import SCALES
 from stocklora.calibration import fit_calibration
-from stocklora.checkpoints import ForecasterSpec, WeightsFile, plain, save_weights, versions
+from stocklora.checkpoints import ForecasterSpec, WeightsFile, save_weights, versions
 from stocklora.console import UserError, say, warn
-from stocklora.dataset import Example, ForecastData, data_facts, prepare
-from stocklora.devices import choose_device, choose_dtype
-from stocklora.files import replacing
+from stocklora.dataset import Example, ForecastData, data_facts, make_examples, prepare
+from stocklora.devices import choose_device, choose_dtype, memory_errors
+from stocklora.files import plain, replacing
 from stocklora.forecasting import Forecaster, build_forecaster, context_tokens_of, load_encoder
 from stocklora.machine import keep_freed_memory, peak_memory_mb
 from stocklora.metrics import Scores
 from stocklora.options import TrainLoraSettings
-from stocklora.prompts import fit_targets_per_sequence
+from stocklora.prompts import check_lengths, fit_targets_per_sequence
 from stocklora.quality import short_form
 from stocklora.tables import print_scores
 from stocklora.training import HISTORY_COLUMNS, TrainingOutcome, standardize_head, train
@@ -60,6 +62,8 @@ def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings) -> Fitt
     from accelerate.utils import set_seed
 
     check_model_folder(settings.model_path)
+    check_writable(settings.save_dir)
+    prices = with_enough_days(prices, settings.window_size + settings.horizon + 1)
     data = prepare(
         prices, settings.window_size, settings.horizon, settings.validation_fraction, settings.test_fraction,
         settings.validation_from, settings.test_from,
@@ -67,12 +71,23 @@ def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings) -> Fitt
     scale_kind = data.better_scale() if settings.scale == "auto" else settings.scale
     encoder = load_encoder(settings.model_path, settings.prompt, settings.trust_remote_code)
     context = context_tokens_of(settings.model_path, settings.trust_remote_code)
-    tokens_per_day = float(np.mean([encoder.tokens_per_day(frame) for frame in prices.values()]))
+    start = data.baselines[scale_kind]
+    assert start.scale is not None
+    tokens_per_day = max(encoder.tokens_per_day(frame) for frame in prices.values())
     targets_per_sequence = settings.targets_per_sequence or fit_targets_per_sequence(
         tokens_per_day, settings.window_size, context, settings.max_tokens_per_sequence,
         available=max(len(parts["train"]) for parts in data.origins.values()),
     )  # fmt: skip
-    sequences = {split: data.sequences(split, targets_per_sequence) for split in SPLITS}
+    while True:
+        sequences = {split: data.sequences(split, targets_per_sequence) for split in SPLITS}
+        examples = {split: make_examples(prices, sequences[split], encoder, start.scale) for split in SPLITS}
+        encoded = [example.encoded for part in examples.values() for example in part]
+        longest = max(len(item.input_ids) for item in encoded)
+        if settings.targets_per_sequence or targets_per_sequence == 1 or longest <= context:
+            break
+        # Wild days write longer lines than the recent ones that the estimate was made from.
+        targets_per_sequence = max(1, int(0.95 * targets_per_sequence * context / longest))
+    check_lengths(encoded, context)
 
     set_seed(settings.seed)
     device = choose_device(settings.device)
@@ -80,8 +95,6 @@ def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings) -> Fitt
     if device.type == "cpu":
         keep_freed_memory()
     accelerator = Accelerator(cpu=device.type == "cpu")
-    start = data.baselines[scale_kind]
-    assert start.scale is not None
     spec = ForecasterSpec(
         base_model=describe_model(settings.model_path),
         backbone_layers=settings.backbone_layers,
@@ -103,26 +116,61 @@ def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings) -> Fitt
     forecaster = build_forecaster(
         spec, settings.model_path, encoder, accelerator.device, dtype, settings.trust_remote_code
     )
-    examples = {split: forecaster.examples(prices, sequences[split]) for split in SPLITS}
     if settings.gradient_checkpointing:
         checkpointing: Any = forecaster.model.backbone
-        checkpointing.gradient_checkpointing_enable({"use_reentrant": False})
-    announce(forecaster, data, examples, settings, scale_kind, tokens_per_day)
+        try:
+            checkpointing.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"--gradient_checkpointing: {error}; leave the flag out") from None
+    announce(forecaster, data, examples, settings, scale_kind)
 
-    standardize_head(forecaster.model, examples["train"], accelerator.device)
-    outcome = train(forecaster.model, examples["train"], examples["validation"], data.levels, settings, accelerator)
-    calibration = fit_calibration(
-        data.returns_of("validation"), forecaster.quantiles(examples["validation"], calibrated=False), data.levels
-    )
-    forecaster.spec = spec.with_calibration(calibration)
-    forecaster.model.eval()
-    quantiles = forecaster.quantiles(examples["test"])
-    scores = {name: data.score(data.forecasts_of(name, "test"), "test") for name in data.baselines}
+    with memory_errors():
+        standardize_head(forecaster.model, examples["train"], accelerator.device)
+        outcome = train(forecaster.model, examples["train"], examples["validation"], data.levels, settings, accelerator)
+        validation = forecaster.quantiles(examples["validation"], calibrated=False)
+        forecaster.spec = spec.with_calibration(fit_calibration(data.returns_of("validation"), validation, data.levels))
+        forecaster.model.eval()
+        quantiles = forecaster.quantiles(examples["test"])
+    scores = {name: data.score(baseline_on_test(data, name), "test") for name in data.baselines}
     scores["model"] = data.score(quantiles, "test")
     run = FittedRun(forecaster, data, outcome, scores, quantiles, settings.save_dir / WEIGHTS_NAME)
     if accelerator.is_main_process:
         save_run(run, settings, {split: sequences[split] for split in SPLITS})
     return run
+
+
+def with_enough_days(prices: Mapping[str, pd.DataFrame], least: int) -> dict[str, pd.DataFrame]:
+    """The tickers that have at least one day to learn from; the others are named and left out."""
+    short = [f"{name} ({len(frame)})" for name, frame in prices.items() if len(frame) < least]
+    if short and len(short) < len(prices):
+        warn(f"fewer than {least} rows, left out: {', '.join(short)}")
+    return {name: frame for name, frame in prices.items() if len(frame) >= least} or dict(prices)
+
+
+def check_writable(folder: Path) -> None:
+    """An unwritable ``--save_dir`` is found before training, not after it.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    try:
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+        if made:
+            folder.rmdir()  # a run that fails leaves nothing behind
+    except OSError as error:
+        raise UserError(f"cannot write into --save_dir {folder}: {error.strerror or error}") from None
+
+
+def baseline_on_test(data: ForecastData, name: str) -> np.ndarray:
+    """A baseline's test forecasts; the volatility-scaled ones calibrated on validation days, as the model is."""
+    quantiles = data.forecasts_of(name, "test")
+    if name not in SCALES:
+        return quantiles
+    fitted = fit_calibration(data.returns_of("validation"), data.forecasts_of(name, "validation"), data.levels)
+    return fitted.apply(quantiles, data.levels)
 
 
 def lora_targets(names: list[str]) -> str | list[str]:
@@ -138,13 +186,13 @@ def announce(
     examples: Mapping[str, list[Example]],
     settings: TrainLoraSettings,
     scale_kind: str,
-    tokens_per_day: float,
 ) -> None:
     """What is about to happen, before the first step."""
     parameters = list(forecaster.model.parameters())
     total = sum(parameter.numel() for parameter in parameters)
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     tokens = sum(len(example.encoded.input_ids) for example in examples["train"])
+    days_read = sum(len(example.encoded.sequence.days) for example in examples["train"])
     names = list(data.prices)
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     days = {split: sum(len(parts[split]) for parts in data.origins.values()) for split in SPLITS}
@@ -157,7 +205,7 @@ def announce(
                                f"{data.dates.test:%Y-%m-%d})"),
         ("base model", f"{spec.base_model['name']}, {dtype_name(forecaster)} on {forecaster.device.type}"),
         ("parameters", f"{total:,} total, {trainable:,} trainable ({100 * trainable / total:.2f}%)"),
-        ("prompt", f"{spec.prompt}, {tokens_per_day:.1f} tokens a day"),
+        ("prompt", f"{spec.prompt}, {tokens / days_read:.1f} tokens a day"),
         ("sequences", f"{len(examples['train']):,} of up to {spec.window_size + spec.targets_per_sequence - 1} days, "
                       f"{spec.targets_per_sequence} forecasts each; {tokens:,} tokens an epoch"),
         ("starts at", f"the random walk scaled by {scale_kind} volatility"),
@@ -193,7 +241,8 @@ def expected_memory_mb(forecaster: Forecaster, examples: list[Example], settings
     tokens = longest * min(settings.batch_size, len(examples))
     kept = tokens * (11 * hidden + 5 * inner) * width
     activations = kept + layers * tokens * hidden * width if settings.gradient_checkpointing else layers * kept
-    program = 850e6  # Python, torch and transformers themselves, measured
+    # Python, torch and transformers themselves, measured; a graphics card holds none of it.
+    program = 850e6 if forecaster.device.type == "cpu" else 0.0
     return (weights + state + activations + program) / 1e6
 
 
@@ -215,16 +264,19 @@ def save_run(run: FittedRun, settings: TrainLoraSettings, sequences: Mapping[str
         "test_scores": {name: scores.to_dict() for name, scores in run.test_scores.items()},
     }
     head = {name: tensor.detach().cpu().clone() for name, tensor in model.head.state_dict().items()}
+    # All three are whole before the first takes its name.
     with (
-        replacing(settings.save_dir / HISTORY_NAME) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as stream,
+        replacing(run.weights_path) as weights,
+        replacing(settings.save_dir / HISTORY_NAME) as history,
+        replacing(settings.save_dir / CURVE_NAME) as curve,
     ):
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(HISTORY_COLUMNS)
-        for row in run.outcome.history:
-            writer.writerow([_cell(row[name]) for name in HISTORY_COLUMNS])
-    plot_training_curve(run.outcome, settings.save_dir / CURVE_NAME)
-    save_weights(run.weights_path, WeightsFile(run.forecaster.spec, lora_state_dict(model.backbone), head, training))
+        save_weights(weights, WeightsFile(run.forecaster.spec, lora_state_dict(model.backbone), head, training))
+        with history.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(HISTORY_COLUMNS)
+            for row in run.outcome.history:
+                writer.writerow([_cell(row[name]) for name in HISTORY_COLUMNS])
+        plot_training_curve(run.outcome, curve)
 
 
 def _cell(value: float) -> str:
@@ -237,11 +289,14 @@ def report_run(run: FittedRun) -> None:
     if outcome.stopped:
         say(f"stopped: {outcome.stopped}")
     if outcome.best_epoch == 0:
-        say("training did not improve on the random walk; the weights are those of the start (epoch 0)")
+        say("training did not improve on its start, the scaled random walk: the weights are those of epoch 0")
     else:
         say(f"best epoch {outcome.best_epoch}: validation loss {outcome.best_ratio:.4f} of the random walk's")
     if outcome.steps:
-        say(f"{outcome.steps} steps, {outcome.targets_per_s:,.1f} days/s, peak memory {peak_memory_mb():,.0f} MB")
+        say(
+            f"{outcome.steps} steps, {outcome.targets_per_s:,.1f} days/s, peak memory "
+            f"{peak_memory_mb(run.forecaster.device.type):,.0f} MB"
+        )
     say(f"calibration: shrinkage {calibration['shrinkage']:.3f}, interval scale {calibration['interval_scale']:.3f}")
     say()
     print_scores(

@@ -13,14 +13,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from llm_model import StockForecaster, backbone_config, facts_of, load_backbone
+from llm_model import StockForecaster, backbone_config, facts_of, is_causal, load_backbone
 from lora import LoRAConfig, LoRAError, apply_lora, load_lora_state_dict
 from stocklora.base_models import check_model_folder, describe_model
 from stocklora.baselines import VolatilityScale
 from stocklora.calibration import Calibration
 from stocklora.checkpoints import ForecasterSpec, WeightsFile, load_weights
-from stocklora.console import UserError
+from stocklora.console import UserError, warn
 from stocklora.dataset import Example, make_examples
+from stocklora.devices import memory_errors
 from stocklora.predictions import prediction_rows
 from stocklora.prompts import DayEncoder, check_lengths
 from stocklora.training import predict
@@ -67,21 +68,33 @@ class Forecaster:
             UserError: a ticker with fewer days than the window needs.
         """
         window = self.spec.window_size
-        for name, frame in prices.items():
-            if len(frame) < window + 1:
-                raise UserError(
-                    f"{name} has {len(frame)} rows; a forecast needs {window + 1} (the {window} days of the window and "
-                    f"the close before them); download more days"
-                )
-        sequences = [
-            last_origin(name, len(frame), window, self.spec.targets_per_sequence) for name, frame in prices.items()
-        ]
-        quantiles = self.quantiles(self.examples(prices, sequences))
+        short = [f"{name} ({len(frame)})" for name, frame in prices.items() if len(frame) < window + 1]
+        known = {name: frame for name, frame in prices.items() if len(frame) >= window + 1}
+        if short:
+            message = (
+                f"a forecast needs {window + 1} rows (the {window} days of the window and the close before them); too "
+                f"few for {', '.join(short)}"
+            )
+            if not known:
+                raise UserError(f"{message}; download more days")
+            warn(f"{message}; left out")
+        quantiles = self.quantiles([self._last_example(name, frame) for name, frame in known.items()])
         return [
             row
-            for index, (name, frame) in enumerate(prices.items())
+            for index, (name, frame) in enumerate(known.items())
             for row in prediction_rows(name, frame, quantiles[index], self.levels)
         ]
+
+    def _last_example(self, name: str, frame: pd.DataFrame) -> Example:
+        """The last row as origin, with as much past as in training, less where wild days make long lines."""
+        targets = self.spec.targets_per_sequence
+        while True:
+            sequence = last_origin(name, len(frame), self.spec.window_size, targets)
+            (example,) = make_examples({name: frame}, [sequence], self.encoder, self.scale)
+            if targets == 1 or len(example.encoded.input_ids) <= self.context_tokens:
+                check_lengths([example.encoded], self.context_tokens)
+                return example
+            targets = max(1, targets - 5)
 
 
 def quiet_transformers() -> None:
@@ -134,13 +147,19 @@ def build_forecaster(
         backbone = load_backbone(model_path, dtype, spec.backbone_layers, trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise _unloadable(model_path, "weights", error) from None
+    if not is_causal(backbone):
+        raise UserError(
+            f"{model_path} is no causal language model: its forecasts would see the days after them; choose one that "
+            f"generates text, such as Qwen3, Llama or GPT-2"
+        )
     model = StockForecaster(backbone, torch.tensor(spec.table, dtype=torch.float64))
     try:
         apply_lora(model.backbone, LoRAConfig(**spec.lora))
     except LoRAError as error:
         raise UserError(str(error)) from None
     context = context_tokens_of(model_path, trust_remote_code)
-    return Forecaster(model.to(device), spec, encoder, device, context)
+    with memory_errors():
+        return Forecaster(model.to(device), spec, encoder, device, context)
 
 
 def load_forecaster(
@@ -170,6 +189,11 @@ def load_forecaster(
         forecaster.model.head.load_state_dict(content.head)
     except (LoRAError, RuntimeError) as error:
         raise UserError(f"{weights_path} does not fit {model_path}: {error}") from None
+    if trained_on["revision"] != given["revision"]:
+        warn(
+            f"{weights_path} was trained on revision {trained_on['revision']} of {trained_on['name']}, but "
+            f"{model_path} is {given['revision']}: the forecast may differ"
+        )
     forecaster.model.eval()
     return forecaster, content
 

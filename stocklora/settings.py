@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import difflib
 import json
 import math
@@ -171,6 +172,8 @@ def coerced(value: Any, settings_class: type, field: dataclasses.Field[Any], sou
                 item = math.inf  # refused below
         if kind is Path and isinstance(item, str):
             item = Path(item)
+        if kind is str and isinstance(item, datetime.date):
+            item = item.isoformat()  # YAML reads 2016-07-01 as a date
         # bool is a subclass of int: `epochs: true` must not pass for 1
         wrong_bool = isinstance(item, bool) and kind is not bool
         if isinstance(kind, type) and (wrong_bool or not isinstance(item, kind)):

@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from stocklora.checkpoints import plain, versions
+from stocklora.checkpoints import versions
 from stocklora.console import UserError, progress, say
 from stocklora.dataset import ForecastData, data_facts, prepare
 from stocklora.devices import choose_device
+from stocklora.files import plain
 from stocklora.machine import peak_memory_mb
 from stocklora.metrics import Scores
 from stocklora.predictions import prediction_rows

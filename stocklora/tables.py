@@ -48,8 +48,9 @@ def print_scores(scores: Mapping[str, Scores], title: str) -> None:
     rows = []
     for name, entry in scores.items():
         direction = "-" if entry.direction != entry.direction else f"{entry.direction:.1f}"
+        relative = f"{entry.mae / base.mae:.4f}" if base.mae else "-"
         rows.append((
-            FORECASTERS.get(name, name), f"{entry.mae:.4g}", f"{entry.mae / base.mae:.4f}", f"{entry.rmse:.4g}",
+            FORECASTERS.get(name, name), f"{entry.mae:.4g}", relative, f"{entry.rmse:.4g}",
             f"{entry.mape:.3f}", direction, f"{entry.pinball_bp:.2f}", f"{entry.coverage_80:.1f}",
         ))  # fmt: skip
     print_table(title, header, rows)

@@ -99,7 +99,7 @@ def predict(
         with torch.inference_mode():
             for group in _by_tokens(examples, tokens_per_batch):
                 batch = collate(group).to(device)
-                quantiles = model(batch.input_ids, batch.origin_tokens, batch.scale).double().cpu().numpy()
+                quantiles = model(batch.input_ids, batch.origin_tokens, batch.scale).cpu().double().numpy()
                 results += [quantiles[row, : len(example.scale)] for row, example in enumerate(group)]
     finally:
         model.train(was_training)
@@ -180,7 +180,9 @@ def train(
     optimizer = torch.optim.AdamW(
         [
             {"params": list(lora_parameters(model.backbone)), "lr": settings.learning_rate},
-            {"params": list(model.head.parameters()), "lr": settings.head_learning_rate},
+            {"params": [model.head.linear.weight], "lr": settings.head_learning_rate},
+            # The bias holds the starting quantiles: decay would pull them toward quantiles of nothing.
+            {"params": [model.head.linear.bias], "lr": settings.head_learning_rate, "weight_decay": 0.0},
         ],
         weight_decay=settings.weight_decay,
     )

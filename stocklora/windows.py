@@ -89,6 +89,7 @@ def choose_split_dates(
     validation_at = len(calendar) - round(len(calendar) * (validation_fraction + test_fraction))
     test_at = len(calendar) - round(len(calendar) * test_fraction)
     test = _as_date(test_from, "--test_from") if test_from else calendar[min(test_at, len(calendar) - 1)]
+    validation_at = min(validation_at, len(calendar) - 2)
     validation = _as_date(validation_from, "--validation_from") if validation_from else calendar[validation_at]
     if not calendar[0] < validation < test <= calendar[-1]:
         raise UserError(
@@ -101,7 +102,7 @@ def choose_split_dates(
 
 def _as_date(text: str, flag: str) -> pd.Timestamp:
     try:
-        return pd.Timestamp(text).normalize()
+        return pd.Timestamp(text).tz_localize(None).normalize()
     except ValueError:
         raise UserError(f"{flag} {text!r} is not a date; write it as 2016-07-01") from None
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_model import QuantileHead, StockForecaster, backbone_config, facts_of, load_backbone, pinball_sum
+from llm_model import QuantileHead, StockForecaster, backbone_config, facts_of, is_causal, load_backbone, pinball_sum
 from stocklora.metrics import QUANTILE_LEVELS, pinball_loss
 
 FAMILIES = ["qwen3", "llama", "gpt2"]
@@ -91,7 +91,8 @@ def test_the_first_layers_alone_are_the_full_models_first_layers(tiny_models, fa
     ids = torch.randint(0, 200, (1, 20))
     states = full(input_ids=ids, output_hidden_states=True).hidden_states
     halfway = half(input_ids=ids, output_hidden_states=True).hidden_states
-    assert torch.equal(halfway[0], states[0])
+    norm = full.ln_f if family == "gpt2" else full.norm
+    torch.testing.assert_close(halfway[-1], norm(states[1]))
     assert sum(p.numel() for p in half.parameters()) < sum(p.numel() for p in full.parameters())
     with pytest.raises(ValueError, match="has 2 layers"):
         load_backbone(tiny_models[family], torch.float32, 3)
@@ -100,6 +101,17 @@ def test_the_first_layers_alone_are_the_full_models_first_layers(tiny_models, fa
 def test_facts_come_from_the_configuration_alone(tiny_models):
     facts = facts_of(backbone_config(tiny_models["gpt2"]))
     assert (facts.hidden_size, facts.layers, facts.context_tokens) == (32, 2, 1024)
+
+
+def test_an_encoder_that_sees_the_future_is_told_apart(tiny_models):
+    from transformers import BertConfig, BertModel
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    assert not is_causal(BertModel(BertConfig(**shape, vocab_size=284)))
+    for folder in tiny_models.values():
+        for dtype in (torch.float32, torch.bfloat16):
+            assert is_causal(load_backbone(folder, dtype))
 
 
 def test_the_frozen_base_has_no_dropout(tiny_models):

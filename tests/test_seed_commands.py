@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import REPO_ROOT, RunScript
-from hub_server import serving_hub
+from hub_server import COMMIT, serving_hub
 from yahoo_server import Stock, YahooServer, made_up_bars
 
 from stocklora.sessions import sessions_between
@@ -47,7 +47,7 @@ def user(tmp_path_factory, run_script: RunScript, tiny_models):
     with serving_hub() as hub:
         for name, family in (("gpt2-medium", "gpt2"), ("Qwen/Qwen3-0.6B", "qwen3")):
             files = {path.name: path.read_bytes() for path in tiny_models[family].iterdir() if path.is_file()}
-            hub.models[name] = {"main": files}
+            hub.models[name] = {COMMIT: files}
         env = {
             "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / ".home"), "HF_TOKEN": "",
             "NO_PROXY": "127.0.0.1", "STOCKLORA_YAHOO_URL": yahoo.url, "STOCKLORA_CACHE": str(folder / ".cache"),
