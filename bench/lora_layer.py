@@ -143,7 +143,9 @@ def work(args: argparse.Namespace) -> None:
     import torch
 
     import lora
+    from stocklora.machine import keep_freed_memory
 
+    keep_freed_memory()  # on both sides, as train_lora.py does: else the system clears pages for every step
     if args.threads:
         torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
