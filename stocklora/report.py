@@ -132,7 +132,12 @@ def plot_forecast(
 
 
 def _legend(axis: Any, columns: int = 1) -> None:
+    """Intervals first, whatever order they were drawn in."""
+    handles, labels = axis.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda index: "interval" not in labels[index])
     axis.legend(
+        [handles[index] for index in order],
+        [labels[index] for index in order],
         loc="upper left",
         fontsize=9,
         labelcolor=INK,
