@@ -37,6 +37,7 @@ def test_peak_memory_grows_with_what_is_used_and_stays() -> None:
     block = np.ones(50_000_000)  # 400 MB, touched
     during = peak_memory_mb()
     del block
-    assert during > psutil.Process().memory_info().rss / 1e6
+    # The system counts the two in batches of pages, so they may differ by a little.
+    assert during > 0.99 * psutil.Process().memory_info().rss / 1e6
     assert during >= min(before + 300, 400)
     assert peak_memory_mb() >= during
