@@ -240,7 +240,9 @@ def expected_memory_mb(forecaster: Forecaster, examples: list[Example], settings
     longest = max(len(example.encoded.input_ids) for example in examples)
     tokens = longest * min(settings.batch_size, len(examples))
     kept = tokens * (11 * hidden + 5 * inner) * width
-    activations = kept + layers * tokens * hidden * width if settings.gradient_checkpointing else layers * kept
+    # Checkpointing keeps each layer's input, and in turn one layer's activations and their gradients.
+    recomputed = 3 * kept + layers * tokens * hidden * width
+    activations = recomputed if settings.gradient_checkpointing else layers * kept
     # Python, torch and transformers themselves, measured; a graphics card holds none of it.
     program = 850e6 if forecaster.device.type == "cpu" else 0.0
     return (weights + state + activations + program) / 1e6

@@ -135,12 +135,14 @@ def fit_targets_per_sequence(
     """The most targets whose sequence stays inside the model's context and the token budget.
 
     Args:
+        token_budget: tokens of a sequence; stretched to two windows where it is less.
         available: targets there are; more would only pad.
 
     Raises:
         UserError: even one window does not fit the model's context.
     """
-    longest = min(context_tokens, max(token_budget, _tokens(window_size, tokens_per_day)))
+    # Below two windows a sequence is mostly context: long lines are worth a longer sequence.
+    longest = min(context_tokens, max(token_budget, 2 * _tokens(window_size, tokens_per_day)))
     if _tokens(window_size, tokens_per_day) > context_tokens:
         raise UserError(
             f"a window of {window_size} days is about {_tokens(window_size, tokens_per_day)} tokens, more than the "

@@ -82,8 +82,9 @@ def test_targets_fit_themselves_to_budget_context_and_data():
     assert fit_targets_per_sequence(17.0, 30, 8192, 1400, 1000) == 74 - 30 + 1
     assert fit_targets_per_sequence(17.0, 30, 1024, 1400, 1000) == 54 - 30 + 1
     assert fit_targets_per_sequence(17.0, 30, 8192, 1400, 10) == 10
-    # A budget below one window is stretched to that window, never cut.
-    assert fit_targets_per_sequence(45.0, 30, 8192, 512, 1000) == 1
+    # A budget below two windows is stretched to them; the model's context is not.
+    assert fit_targets_per_sequence(45.0, 30, 8192, 512, 1000) == 31
+    assert fit_targets_per_sequence(45.0, 30, 1500, 512, 1000) == 1
 
 
 def test_a_window_beyond_the_context_is_an_error_that_names_the_flags():
