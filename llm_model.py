@@ -179,20 +179,17 @@ def hidden_size_of(config: Any) -> int:
 
 
 def load_backbone(
-    model_path: Path, dtype: torch.dtype, layers: int | None = None, trust_remote_code: bool = False, **options: Any
+    model_path: Path, dtype: torch.dtype, layers: int | None = None, trust_remote_code: bool = False
 ) -> nn.Module:
     """The base model without its vocabulary head, frozen, without dropout of its own.
 
     Args:
         layers: use only the first so many layers.
-        options: passed to ``AutoModel.from_pretrained``, such as ``quantization_config``.
     """
     from transformers import AutoModel
 
     config = backbone_config(model_path, layers, trust_remote_code)
-    backbone = AutoModel.from_pretrained(
-        model_path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, **options
-    )
+    backbone = AutoModel.from_pretrained(model_path, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
     return backbone.requires_grad_(False)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from stocklora.base_models import check_model_folder, describe_model
-from stocklora.baselines import SCALES
+from stocklora.baselines import SCALES, VolatilityScale
 from stocklora.calibration import fit_calibration
 from stocklora.checkpoints import ForecasterSpec, WeightsFile, save_weights, versions
 from stocklora.console import UserError, say, warn
@@ -24,11 +24,11 @@ from stocklora.forecasting import Forecaster, build_forecaster, context_tokens_o
 from stocklora.machine import keep_freed_memory, peak_memory_mb
 from stocklora.metrics import Scores
 from stocklora.options import TrainLoraSettings
-from stocklora.prompts import check_lengths, fit_targets_per_sequence
+from stocklora.prompts import DayEncoder, check_lengths, fit_targets_per_sequence
 from stocklora.quality import short_form
 from stocklora.tables import print_scores
 from stocklora.training import HISTORY_COLUMNS, TrainingOutcome, standardize_head, train
-from stocklora.windows import SPLITS
+from stocklora.windows import SPLITS, DaySequence
 
 WEIGHTS_NAME = "best_lora_weights.pth"
 HISTORY_NAME = "training_history.csv"
@@ -70,24 +70,10 @@ def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings) -> Fitt
     )  # fmt: skip
     scale_kind = data.better_scale() if settings.scale == "auto" else settings.scale
     encoder = load_encoder(settings.model_path, settings.prompt, settings.trust_remote_code)
-    context = context_tokens_of(settings.model_path, settings.trust_remote_code)
     start = data.baselines[scale_kind]
     assert start.scale is not None
-    tokens_per_day = max(encoder.tokens_per_day(frame) for frame in prices.values())
-    targets_per_sequence = settings.targets_per_sequence or fit_targets_per_sequence(
-        tokens_per_day, settings.window_size, context, settings.max_tokens_per_sequence,
-        available=max(len(parts["train"]) for parts in data.origins.values()),
-    )  # fmt: skip
-    while True:
-        sequences = {split: data.sequences(split, targets_per_sequence) for split in SPLITS}
-        examples = {split: make_examples(prices, sequences[split], encoder, start.scale) for split in SPLITS}
-        encoded = [example.encoded for part in examples.values() for example in part]
-        longest = max(len(item.input_ids) for item in encoded)
-        if settings.targets_per_sequence or targets_per_sequence == 1 or longest <= context:
-            break
-        # Wild days write longer lines than the recent ones that the estimate was made from.
-        targets_per_sequence = max(1, int(0.95 * targets_per_sequence * context / longest))
-    check_lengths(encoded, context)
+    context = context_tokens_of(settings.model_path, settings.trust_remote_code)
+    targets_per_sequence, sequences, examples = encode_splits(data, settings, encoder, start.scale, context)
 
     set_seed(settings.seed)
     device = choose_device(settings.device)
@@ -137,6 +123,33 @@ def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings) -> Fitt
     if accelerator.is_main_process:
         save_run(run, settings, {split: sequences[split] for split in SPLITS})
     return run
+
+
+def encode_splits(
+    data: ForecastData, settings: TrainLoraSettings, encoder: DayEncoder, scale: VolatilityScale, context_tokens: int
+) -> tuple[int, dict[str, list[DaySequence]], dict[str, list[Example]]]:
+    """Targets a sequence (fitted unless set), and each split's sequences and examples.
+
+    Raises:
+        UserError: a sequence that the base model's context cannot hold.
+    """
+    targets = settings.targets_per_sequence or fit_targets_per_sequence(
+        max(encoder.tokens_per_day(frame) for frame in data.prices.values()),
+        data.window_size,
+        context_tokens,
+        settings.max_tokens_per_sequence,
+        available=max(len(parts["train"]) for parts in data.origins.values()),
+    )
+    while True:
+        sequences = {split: data.sequences(split, targets) for split in SPLITS}
+        examples = {split: make_examples(data.prices, sequences[split], encoder, scale) for split in SPLITS}
+        encoded = [example.encoded for part in examples.values() for example in part]
+        longest = max(len(item.input_ids) for item in encoded)
+        if settings.targets_per_sequence or targets == 1 or longest <= context_tokens:
+            check_lengths(encoded, context_tokens)
+            return targets, sequences, examples
+        # Wild days write longer lines than the recent ones that the estimate was made from.
+        targets = max(1, int(0.95 * targets * context_tokens / longest))
 
 
 def with_enough_days(prices: Mapping[str, pd.DataFrame], least: int) -> dict[str, pd.DataFrame]:

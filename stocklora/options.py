@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from stocklora.console import UserError
 from stocklora.settings import setting
@@ -108,21 +109,15 @@ class TrainLoraSettings:
             "patience",
             "backbone_layers",
         )
-        if self.epochs < 0:
-            raise UserError(f"--epochs must be 0 or more, got {self.epochs}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise UserError(f"--lora_dropout must be at least 0 and below 1, got {self.lora_dropout}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed must be from 0 to {2**32 - 1}, got {self.seed}")
-        for name in ("validation_fraction", "test_fraction"):
-            if not 0.0 < getattr(self, name) < 0.5:
-                raise UserError(f"--{name} must be between 0 and 0.5, got {getattr(self, name)}")
         if not 0.0 <= self.warmup_ratio <= 1.0:
             raise UserError(f"--warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
         if not self.weight_decay >= 0.0:
             raise UserError(f"--weight_decay must be 0 or more, got {self.weight_decay}")
-        if self.window_size < 2:
-            raise UserError(f"--window_size must be at least 2, got {self.window_size}")
+        check_run(self)
 
 
 @dataclass(frozen=True)
@@ -176,6 +171,32 @@ class QuickStartSettings:
     seed: int = setting(42, "seed of everything random", section="demo")
     device: str = setting("auto", "where to compute", choices=DEVICES, section="demo")
     output_dir: Path = setting(Path("demo"), "folder for everything it makes", section="demo", metavar="FOLDER")
+
+
+class RunSettings(Protocol):
+    """What ``check_run`` reads."""
+
+    @property
+    def window_size(self) -> int: ...
+
+    @property
+    def epochs(self) -> int: ...
+
+
+def check_run(settings: RunSettings) -> None:
+    """The limits that every training script's settings share.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    window_size, epochs = settings.window_size, settings.epochs
+    if window_size < 2:
+        raise UserError(f"--window_size must be at least 2, got {window_size}")
+    if epochs < 0:
+        raise UserError(f"--epochs must be 0 or more, got {epochs}")
+    for name in ("validation_fraction", "test_fraction"):
+        if not 0.0 < getattr(settings, name) < 0.5:
+            raise UserError(f"--{name} must be between 0 and 0.5, got {getattr(settings, name)}")
 
 
 def check_positive(settings: object, *names: str) -> None:

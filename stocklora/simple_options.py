@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stocklora.console import UserError
-from stocklora.options import DEVICES, check_positive
+from stocklora.options import DEVICES, check_positive, check_run
 from stocklora.settings import setting
 
 HORIZON = 3  # closes that framework.py forecasts
@@ -47,13 +47,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         check_positive(self, "window_size", "batch_size", "learning_rate", "patience")
-        if self.window_size < 2:
-            raise UserError(f"--window_size must be at least 2, got {self.window_size}")
-        if self.epochs < 0:
-            raise UserError(f"--epochs must be 0 or more, got {self.epochs}")
-        for name in ("validation_fraction", "test_fraction"):
-            if not 0.0 < getattr(self, name) < 0.5:
-                raise UserError(f"--{name} must be between 0 and 0.5, got {getattr(self, name)}")
+        check_run(self)
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be between 0 and 2^63 - 1, got {self.seed}")
 

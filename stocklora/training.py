@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,6 +161,89 @@ def accumulate_gradients(
     return loss_sum * accelerator.num_processes / total_targets
 
 
+class NotFiniteError(Exception):
+    """A loss, gradient or forecast that is no number any more; the message says when."""
+
+
+class Optimization:
+    """Model, optimizer and learning-rate schedule, moved an epoch at a time.
+
+    Attributes:
+        steps: optimizer steps taken so far.
+        total_steps: steps of the whole run if nothing stops it.
+    """
+
+    def __init__(
+        self,
+        model: StockForecaster,
+        training: Sequence[Example],
+        levels: np.ndarray,
+        settings: TrainLoraSettings,
+        accelerator: Any,
+    ) -> None:
+        from transformers import get_cosine_schedule_with_warmup
+
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": list(lora_parameters(model.backbone)), "lr": settings.learning_rate},
+                {"params": [model.head.linear.weight], "lr": settings.head_learning_rate},
+                # The bias holds the starting quantiles: decay would pull them toward quantiles of nothing.
+                {"params": [model.head.linear.bias], "lr": settings.head_learning_rate, "weight_decay": 0.0},
+            ],
+            weight_decay=settings.weight_decay,
+        )
+        self.settings, self.accelerator, self.training = settings, accelerator, training
+        self.per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
+        self.steps = 0
+        self.total_steps = math.ceil(len(training) / self.per_step) * settings.epochs
+        warmup = int(settings.warmup_ratio * self.total_steps)
+        self.schedule = get_cosine_schedule_with_warmup(optimizer, warmup, self.total_steps)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.levels = torch.tensor(levels, dtype=torch.float32, device=accelerator.device)
+
+    @property
+    def learning_rate(self) -> float:
+        """The adapters' learning rate now."""
+        return float(self.schedule.get_last_lr()[0])
+
+    def epoch(self, number: int, on_step: Callable[[float, int], None]) -> float:
+        """One pass over the training sequences, in an order of the seed and the epoch's own.
+
+        Args:
+            on_step: called after each step with its loss and how many targets it had.
+
+        Returns:
+            The mean loss of the steps, in units of the scale.
+
+        Raises:
+            NotFiniteError: before the step that would have spoiled the weights.
+        """
+        self.model.train()
+        order = np.random.default_rng([self.settings.seed, number]).permutation(len(self.training))
+        losses = []
+        for first in range(0, len(order), self.per_step):
+            group = order[first : first + self.per_step]
+            targets = sum(len(self.training[index].scale) for index in group)
+            losses.append(self.step(group, targets))
+            on_step(losses[-1], targets)
+        return float(np.mean(losses))
+
+    def step(self, group: np.ndarray, targets: int) -> float:
+        """One optimizer step over the sequences in ``group``, of which this process takes its share."""
+        mine = group[self.accelerator.process_index :: self.accelerator.num_processes]
+        size = self.settings.batch_size
+        micro = [collate([self.training[index] for index in mine[at : at + size]]) for at in range(0, len(mine), size)]
+        loss = accumulate_gradients(self.model, micro, self.levels, self.accelerator, targets)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        if not (math.isfinite(loss) and (norm is None or math.isfinite(float(norm)))):
+            raise NotFiniteError(f"the loss was no longer finite at step {self.steps + 1}")
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return loss
+
+
 def train(
     model: StockForecaster,
     training: Sequence[Example],
@@ -174,108 +257,82 @@ def train(
     Epoch 0 is the untrained model. Training stops after ``patience`` epochs without a better validation
     loss, on a loss that is not finite (the best weights so far are kept), and on Ctrl-C (likewise).
     """
-    from transformers import get_cosine_schedule_with_warmup
-
-    device = accelerator.device
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": list(lora_parameters(model.backbone)), "lr": settings.learning_rate},
-            {"params": [model.head.linear.weight], "lr": settings.head_learning_rate},
-            # The bias holds the starting quantiles: decay would pull them toward quantiles of nothing.
-            {"params": [model.head.linear.bias], "lr": settings.head_learning_rate, "weight_decay": 0.0},
-        ],
-        weight_decay=settings.weight_decay,
-    )
-    per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
-    steps_per_epoch = math.ceil(len(training) / per_step)
-    total_steps = steps_per_epoch * settings.epochs
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(settings.warmup_ratio * total_steps), total_steps)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    level_tensor = torch.tensor(levels, dtype=torch.float32, device=device)
+    optimization = Optimization(model, training, levels, settings, accelerator)
     validation_returns = np.concatenate([example.returns for example in validation])
+    targets_per_epoch = sum(len(example.scale) for example in training)
 
-    def validation_pinball_bp() -> float:
-        quantiles = predict(model, validation, device)
-        return BASIS_POINTS * float(pinball_loss(validation_returns, quantiles, levels).mean())
+    def validation_bp() -> float:
+        quantiles = predict(model, validation, accelerator.device)
+        loss = BASIS_POINTS * float(pinball_loss(validation_returns, quantiles, levels).mean())
+        if not math.isfinite(loss):
+            raise NotFiniteError(f"forecasts were no longer finite after step {optimization.steps}")
+        return loss
 
-    start_bp = validation_pinball_bp()
+    start_bp = validation_bp()
     history = [_history_row(0, 0, math.nan, start_bp, start_bp, 0.0, 0.0, math.nan)]
     best_epoch, best_bp, best_state = 0, start_bp, _snapshot(model)
     stopped: str | None = None
-    step, trained_targets, started, training_s = 0, 0, time.perf_counter(), 0.0
-    columns = (
-        "loss {task.fields[loss]}",
-        "validation {task.fields[ratio]} of the random walk",
-        "{task.fields[rate]} days/s",
-    )
+    started, training_s = time.perf_counter(), 0.0
     try:
-        with progress(*columns) as bar:
-            task = bar.add_task("training", total=max(total_steps, 1), loss="-", ratio="1.0000", rate="-")
+        with _training_progress(optimization.total_steps) as show:
             for epoch in range(1, settings.epochs + 1):
-                model.train()
-                order = np.random.default_rng([settings.seed, epoch]).permutation(len(training))
-                losses = []
-                epoch_targets, epoch_started = 0, time.perf_counter()
-                for first in range(0, len(order), per_step):
-                    group = order[first : first + per_step]
-                    mine = group[accelerator.process_index :: accelerator.num_processes]
-                    micro = [
-                        collate([training[index] for index in mine[at : at + settings.batch_size]])
-                        for at in range(0, len(mine), settings.batch_size)
-                    ]
-                    targets = sum(len(training[index].scale) for index in group)
-                    loss = accumulate_gradients(wrapped, micro, level_tensor, accelerator, targets)
-                    norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_grad_norm)
-                    if not (math.isfinite(loss) and (norm is None or math.isfinite(float(norm)))):
-                        stopped = f"the loss was no longer finite at step {step + 1}; lower --learning_rate"
-                        break
-                    optimizer.step()
-                    schedule.step()
-                    optimizer.zero_grad(set_to_none=True)
-                    step += 1
-                    losses.append(loss)
-                    epoch_targets += targets
-                    rate = epoch_targets / (time.perf_counter() - epoch_started)
-                    bar.update(task, advance=1, loss=f"{loss:.4f}", rate=f"{rate:,.1f}")
-                if stopped:
-                    break
+                epoch_started = time.perf_counter()
+                loss = optimization.epoch(epoch, show.step)
                 epoch_s = time.perf_counter() - epoch_started
-                trained_targets += epoch_targets
                 training_s += epoch_s
-                bp = validation_pinball_bp()
-                if not math.isfinite(bp):
-                    stopped = f"forecasts were no longer finite after epoch {epoch}; lower --learning_rate"
-                    break
+                bp = validation_bp()
+                rate, elapsed_s = targets_per_epoch / epoch_s, time.perf_counter() - started
                 history.append(
                     _history_row(
-                        epoch,
-                        step,
-                        float(np.mean(losses)),
-                        bp,
-                        start_bp,
-                        schedule.get_last_lr()[0],
-                        time.perf_counter() - started,
-                        epoch_targets / epoch_s,
+                        epoch, optimization.steps, loss, bp, start_bp, optimization.learning_rate, elapsed_s, rate
                     )
                 )
-                bar.update(task, ratio=f"{bp / start_bp:.4f}")
-                line = (
-                    f"epoch {epoch}/{settings.epochs}: loss {np.mean(losses):.4f}, validation {bp / start_bp:.4f} of "
-                    f"the random walk, {epoch_targets / epoch_s:,.1f} days/s"
-                )
-                # A log has no bar; in a terminal the line goes above it.
-                say(line) if bar.disable else bar.console.print(line, highlight=False)
+                show.epoch(f"epoch {epoch}/{settings.epochs}", loss, bp / start_bp, rate)
                 if bp < best_bp:
                     best_epoch, best_bp, best_state = epoch, bp, _snapshot(model)
                 elif epoch - best_epoch >= settings.patience:
                     stopped = f"no better validation loss for {settings.patience} epochs"
                     break
+    except NotFiniteError as error:
+        stopped = f"{error}; lower --learning_rate"
     except KeyboardInterrupt:
         stopped = "interrupted"
         warn(f"interrupted: keeping the weights of epoch {best_epoch}; press Ctrl-C again to leave without saving")
     _restore(model, best_state)
-    rate = trained_targets / training_s if training_s else math.nan
-    return TrainingOutcome(history, best_epoch, stopped, step, rate)
+    finished = len(history) - 1
+    rate = finished * targets_per_epoch / training_s if finished else math.nan
+    return TrainingOutcome(history, best_epoch, stopped, optimization.steps, rate)
+
+
+class _TrainingDisplay:
+    """The bar's fields, and a line for each epoch: above the bar in a terminal, alone in a log."""
+
+    def __init__(self, bar: Any, total_steps: int) -> None:
+        self.bar = bar
+        self.task = bar.add_task("training", total=max(total_steps, 1), loss="-", ratio="1.0000", rate="-")
+        self.targets, self.since = 0, time.perf_counter()
+
+    def step(self, loss: float, targets: int) -> None:
+        self.targets += targets
+        rate = self.targets / (time.perf_counter() - self.since)
+        self.bar.update(self.task, advance=1, loss=f"{loss:.4f}", rate=f"{rate:,.1f}")
+
+    def epoch(self, name: str, loss: float, ratio: float, rate: float) -> None:
+        self.bar.update(self.task, ratio=f"{ratio:.4f}")
+        line = f"{name}: loss {loss:.4f}, validation {ratio:.4f} of the random walk, {rate:,.1f} days/s"
+        say(line) if self.bar.disable else self.bar.console.print(line, highlight=False)
+        self.targets, self.since = 0, time.perf_counter()
+
+
+@contextlib.contextmanager
+def _training_progress(total_steps: int) -> Iterator[_TrainingDisplay]:
+    columns = (
+        "loss {task.fields[loss]}",
+        "validation {task.fields[ratio]} of the random walk",
+        "{task.fields[rate]} days/s",
+    )
+    with progress(*columns) as bar:
+        yield _TrainingDisplay(bar, total_steps)
 
 
 def _history_row(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Workers share the cores: one thread each beats all of them fighting. Set before torch is imported.
@@ -20,6 +20,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
+from yahoo_server import YahooServer
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 
@@ -119,6 +120,14 @@ def sample_csv(shared_folder: Path) -> Path:
             )
             assert result.returncode == 0, result.stderr
     return path
+
+
+@pytest.fixture
+def server() -> Iterator[YahooServer]:
+    """A local server that speaks Yahoo's protocol."""
+    running = YahooServer().start()
+    yield running
+    running.stop()
 
 
 @pytest.fixture

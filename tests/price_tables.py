@@ -22,3 +22,14 @@ def random_prices(rows: int = 300, seed: int = 0, start: str = "2020-01-01", vol
         },
         index=pd.bdate_range(start, periods=rows, name="Date"),
     )
+
+
+def planted_trend(rows: int) -> pd.DataFrame:
+    """Runs of ups and downs, ten days long on average: no random walk, since today's sign tells tomorrow's."""
+    draw = np.random.default_rng(0)
+    signs = np.cumprod(np.where(draw.random(rows) < 0.1, -1.0, 1.0))
+    close = 50 * np.exp(np.cumsum(0.01 * (0.8 * signs + 0.5 * draw.standard_normal(rows))))
+    frame = random_prices(rows)
+    frame["Close"], frame["Open"] = close, close
+    frame["High"], frame["Low"] = close * 1.001, close / 1.001
+    return frame

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +24,6 @@ QUICK = ("--retry_wait_s", "0.05")
 
 def past_sessions(years: int = 2, skip: int = 2) -> pd.DatetimeIndex:
     return sessions_between("AAPL", TODAY - pd.DateOffset(years=years), TODAY - pd.Timedelta(days=skip))
-
-
-@pytest.fixture
-def server() -> Iterator[YahooServer]:
-    running = YahooServer().start()
-    yield running
-    running.stop()
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-from price_tables import random_prices
+from price_tables import planted_trend
 
 from stocklora.fitting import fit
 from stocklora.options import TrainLoraSettings
@@ -13,18 +12,11 @@ pytestmark = pytest.mark.slow
 
 
 def test_smollm2_starts_at_the_random_walk_and_finds_a_planted_trend(smollm2, tmp_path):
-    # Runs of ups and downs, ten days on average: today's sign tells tomorrow's.
-    draw = np.random.default_rng(0)
-    signs = np.cumprod(np.where(draw.random(500) < 0.1, -1.0, 1.0))
-    close = 50 * np.exp(np.cumsum(0.01 * (0.8 * signs + 0.5 * draw.standard_normal(500))))
-    frame = random_prices(500)
-    frame["Close"], frame["Open"] = close, close
-    frame["High"], frame["Low"] = close * 1.001, close / 1.001
     settings = TrainLoraSettings(
         model_path=smollm2, backbone_layers=3, epochs=3, batch_size=1, horizon=1, scale="ewma", device="cpu",
         learning_rate=1e-3, head_learning_rate=1e-3, save_dir=tmp_path,
     )  # fmt: skip
-    run = fit({"X": frame}, settings)
+    run = fit({"X": planted_trend(500)}, settings)
     assert run.forecaster.spec.base_model["name"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert run.outcome.best_ratio < 0.9
     assert run.test_scores["model"].pinball_bp < 0.9 * run.test_scores["ewma"].pinball_bp

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from price_tables import random_prices
+from price_tables import planted_trend, random_prices
 
 import stocklora.training as training
 from lora import lora_parameters
@@ -72,15 +72,8 @@ def test_a_model_that_only_gets_worse_ends_as_the_random_walk(prices, settings):
 
 
 def test_it_learns_when_there_is_something_to_learn(settings):
-    # Ups and downs come in runs of ten days on average: no random walk, and the day's line says which it is.
-    draw = np.random.default_rng(0)
-    signs = np.cumprod(np.where(draw.random(600) < 0.1, -1.0, 1.0))
-    close = 50 * np.exp(np.cumsum(0.01 * (0.8 * signs + 0.5 * draw.standard_normal(600))))
-    frame = random_prices(600)
-    frame["Close"], frame["Open"] = close, close
-    frame["High"], frame["Low"] = close * 1.001, close / 1.001
     changes = {"epochs": 7, "horizon": 1, "batch_size": 1, "learning_rate": 3e-3, "head_learning_rate": 3e-4}
-    run = fit({"X": frame}, changed(settings, targets_per_sequence=40, scale="ewma", **changes))
+    run = fit({"X": planted_trend(600)}, changed(settings, targets_per_sequence=40, scale="ewma", **changes))
     assert run.outcome.best_ratio < 0.92
     assert run.test_scores["model"].pinball_bp < 0.92 * run.test_scores["ewma"].pinball_bp
     assert run.test_scores["model"].mae < 0.98 * run.test_scores["naive"].mae

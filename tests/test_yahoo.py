@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +22,6 @@ UTC = dt.UTC
 def past_sessions(ticker: str, years: int = 1) -> pd.DatetimeIndex:
     """Sessions up to the day before yesterday: over in every time zone."""
     return sessions_between(ticker, TODAY - pd.DateOffset(years=years), TODAY - pd.Timedelta(days=2))
-
-
-@pytest.fixture
-def server() -> Iterator[YahooServer]:
-    running = YahooServer().start()
-    yield running
-    running.stop()
 
 
 @pytest.fixture
