@@ -3,11 +3,12 @@
 The backbone reads days as tokens; at the last token of each day to forecast from, the head turns the
 hidden state into quantiles of the log return over the next 1..horizon days::
 
-    q = scale * z(h),    z(h) = table + (what the head has learned)
+    q = location(h) + scale * z(h),    z(h) = table + (what the head has learned)
 
-``scale`` is the return's usual size, known at the origin. ``table`` holds the training set's empirical
-quantiles of the scaled return. The head's weight starts at zero, so the untrained model forecasts
-exactly ``scale * table``: the volatility-scaled random walk, from which training has to earn its way.
+``scale`` is the return's usual size, known at the origin; ``location`` is zero or the drift. ``table`` holds
+the training set's empirical quantiles of the scaled return. The head's weight starts at zero, so the
+untrained model forecasts exactly ``location + scale * table``: the volatility-scaled random walk, from which
+training has to earn its way.
 
 Leaf module: it knows torch, transformers and ``lora``; nothing of prices or files.
 """
@@ -91,12 +92,15 @@ class StockForecaster(nn.Module):
     Args:
         backbone: what ``AutoModel`` gives: ids -> ``last_hidden_state``.
         table: (horizon, levels) starting quantiles of the scaled return.
+        location: (horizon,) log return that they stand around; default 0.
     """
 
-    def __init__(self, backbone: nn.Module, table: Tensor) -> None:
+    def __init__(self, backbone: nn.Module, table: Tensor, location: Tensor | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = QuantileHead(hidden_size_of(backbone.config), table)
+        self.register_buffer("location", torch.zeros(len(table)) if location is None else location.float())
+        self.location: Tensor
 
     def forward(self, input_ids: Tensor, origin_tokens: Tensor, scale: Tensor) -> Tensor:
         """Quantiles of the log return at every origin.
@@ -112,7 +116,8 @@ class StockForecaster(nn.Module):
         Returns:
             (batch, targets, horizon, levels) float32.
         """
-        return self.head(self.hidden_at(input_ids, origin_tokens)) * scale[..., None].float()
+        scaled = self.head(self.hidden_at(input_ids, origin_tokens)) * scale[..., None].float()
+        return self.location[:, None] + scaled
 
     def hidden_at(self, input_ids: Tensor, origin_tokens: Tensor) -> Tensor:
         """(batch, targets, hidden) hidden states at the origins' last tokens."""

@@ -16,7 +16,7 @@ from scipy.optimize import minimize_scalar
 
 from stocklora.metrics import median_index, pinball_loss
 
-PENALTY_DAYS = 10.0
+PENALTY_DAYS = 100.0
 
 
 @dataclass(frozen=True)

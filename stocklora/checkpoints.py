@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import platform
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ class ForecasterSpec:
         base_model: name, source and configuration hash of the base model's folder.
         lora: fields of ``lora.LoRAConfig``.
         table: (horizon, levels) starting quantiles.
-        scale: ``baselines.VolatilityScale.to_dict()``.
+        scale: ``volatility.VolatilityScale.to_dict()``.
+        location: (horizon,) log return that the scaled quantiles stand around; empty for 0.
+        indicators: names from ``indicators.INDICATORS``. anonymize: no ticker and no date in the prompt.
     """
 
     base_model: dict[str, Any]
@@ -44,6 +46,9 @@ class ForecasterSpec:
     scale: dict[str, Any]
     lora: dict[str, Any]
     calibration: dict[str, float]
+    location: list[float] = field(default_factory=list)
+    indicators: list[str] = field(default_factory=list)
+    anonymize: bool = True
 
     def with_calibration(self, calibration: Calibration) -> ForecasterSpec:
         return ForecasterSpec(**{**asdict(self), "calibration": calibration.to_dict()})

@@ -116,7 +116,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
 
 
 @contextlib.contextmanager
-def progress(*extra_columns: str) -> Iterator[Progress]:
+def progress(*extra_columns: str, shown: bool = True) -> Iterator[Progress]:
     """A progress display on stderr with rate and time left; draws nothing when not a terminal.
 
     A task's ``total`` may be None (length unknown).
@@ -124,6 +124,7 @@ def progress(*extra_columns: str) -> Iterator[Progress]:
     Args:
         extra_columns: rich format strings over a task's fields, such as ``"loss {task.fields[loss]}"``.
             Give every named field in ``add_task(..., loss="-")``.
+        shown: False draws nothing anywhere.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -143,7 +144,7 @@ def progress(*extra_columns: str) -> Iterator[Progress]:
         *[TextColumn(column) for column in extra_columns],
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not (shown and console.is_terminal),
         # rich would send stdout to this display on stderr; a redirected stdout must stay where it points
         redirect_stdout=sys.stdout.isatty(),
     ) as bar:

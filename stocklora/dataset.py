@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stocklora.baselines import SCALES, QuantileBaseline, VolatilityScale, fit_baselines
+from stocklora.baselines import QuantileBaseline, fit_baselines
 from stocklora.console import UserError
-from stocklora.metrics import QUANTILE_LEVELS, Scores, pinball_loss, score
+from stocklora.metrics import QUANTILE_LEVELS, Scores, median_index, pinball_loss, score
 from stocklora.prompts import DayEncoder, EncodedSequence
+from stocklora.volatility import SCALES
 from stocklora.windows import (
     SPLITS,
     DaySequence,
@@ -51,6 +52,7 @@ class ForecastData:
     Attributes:
         returns: ticker -> (days, horizon) log returns ahead.
         origins: ticker -> split -> rows.
+        scales: kind -> ticker -> (days, horizon).
     """
 
     prices: Mapping[str, pd.DataFrame]
@@ -60,6 +62,7 @@ class ForecastData:
     returns: Mapping[str, np.ndarray]
     origins: Mapping[str, Mapping[str, range]]
     baselines: Mapping[str, QuantileBaseline]
+    scales: Mapping[str, Mapping[str, np.ndarray]]
 
     @property
     def levels(self) -> np.ndarray:
@@ -76,30 +79,49 @@ class ForecastData:
         """(n, horizon), tickers in order: the same order as ``sequences`` and ``forecasts_of``."""
         return np.concatenate([self.returns[name][list(self.origins[name][split])] for name in self.prices])
 
+    def dates_of(self, split: str) -> np.ndarray:
+        """(n,) dates of the origins."""
+        return np.concatenate(
+            [frame.index.to_numpy()[list(self.origins[name][split])] for name, frame in self.prices.items()]
+        )
+
     def closes_of(self, split: str) -> np.ndarray:
         """(n,) closes at the origins."""
         return np.concatenate(
             [frame["Close"].to_numpy()[list(self.origins[name][split])] for name, frame in self.prices.items()]
         )
 
-    def forecasts_of(self, baseline: str, split: str) -> np.ndarray:
+    def forecasts_of(self, baseline: str | QuantileBaseline, split: str) -> np.ndarray:
         """(n, horizon, levels) of a baseline."""
-        fitted = self.baselines[baseline]
-        return np.concatenate(
-            [fitted.quantiles(frame, self.origins[name][split]) for name, frame in self.prices.items()]
-        )
+        fitted = self.baselines[baseline] if isinstance(baseline, str) else baseline
+        scales = self.scales[fitted.scale.kind if fitted.scale else SCALES[0]]
+        return np.concatenate([fitted.quantiles(scales[name][list(self.origins[name][split])]) for name in self.prices])
 
     def score(self, quantiles: np.ndarray, split: str) -> Scores:
         return score(self.closes_of(split), self.returns_of(split), quantiles, self.levels)
 
+    def validation_loss(self, baseline: str | QuantileBaseline) -> float:
+        """Mean quantile loss of a baseline on validation origins."""
+        returns = self.returns_of("validation")
+        return float(pinball_loss(returns, self.forecasts_of(baseline, "validation"), self.levels).mean())
+
     def better_scale(self) -> str:
         """The scale whose baseline has the lower quantile loss on validation."""
-        returns = self.returns_of("validation")
-        losses = {
-            kind: float(pinball_loss(returns, self.forecasts_of(kind, "validation"), self.levels).mean())
-            for kind in SCALES
-        }
-        return min(losses, key=lambda kind: losses[kind])
+        return min(SCALES, key=self.validation_loss)
+
+    def start(self, kind: str) -> QuantileBaseline:
+        """Where a model with this scale starts: around the scaled median or around the drift.
+
+        The point forecast with the lower absolute error on validation decides.
+        """
+        scaled = self.baselines[kind]
+        drifting = scaled.around_drift(self.baselines["drift"].location, self.levels)
+        middle, returns = median_index(self.levels), self.returns_of("validation")
+
+        def absolute_error(baseline: QuantileBaseline) -> float:
+            return float(np.abs(self.forecasts_of(baseline, "validation")[..., middle] - returns).mean())
+
+        return min((scaled, drifting), key=absolute_error)
 
 
 def prepare(
@@ -130,26 +152,33 @@ def prepare(
             )
     returns = {name: log_returns_ahead(frame["Close"].to_numpy(), horizon) for name, frame in prices.items()}
     training = {name: parts["train"] for name, parts in origins.items()}
-    baselines = fit_baselines(prices, training, returns, np.array(QUANTILE_LEVELS))
-    return ForecastData(prices, dates, window_size, horizon, returns, origins, baselines)
+    scales: dict[str, dict[str, np.ndarray]] = {}
+    baselines = fit_baselines(prices, training, returns, np.array(QUANTILE_LEVELS), scales=scales)
+    return ForecastData(prices, dates, window_size, horizon, returns, origins, baselines, scales)
 
 
 def make_examples(
     prices: Mapping[str, pd.DataFrame],
     sequences: Sequence[DaySequence],
     encoder: DayEncoder,
-    scale: VolatilityScale,
+    scales: Mapping[str, np.ndarray],
+    market: pd.DataFrame | None = None,
 ) -> list[Example]:
-    """Token ids, scale and, where it is known, the future of every sequence."""
-    scales = {name: scale.at(prices[name]) for name in {sequence.ticker for sequence in sequences}}
-    returns = {name: log_returns_ahead(prices[name]["Close"].to_numpy(), scale.horizon) for name in scales}
+    """Token ids, scale and, where it is known, the future of every sequence.
+
+    Args:
+        scales: ticker -> (days, horizon), of all tickers or those that the sequences name.
+        market: ``Market.days`` of all tickers forecast together; by default of ``prices``.
+    """
+    names = {sequence.ticker for sequence in sequences}
+    returns = {name: log_returns_ahead(prices[name]["Close"].to_numpy(), scales[name].shape[1]) for name in names}
     return [
         Example(
             encoded,
             scales[encoded.sequence.ticker][list(encoded.sequence.origins)],
             returns[encoded.sequence.ticker][list(encoded.sequence.origins)],
         )
-        for encoded in encoder.encode(prices, sequences)
+        for encoded in encoder.encode(prices, sequences, market)
     ]
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 
 from stocklora.base_models import check_model_folder, describe_model
-from stocklora.baselines import SCALES, VolatilityScale
 from stocklora.calibration import fit_calibration
 from stocklora.checkpoints import ForecasterSpec, WeightsFile, save_weights, versions
 from stocklora.console import UserError, say, warn
@@ -28,6 +27,7 @@ from stocklora.prompts import DayEncoder, check_lengths, fit_targets_per_sequenc
 from stocklora.quality import short_form
 from stocklora.tables import print_scores
 from stocklora.training import HISTORY_COLUMNS, TrainingOutcome, standardize_head, train
+from stocklora.volatility import SCALES
 from stocklora.windows import SPLITS, DaySequence
 
 WEIGHTS_NAME = "best_lora_weights.pth"
@@ -69,11 +69,17 @@ def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings) -> Fitt
         settings.validation_from, settings.test_from,
     )  # fmt: skip
     scale_kind = data.better_scale() if settings.scale == "auto" else settings.scale
-    encoder = load_encoder(settings.model_path, settings.prompt, settings.trust_remote_code)
-    start = data.baselines[scale_kind]
+    encoder = load_encoder(
+        settings.model_path,
+        settings.prompt,
+        settings.trust_remote_code,
+        settings.indicators,
+        anonymize=settings.anonymize,
+    )
+    start = data.start(scale_kind)
     assert start.scale is not None
     context = context_tokens_of(settings.model_path, settings.trust_remote_code)
-    targets_per_sequence, sequences, examples = encode_splits(data, settings, encoder, start.scale, context)
+    targets_per_sequence, sequences, examples = encode_splits(data, settings, encoder, scale_kind, context)
 
     set_seed(settings.seed)
     device = choose_device(settings.device)
@@ -98,6 +104,9 @@ def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings) -> Fitt
             "target_modules": lora_targets(settings.target_modules),
         },
         calibration={"shrinkage": 1.0, "interval_scale": 1.0},
+        location=start.location.tolist(),
+        indicators=list(settings.indicators),
+        anonymize=settings.anonymize,
     )
     forecaster = build_forecaster(
         spec, settings.model_path, encoder, accelerator.device, dtype, settings.trust_remote_code
@@ -112,7 +121,15 @@ def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings) -> Fitt
 
     with memory_errors():
         standardize_head(forecaster.model, examples["train"], accelerator.device)
-        outcome = train(forecaster.model, examples["train"], examples["validation"], data.levels, settings, accelerator)
+        outcome = train(
+            forecaster.model,
+            examples["train"],
+            examples["validation"],
+            data.levels,
+            settings,
+            accelerator,
+            data.dates_of("validation"),
+        )
         validation = forecaster.quantiles(examples["validation"], calibrated=False)
         forecaster.spec = spec.with_calibration(fit_calibration(data.returns_of("validation"), validation, data.levels))
         forecaster.model.eval()
@@ -126,7 +143,7 @@ def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings) -> Fitt
 
 
 def encode_splits(
-    data: ForecastData, settings: TrainLoraSettings, encoder: DayEncoder, scale: VolatilityScale, context_tokens: int
+    data: ForecastData, settings: TrainLoraSettings, encoder: DayEncoder, scale_kind: str, context_tokens: int
 ) -> tuple[int, dict[str, list[DaySequence]], dict[str, list[Example]]]:
     """Targets a sequence (fitted unless set), and each split's sequences and examples.
 
@@ -142,7 +159,9 @@ def encode_splits(
     )
     while True:
         sequences = {split: data.sequences(split, targets) for split in SPLITS}
-        examples = {split: make_examples(data.prices, sequences[split], encoder, scale) for split in SPLITS}
+        examples = {
+            split: make_examples(data.prices, sequences[split], encoder, data.scales[scale_kind]) for split in SPLITS
+        }
         encoded = [example.encoded for part in examples.values() for example in part]
         longest = max(len(item.input_ids) for item in encoded)
         if settings.targets_per_sequence or targets == 1 or longest <= context_tokens:
@@ -160,8 +179,8 @@ def with_enough_days(prices: Mapping[str, pd.DataFrame], least: int) -> dict[str
     return {name: frame for name, frame in prices.items() if len(frame) >= least} or dict(prices)
 
 
-def check_writable(folder: Path) -> None:
-    """An unwritable ``--save_dir`` is found before training, not after it.
+def check_writable(folder: Path, flag: str = "--save_dir") -> None:
+    """An unwritable folder is found before the work, not after it.
 
     Raises:
         UserError: naming the folder.
@@ -174,7 +193,7 @@ def check_writable(folder: Path) -> None:
         if made:
             folder.rmdir()  # a run that fails leaves nothing behind
     except OSError as error:
-        raise UserError(f"cannot write into --save_dir {folder}: {error.strerror or error}") from None
+        raise UserError(f"cannot write into {flag} {folder}: {error.strerror or error}") from None
 
 
 def baseline_on_test(data: ForecastData, name: str) -> np.ndarray:
@@ -218,7 +237,7 @@ def announce(
                                f"{data.dates.test:%Y-%m-%d})"),
         ("base model", f"{spec.base_model['name']}, {dtype_name(forecaster)} on {forecaster.device.type}"),
         ("parameters", f"{total:,} total, {trainable:,} trainable ({100 * trainable / total:.2f}%)"),
-        ("prompt", f"{spec.prompt}, {tokens / days_read:.1f} tokens a day"),
+        ("prompt", f"{' + '.join([spec.prompt, *spec.indicators])}, {tokens / days_read:.1f} tokens a day"),
         ("sequences", f"{len(examples['train']):,} of up to {spec.window_size + spec.targets_per_sequence - 1} days, "
                       f"{spec.targets_per_sequence} forecasts each; {tokens:,} tokens an epoch"),
         ("starts at", f"the random walk scaled by {scale_kind} volatility"),
@@ -276,6 +295,8 @@ def save_run(run: FittedRun, settings: TrainLoraSettings, sequences: Mapping[str
         "steps": run.outcome.steps,
         "stopped": run.outcome.stopped,
         "validation_ratio": run.outcome.best_ratio,
+        "unproven_epoch": run.outcome.unproven_epoch,
+        "gain_in_errors": run.outcome.gain_in_errors,
         "test_scores": {name: scores.to_dict() for name, scores in run.test_scores.items()},
     }
     head = {name: tensor.detach().cpu().clone() for name, tensor in model.head.state_dict().items()}
@@ -303,7 +324,14 @@ def report_run(run: FittedRun) -> None:
     outcome, calibration = run.outcome, run.forecaster.spec.calibration
     if outcome.stopped:
         say(f"stopped: {outcome.stopped}")
-    if outcome.best_epoch == 0:
+    if outcome.unproven_epoch is not None:
+        lowest = outcome.history[outcome.unproven_epoch]["validation_ratio"]
+        say(
+            f"epoch {outcome.unproven_epoch} had the lowest validation loss, {lowest:.4f} of the random walk's, but a "
+            f"gain of {outcome.gain_in_errors:.1f} standard errors may be chance (--required_gain): the weights stay "
+            f"at the start"
+        )
+    elif outcome.best_epoch == 0:
         say("training did not improve on its start, the scaled random walk: the weights are those of epoch 0")
     else:
         say(f"best epoch {outcome.best_epoch}: validation loss {outcome.best_ratio:.4f} of the random walk's")

@@ -16,15 +16,16 @@ import torch
 from llm_model import StockForecaster, backbone_config, facts_of, is_causal, load_backbone
 from lora import LoRAConfig, LoRAError, apply_lora, load_lora_state_dict
 from stocklora.base_models import check_model_folder, describe_model
-from stocklora.baselines import VolatilityScale
 from stocklora.calibration import Calibration
 from stocklora.checkpoints import ForecasterSpec, WeightsFile, load_weights
 from stocklora.console import UserError, warn
 from stocklora.dataset import Example, make_examples
 from stocklora.devices import memory_errors
+from stocklora.market import market_of
 from stocklora.predictions import prediction_rows
 from stocklora.prompts import DayEncoder, check_lengths
 from stocklora.training import predict
+from stocklora.volatility import VolatilityScale
 from stocklora.windows import DaySequence, last_origin
 
 
@@ -52,7 +53,7 @@ class Forecaster:
 
     def examples(self, prices: Mapping[str, pd.DataFrame], sequences: Sequence[DaySequence]) -> list[Example]:
         """Encode sequences; an error rather than a cut when one outgrows the model's context."""
-        examples = make_examples(prices, sequences, self.encoder, self.scale)
+        examples = make_examples(prices, sequences, self.encoder, self.scale.on(prices))
         check_lengths([example.encoded for example in examples], self.context_tokens)
         return examples
 
@@ -78,19 +79,22 @@ class Forecaster:
             if not known:
                 raise UserError(f"{message}; download more days")
             warn(f"{message}; left out")
-        quantiles = self.quantiles([self._last_example(name, frame) for name, frame in known.items()])
+        scales, market = self.scale.on(known), market_of(known).days
+        quantiles = self.quantiles([self._last_example(name, frame, scales, market) for name, frame in known.items()])
         return [
             row
             for index, (name, frame) in enumerate(known.items())
             for row in prediction_rows(name, frame, quantiles[index], self.levels)
         ]
 
-    def _last_example(self, name: str, frame: pd.DataFrame) -> Example:
+    def _last_example(
+        self, name: str, frame: pd.DataFrame, scales: Mapping[str, np.ndarray], market: pd.DataFrame
+    ) -> Example:
         """The last row as origin, with as much past as in training, less where wild days make long lines."""
         targets = self.spec.targets_per_sequence
         while True:
             sequence = last_origin(name, len(frame), self.spec.window_size, targets)
-            (example,) = make_examples({name: frame}, [sequence], self.encoder, self.scale)
+            (example,) = make_examples({name: frame}, [sequence], self.encoder, scales, market)
             if targets == 1 or len(example.encoded.input_ids) <= self.context_tokens:
                 check_lengths([example.encoded], self.context_tokens)
                 return example
@@ -108,7 +112,14 @@ def quiet_transformers() -> None:
     stdlib_logging.getLogger("bitsandbytes").setLevel(stdlib_logging.ERROR)
 
 
-def load_encoder(model_path: Path, prompt: str, trust_remote_code: bool = False) -> DayEncoder:
+def load_encoder(
+    model_path: Path,
+    prompt: str,
+    trust_remote_code: bool = False,
+    indicators: Sequence[str] = (),
+    *,
+    anonymize: bool = True,
+) -> DayEncoder:
     """The base model's tokenizer, for one prompt format."""
     from transformers import AutoTokenizer
 
@@ -118,7 +129,7 @@ def load_encoder(model_path: Path, prompt: str, trust_remote_code: bool = False)
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise _unloadable(model_path, "tokenizer", error) from None
-    return DayEncoder(tokenizer, prompt)
+    return DayEncoder(tokenizer, prompt, indicators, anonymize=anonymize)
 
 
 def context_tokens_of(model_path: Path, trust_remote_code: bool = False) -> int:
@@ -152,7 +163,8 @@ def build_forecaster(
             f"{model_path} is no causal language model: its forecasts would see the days after them; choose one that "
             f"generates text, such as Qwen3, Llama or GPT-2"
         )
-    model = StockForecaster(backbone, torch.tensor(spec.table, dtype=torch.float64))
+    table = torch.tensor(spec.table, dtype=torch.float64)
+    model = StockForecaster(backbone, table, torch.tensor(spec.location or [0.0] * spec.horizon))
     try:
         apply_lora(model.backbone, LoRAConfig(**spec.lora))
     except LoRAError as error:
@@ -182,8 +194,9 @@ def load_forecaster(
             f"{weights_path} was trained on {trained_on['name']}, but {model_path} is another model; give --model_path "
             f"the folder of {trained_on['name']}"
         )
-    encoder = load_encoder(model_path, content.spec.prompt, trust_remote_code)
-    forecaster = build_forecaster(content.spec, model_path, encoder, device, dtype, trust_remote_code)
+    spec = content.spec
+    encoder = load_encoder(model_path, spec.prompt, trust_remote_code, spec.indicators, anonymize=spec.anonymize)
+    forecaster = build_forecaster(spec, model_path, encoder, device, dtype, trust_remote_code)
     try:
         load_lora_state_dict(forecaster.model.backbone, content.adapters)
         forecaster.model.head.load_state_dict(content.head)

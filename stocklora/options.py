@@ -31,9 +31,20 @@ class TrainLoraSettings:
     test_from: str | None = setting(None, "first test day, instead of a share", section="data", metavar="DATE")
     prompt: str = setting(
         "returns",
-        "how days are written: basis points from the day before, or prices",
-        choices=("returns", "ohlcv"),
+        "how days are written: basis points from the day before, prices, or percent of the volatility",
+        choices=("returns", "ohlcv", "zscores"),
         section="data",
+    )
+    indicators: list[str] = setting(
+        [],
+        "numbers added to every day line; market: mean return and range of all tickers in the files",
+        choices=("market", "returns", "sma", "ema", "rsi", "macd", "bollinger", "atr", "range"),
+        section="data",
+        nargs="+",
+        metavar="NAME",
+    )
+    anonymize: bool = setting(
+        True, "keep ticker and dates out of the prompt: a base model may remember them", section="data"
     )
     targets_per_sequence: int | None = setting(
         None,
@@ -56,7 +67,7 @@ class TrainLoraSettings:
     scale: str = setting(
         "auto",
         "volatility scale the forecast starts from; auto: the better on validation",
-        choices=("auto", "ewma", "har"),
+        choices=("auto", "ewma", "har", "harx"),
         section="model",
     )
     lora_rank: int = setting(8, "rank of the adapters", section="LoRA")
@@ -79,6 +90,10 @@ class TrainLoraSettings:
     patience: int = setting(
         5, "stop after so many epochs without a better validation loss", section="training", metavar="EPOCHS"
     )
+    required_gain: float = setting(
+        1.64, "standard errors by which an epoch must beat the start on validation to be kept; 0 keeps the lowest loss",
+        section="training", metavar="ERRORS",
+    )  # fmt: skip
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower", section="training")
     seed: int = setting(42, "seed of everything random", section="training")
     dtype: str = setting(
@@ -115,6 +130,8 @@ class TrainLoraSettings:
             raise UserError(f"--seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if not 0.0 <= self.warmup_ratio <= 1.0:
             raise UserError(f"--warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
+        if not self.required_gain >= 0.0:
+            raise UserError(f"--required_gain must be 0 or more, got {self.required_gain}")
         if not self.weight_decay >= 0.0:
             raise UserError(f"--weight_decay must be 0 or more, got {self.weight_decay}")
         check_run(self)
@@ -124,20 +141,66 @@ class TrainLoraSettings:
 class ForecastSettings:
     """Settings of ``framework_llm.py``."""
 
+    # Empty lists, not their defaults, so that a flag beside one that excludes it is seen; read price_files.
     test_csv: list[Path] = setting(
-        [Path("sample_test.csv")], "price CSV file(s) or folder(s)", section="data", nargs="+", metavar="CSV"
+        [],
+        "price CSV file(s) or folder(s) to read (default: sample_test.csv, unless --ticker is given)",
+        section="data",
+        nargs="+",
+        metavar="CSV",
     )
     tickers: list[str] = setting(
-        [], "forecast only these tickers of the files", section="data", nargs="+", metavar="TICKER"
+        [],
+        "of the tickers that stand in --test_csv, forecast only these; downloads nothing",
+        section="data",
+        nargs="+",
+        metavar="TICKER",
     )
     window_size: int | None = setting(
         None, "must be the one the weights were trained with (default: taken from the weights)", section="data"
     )
-    model_path: Path = setting(
-        Path("Qwen3-0.6B"), "base model folder that the weights were trained on", section="model", metavar="FOLDER"
+    ticker: list[str] = setting(
+        [],
+        "download fresh prices of these tickers, as download.py does, instead of reading --test_csv",
+        section="fresh prices",
+        nargs="+",
+        metavar="TICKER",
     )
-    lora_weights: Path = setting(
-        Path("checkpoints/best_lora_weights.pth"), "weights file of train_lora.py", section="model", metavar="FILE"
+    source: str | None = setting(
+        None,
+        "where --ticker is asked for; see download.py (default: yahoo)",
+        choices=("yahoo", "akshare", "sample"),
+        section="fresh prices",
+    )
+    period: str | None = setting(None, "how far back to ask; see download.py (default: 1y)", section="fresh prices")
+    retries: int | None = setting(
+        None, "how often to ask again when the source says too many requests (default: 4)", section="fresh prices"
+    )
+    watch: float | None = setting(
+        None,
+        "stay, look every so many minutes, and forecast anew whenever a bar is complete; Ctrl-C ends it",
+        section="fresh prices",
+        metavar="MINUTES",
+    )
+    model_path: list[Path] = setting(
+        [Path("Qwen3-0.6B")],
+        "base model folder that the weights were trained on; with several weights files one for all or one each",
+        section="model",
+        nargs="+",
+        metavar="FOLDER",
+    )
+    lora_weights: list[Path] = setting(
+        [Path("checkpoints/best_lora_weights.pth")],
+        "weights file of train_lora.py; of several, the forecasts are combined",
+        section="model",
+        nargs="+",
+        metavar="FILE",
+    )
+    ensemble: str = setting(
+        "mean",
+        "how several forecasts become one, quantile by quantile; median: a member that strays pulls less",
+        choices=("mean", "median"),
+        section="model",
     )
     trust_remote_code: bool = setting(False, "run Python code that comes with the base model", section="model")
     dtype: str = setting(
@@ -153,7 +216,117 @@ class ForecastSettings:
     )
 
     def __post_init__(self) -> None:
-        check_positive(self, "window_size")
+        check_positive(self, "window_size", "watch")
+        if self.ticker and self.test_csv:
+            raise UserError("--test_csv reads prices and --ticker downloads them; give one of the two")
+        if self.ticker and self.tickers:
+            raise UserError("--tickers chooses among those of --test_csv; with --ticker, name there what you want")
+        for name in ("source", "period", "retries"):
+            if getattr(self, name) is not None and not self.ticker:
+                raise UserError(f"--{name} says how prices are downloaded; give --ticker too, or leave it out")
+        if self.watch is not None and self.source == "sample":
+            raise UserError("--watch waits for new bars, but bundled prices do not grow; leave out --source sample")
+        if self.watch is not None and self.watch > 24 * 60:
+            raise UserError(f"--watch {self.watch:g}: at most 1440 minutes, a day, between two looks")
+        if len(self.model_path) not in {1, len(self.lora_weights)}:
+            raise UserError(
+                f"--model_path names {len(self.model_path)} base models and --lora_weights {len(self.lora_weights)} "
+                f"file{'s' * (len(self.lora_weights) != 1)}; give one base model for all, or one each, in order"
+            )
+
+    @property
+    def price_files(self) -> list[Path]:
+        """What ``--test_csv`` means, its default included; empty with ``--ticker``."""
+        return [] if self.ticker else self.test_csv or [Path("sample_test.csv")]
+
+    @property
+    def members(self) -> list[tuple[Path, Path]]:
+        """Each weights file with its base model's folder."""
+        models = self.model_path * len(self.lora_weights) if len(self.model_path) == 1 else self.model_path
+        return list(zip(self.lora_weights, models, strict=True))
+
+
+BACKTEST_MODELS = (
+    "naive", "drift", "ewma", "har", "harx", "simple", "llm", "autoarima", "autoets", "autotheta", "garch", "fracast",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BacktestSettings:
+    """Settings of ``backtest.py``."""
+
+    data: list[Path] = setting([], "price CSV file(s) or folder(s)", section="data", nargs="+", metavar="CSV")
+    tickers: list[str] = setting([], "use only these tickers of the files", section="data", nargs="+", metavar="TICKER")
+    models: list[str] = setting(
+        ["naive", "drift", "ewma", "har", "harx"],
+        f"what is compared, beside the last close: {', '.join(BACKTEST_MODELS)}",
+        choices=BACKTEST_MODELS, section="models", nargs="+", metavar="MODEL",
+    )  # fmt: skip
+    lora_weights: list[Path] = setting(
+        [], "weights of train_lora.py, for llm; several forecast together", section="models", nargs="+", metavar="FILE"
+    )
+    model_path: list[Path] = setting(
+        [Path("Qwen3-0.6B")], "base model folder of the weights: one for all or one each", section="models",
+        nargs="+", metavar="FOLDER",
+    )  # fmt: skip
+    ensemble: str = setting("mean", "how several weights agree", choices=("mean", "median"), section="models")
+    base_cutoff: str | None = setting(
+        None, "last day of the base model's training text (default: where it is known)", section="models",
+        metavar="DATE",
+    )  # fmt: skip
+    trust_remote_code: bool = setting(False, "run Python code that comes with the base model", section="models")
+    dtype: str = setting(
+        "auto", "number format of the base; auto: bfloat16 where the processor has it", choices=DTYPES, section="models"
+    )
+    device: str = setting("auto", "where to compute", choices=DEVICES, section="models")
+
+    start: str | None = setting(
+        None, "first day to forecast from (default: the first that the weights never saw, or the last 30% of days)",
+        section="walk forward", metavar="DATE", flags=("--from", "--start"),
+    )  # fmt: skip
+    end: str | None = setting(
+        None, "last day to forecast from", section="walk forward", metavar="DATE", flags=("--to", "--end")
+    )
+    refit: str = setting(
+        "never", "fit again: never, yearly, or every N trading days", section="walk forward",
+        metavar="never|yearly|N",
+    )  # fmt: skip
+    train_days: int | None = setting(
+        None, "fit on no more than the last N days (default: on all, expanding)", section="walk forward", metavar="N"
+    )
+    window_size: int = setting(30, "days behind the first forecast, at least", section="walk forward")
+    horizon: int = setting(3, "days ahead", section="walk forward")
+    seed: int = setting(42, "seed of everything random", section="walk forward")
+
+    check_leakage: bool = setting(
+        False, "instead of scoring: change the future and see whether any forecast of the past moves",
+        section="leakage", flags=("--check-leakage", "--check_leakage"),
+    )  # fmt: skip
+    leakage_cuts: int = setting(3, "random days after which the future is changed", section="leakage", metavar="N")
+
+    output_dir: Path = setting(Path("backtest"), "folder for report and tables", section="output", metavar="FOLDER")
+    forecasts_format: str = setting(
+        "auto", "auto: parquet where pyarrow is installed, else CSV", choices=("auto", "parquet", "csv"),
+        section="output",
+    )  # fmt: skip
+    show: str | None = setting(
+        None, "ticker whose last 60 days the report draws (default: the first)", section="output", metavar="TICKER"
+    )
+    resume: bool = setting(False, "go on with a run that was stopped", section="output")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "train_days", "window_size", "horizon", "leakage_cuts")
+        if self.window_size < 2:
+            raise UserError(f"--window_size must be at least 2, got {self.window_size}")
+        if "llm" in self.models and not self.lora_weights:
+            raise UserError("--models llm needs --lora_weights FILE; train one with: python train_lora.py --data FILE")
+        if self.lora_weights and "llm" not in self.models:
+            raise UserError("--lora_weights is for the model llm; add it: --models naive ewma har llm")
+        if len(self.model_path) not in (1, len(self.lora_weights)) and self.lora_weights:
+            raise UserError(
+                f"--model_path: give one folder for all of the {len(self.lora_weights)} weights files or one each, "
+                f"not {len(self.model_path)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,16 @@ def setting(
     section: str = "options",
     nargs: str | None = None,
     metavar: str | None = None,
+    flags: Sequence[str] = (),
 ) -> Any:
-    """A dataclass field that also describes its flag. A mutable default is copied for each instance."""
-    metadata = {"help": help, "choices": choices, "section": section, "nargs": nargs, "metavar": metavar}
+    """A dataclass field that also describes its flag. A mutable default is copied for each instance.
+
+    Args:
+        flags: spellings in place of ``--name``, the first of them being the one that help shows.
+    """
+    metadata = {
+        "help": help, "choices": choices, "section": section, "nargs": nargs, "metavar": metavar, "flags": tuple(flags)
+    }  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -73,7 +80,7 @@ def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> None:
             options["choices"] = info["choices"]
             options["nargs"] = info["nargs"]
             options["metavar"] = info["metavar"] or (None if info["choices"] else field.name.upper())
-        group.add_argument(f"--{field.name}", **options)
+        group.add_argument(*(info["flags"] or (f"--{field.name}",)), dest=field.name, **options)
 
 
 def resolve_settings(arguments: argparse.Namespace, settings_class: type[S]) -> S:
@@ -88,6 +95,13 @@ def resolve_settings(arguments: argparse.Namespace, settings_class: type[S]) -> 
     names = {field.name for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
     values.update({name: value for name, value in vars(arguments).items() if name in names})
     return settings_class(**values)
+
+
+def restored(content: Mapping[str, Any], settings_class: type[S]) -> S:
+    """Settings from a file's record of them; keys that this version does not know are passed over."""
+    names = {field.name for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
+    known = {name: value for name, value in content.items() if name in names}
+    return settings_class(**checked_values(known, settings_class, Path("settings on record")))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -161,7 +175,7 @@ def coerced(value: Any, settings_class: type, field: dataclasses.Field[Any], sou
         return None
     is_list = field.metadata["nargs"] in {"+", "*"}
     items = value if is_list and isinstance(value, list) else [value]
-    if field.metadata["nargs"] == "+" and not items:
+    if field.metadata["nargs"] == "+" and not items and default_of(field) != []:
         raise UserError(f"{source}: setting '{field.name}' needs at least one value")
     result = []
     for item in items:

@@ -21,13 +21,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from stocklora.baselines import empirical_quantiles, ewma_volatility
+from stocklora.baselines import empirical_quantiles
 from stocklora.checkpoints import plain
 from stocklora.console import UserError
 from stocklora.files import replacing
 from stocklora.metrics import median_index
 from stocklora.prices import PRICE_COLUMNS
 from stocklora.simple_options import check_model_file
+from stocklora.volatility import ewma_volatility
 
 FEATURES = len(PRICE_COLUMNS)
 CLOSE, VOLUME = PRICE_COLUMNS.index("Close"), PRICE_COLUMNS.index("Volume")

@@ -54,8 +54,11 @@ class SimpleRun:
         return min(self.history, key=lambda epoch: (epoch.validation_loss, epoch.number))
 
 
-def fit_simple(prices: Mapping[str, pd.DataFrame], settings: TrainSettings) -> SimpleRun:
+def fit_simple(prices: Mapping[str, pd.DataFrame], settings: TrainSettings, *, quiet: bool = False) -> SimpleRun:
     """Train on all tickers together; scaling from training days, error bars from validation days.
+
+    Args:
+        quiet: say nothing of what is trained.
 
     Raises:
         UserError: too few days for three parts.
@@ -81,7 +84,8 @@ def fit_simple(prices: Mapping[str, pd.DataFrame], settings: TrainSettings) -> S
 
     torch.manual_seed(settings.seed)
     network = SimpleStockPredictor(settings.window_size).to(device)
-    announce(data, network)
+    if not quiet:
+        announce(data, network)
     epochs = train_network(
         network,
         tensors("train"),
@@ -94,7 +98,7 @@ def fit_simple(prices: Mapping[str, pd.DataFrame], settings: TrainSettings) -> S
     )
     start = time.perf_counter()
     history: list[Epoch] = []
-    with progress("validation loss / last close {task.fields[ratio]}") as bar:
+    with progress("validation loss / last close {task.fields[ratio]}", shown=not quiet) as bar:
         task = bar.add_task("training", total=settings.epochs, ratio="-")
         for epoch in epochs:
             history.append(epoch)

@@ -13,6 +13,7 @@ FORECASTERS = {
     "drift": "last close + drift",
     "ewma": "random walk, EWMA volatility",
     "har": "random walk, HAR-range volatility",
+    "harx": "random walk, HAR-X volatility",
     "model": "this model",
 }
 MOST_ROWS = 30  # more than a screen is for the file

@@ -47,6 +47,9 @@ class TrainingOutcome:
     Attributes:
         history: one row an epoch, epoch 0 being the untrained model; keys ``HISTORY_COLUMNS``.
         best_epoch: whose weights the model holds now.
+        unproven_epoch: the epoch of the lowest validation loss where its gain may be chance; the model then
+            holds the weights of epoch 0.
+        gain_in_errors: gain of the lowest loss over the start's, in standard errors.
         stopped: why training ended before ``--epochs``, or None.
     """
 
@@ -55,6 +58,8 @@ class TrainingOutcome:
     stopped: str | None
     steps: int
     targets_per_s: float
+    unproven_epoch: int | None = None
+    gain_in_errors: float = 0.0
 
     @property
     def best_ratio(self) -> float:
@@ -251,26 +256,35 @@ def train(
     levels: np.ndarray,
     settings: TrainLoraSettings,
     accelerator: Any,
+    validation_dates: np.ndarray,
 ) -> TrainingOutcome:
     """Fine-tune adapters and head; on return the model holds the weights of the best epoch.
 
     Epoch 0 is the untrained model. Training stops after ``patience`` epochs without a better validation
-    loss, on a loss that is not finite (the best weights so far are kept), and on Ctrl-C (likewise).
+    loss, on a loss that is not finite (the best weights so far are kept), and on Ctrl-C (likewise). An epoch
+    whose gain over epoch 0 is less than ``required_gain`` standard errors has not earned its way: the lowest of
+    many noisy losses is lower by chance alone, and costs on days to come.
+
+    Args:
+        validation_dates: (n,) dates of the validation origins, in the examples' order.
     """
     optimization = Optimization(model, training, levels, settings, accelerator)
     validation_returns = np.concatenate([example.returns for example in validation])
     targets_per_epoch = sum(len(example.scale) for example in training)
 
-    def validation_bp() -> float:
+    def validation_losses() -> np.ndarray:
+        """(n,) quantile loss of every validation origin, basis points."""
         quantiles = predict(model, validation, accelerator.device)
-        loss = BASIS_POINTS * float(pinball_loss(validation_returns, quantiles, levels).mean())
-        if not math.isfinite(loss):
+        losses = BASIS_POINTS * pinball_loss(validation_returns, quantiles, levels).mean(axis=1)
+        if not np.isfinite(losses).all():
             raise NotFiniteError(f"forecasts were no longer finite after step {optimization.steps}")
-        return loss
+        return losses
 
-    start_bp = validation_bp()
+    start_losses = best_losses = validation_losses()
+    start_bp = float(start_losses.mean())
     history = [_history_row(0, 0, math.nan, start_bp, start_bp, 0.0, 0.0, math.nan)]
-    best_epoch, best_bp, best_state = 0, start_bp, _snapshot(model)
+    start_state = _snapshot(model)
+    best_epoch, best_bp, best_state = 0, start_bp, start_state
     stopped: str | None = None
     started, training_s = time.perf_counter(), 0.0
     try:
@@ -280,7 +294,8 @@ def train(
                 loss = optimization.epoch(epoch, show.step)
                 epoch_s = time.perf_counter() - epoch_started
                 training_s += epoch_s
-                bp = validation_bp()
+                losses = validation_losses()
+                bp = float(losses.mean())
                 rate, elapsed_s = targets_per_epoch / epoch_s, time.perf_counter() - started
                 history.append(
                     _history_row(
@@ -289,7 +304,7 @@ def train(
                 )
                 show.epoch(f"epoch {epoch}/{settings.epochs}", loss, bp / start_bp, rate)
                 if bp < best_bp:
-                    best_epoch, best_bp, best_state = epoch, bp, _snapshot(model)
+                    best_epoch, best_bp, best_state, best_losses = epoch, bp, _snapshot(model), losses
                 elif epoch - best_epoch >= settings.patience:
                     stopped = f"no better validation loss for {settings.patience} epochs"
                     break
@@ -298,10 +313,33 @@ def train(
     except KeyboardInterrupt:
         stopped = "interrupted"
         warn(f"interrupted: keeping the weights of epoch {best_epoch}; press Ctrl-C again to leave without saving")
-    _restore(model, best_state)
+    gain = gain_in_errors(start_losses - best_losses, validation_dates, validation_returns.shape[1])
+    unproven = best_epoch if best_epoch and gain < settings.required_gain else None
+    _restore(model, start_state if unproven is not None else best_state)
     finished = len(history) - 1
     rate = finished * targets_per_epoch / training_s if finished else math.nan
-    return TrainingOutcome(history, best_epoch, stopped, optimization.steps, rate)
+    kept = 0 if unproven is not None else best_epoch
+    return TrainingOutcome(history, kept, stopped, optimization.steps, rate, unproven, gain)
+
+
+def gain_in_errors(gains: np.ndarray, dates: np.ndarray, horizon: int) -> float:
+    """Mean gain in units of its standard error.
+
+    Tickers move together, so the days' means are what is counted; neighbouring days share the returns that they
+    forecast, so the standard error is that of means over blocks of days (Carlstein, Annals of Statistics 14, 1986).
+
+    Args:
+        gains: (n,) a gain for each origin. dates: (n,).
+    """
+    _, day = np.unique(dates, return_inverse=True)
+    by_day = np.bincount(day, weights=gains) / np.bincount(day)
+    length = max(horizon, min(10, len(by_day) // 8), 1)
+    count = len(by_day) // length
+    if count < 2 or not gains.any():
+        return 0.0
+    blocks = by_day[: count * length].reshape(count, length).mean(axis=1)
+    error = float(blocks.std(ddof=1)) / math.sqrt(count)
+    return float(gains.mean()) / error if error > 0.0 else math.inf
 
 
 class _TrainingDisplay:

@@ -62,7 +62,7 @@ def test_weights_load_as_plain_data_and_hold_the_metadata(trained, tiny_model):
     assert training["seed"] == 42
     assert training["data"]["tickers"] == ["AAPL"]
     assert len(training["data"]["sha256"]) == 64
-    assert set(training["test_scores"]) == {"naive", "drift", "ewma", "har", "model"}
+    assert set(training["test_scores"]) == {"naive", "drift", "ewma", "har", "harx", "model"}
     assert "torch" in training["versions"]
 
 

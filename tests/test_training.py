@@ -72,8 +72,8 @@ def test_a_model_that_only_gets_worse_ends_as_the_random_walk(prices, settings):
 
 
 def test_it_learns_when_there_is_something_to_learn(settings):
-    changes = {"epochs": 7, "horizon": 1, "batch_size": 1, "learning_rate": 3e-3, "head_learning_rate": 3e-4}
-    run = fit({"X": planted_trend(600)}, changed(settings, targets_per_sequence=40, scale="ewma", **changes))
+    changes = {"epochs": 8, "horizon": 1, "batch_size": 1, "learning_rate": 2e-3, "head_learning_rate": 3e-4}
+    run = fit({"X": planted_trend(1500)}, changed(settings, targets_per_sequence=40, scale="ewma", **changes))
     assert run.outcome.best_ratio < 0.92
     assert run.test_scores["model"].pinball_bp < 0.92 * run.test_scores["ewma"].pinball_bp
     assert run.test_scores["model"].mae < 0.98 * run.test_scores["naive"].mae
@@ -209,6 +209,41 @@ def test_a_model_that_learned_nothing_scores_exactly_as_its_start(prices, settin
     start, model = run.test_scores["har"], run.test_scores["model"]
     assert model.pinball_bp == pytest.approx(start.pinball_bp, rel=1e-4)
     assert model.mae == pytest.approx(start.mae, rel=1e-4)
+
+
+def test_a_gain_that_may_be_chance_is_not_kept(settings):
+    changes = {"epochs": 2, "horizon": 1, "batch_size": 1, "learning_rate": 2e-3, "head_learning_rate": 3e-4}
+    prices = {"X": planted_trend(1500)}
+    kept, left = (
+        fit(prices, changed(settings, targets_per_sequence=40, scale="ewma", required_gain=required, **changes))
+        for required in (0.0, 50.0)
+    )
+    assert kept.outcome.best_epoch > 0
+    assert kept.outcome.unproven_epoch is None
+    assert left.outcome.best_epoch == 0
+    assert left.outcome.unproven_epoch == kept.outcome.best_epoch
+    assert 0.0 < left.outcome.gain_in_errors == kept.outcome.gain_in_errors < 50.0
+    assert_holds_the_best_epoch(left, prices)
+    assert "unproven_epoch" in load_weights(left.weights_path).training
+
+
+def test_standard_errors_of_a_gain():
+    draw = np.random.default_rng(0)
+    dates = np.repeat(np.arange(400), 5)  # five tickers a day
+    found = []
+    for _ in range(300):
+        # All tickers of a day share one number, which lasts three days: what counts is days, not rows.
+        shared = np.convolve(draw.standard_normal(402), np.ones(3) / 3, mode="valid")
+        found.append(training.gain_in_errors(np.repeat(shared, 5), dates, 3))
+    assert 0.85 < np.std(found) < 1.2
+    assert np.mean(np.array(found) > 1.64) == pytest.approx(0.05, abs=0.04)
+    shuffled = draw.permutation(len(dates))
+    gains = np.repeat(draw.standard_normal(400), 5)
+    assert training.gain_in_errors(gains[shuffled], dates[shuffled], 3) == pytest.approx(
+        training.gain_in_errors(gains, dates, 3)
+    )
+    assert training.gain_in_errors(np.zeros(50), np.arange(50), 3) == 0.0
+    assert training.gain_in_errors(np.ones(50), np.arange(50), 3) == np.inf
 
 
 def test_early_stopping_waits_for_its_patience(prices, settings):
