@@ -38,9 +38,10 @@ $(STABLE): requirements_stable.txt | $(BIN)/python
 	@$(PIP_INSTALL) -r requirements_stable.txt
 	@touch $@
 
-$(DEV): requirements-dev.txt requirements_stable.txt | $(STABLE)
+$(DEV): requirements-dev.txt requirements-peers.txt requirements_stable.txt | $(STABLE)
 	@echo "==> installing requirements-dev.txt into .venv"
 	@$(PIP_INSTALL) -r requirements_stable.txt -r requirements-dev.txt
+	@$(PIP_INSTALL) --no-deps -r requirements-peers.txt
 	@touch $@
 
 demo: $(STABLE)
