@@ -3,9 +3,15 @@
     python framework_llm.py --test_csv sample_test.csv --model_path ./Qwen3-0.6B \\
         --lora_weights ./checkpoints/best_lora_weights.pth --output predictions.csv
     python framework_llm.py --test_csv prices/ --model_path models/smollm2-135m --plot forecast.png
+    python framework_llm.py --ticker AAPL MSFT                 # downloads fresh prices itself
+    python framework_llm.py --ticker AAPL --watch 15           # stays; forecasts anew after each close
+    python framework_llm.py --test_csv sample_test.csv --lora_weights a.pth b.pth c.pth --ensemble median
+    python framework_llm.py --ticker AAPL --lora_weights a.pth b.pth --model_path ./Qwen3-0.6B ./models/gpt2-medium
 
 Window, prompt, horizon and LoRA settings come from the weights file. Writes one row a ticker and day:
 Ticker,Origin,Date,Day,Last_Close,Predicted_Close,P05,P10,P25,P50,P75,P90,P95.
+Exit code 0: all is forecast; 1: some of --ticker did not come, the others are forecast; 2: nothing was written,
+and the line says why.
 """
 
 from __future__ import annotations
@@ -13,10 +19,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from stocklora.console import UserError, run_script, say
 from stocklora.options import ForecastSettings
 from stocklora.settings import add_settings, resolve_settings
+
+if TYPE_CHECKING:
+    from stocklora.ensembles import Ensemble
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,48 +43,85 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(settings: ForecastSettings) -> int:
-    from stocklora.dataset import select_tickers
-    from stocklora.prices import read_prices
+    from stocklora.live import price_feed, watch
 
-    prices = select_tickers(read_prices(settings.test_csv), settings.tickers)
+    feed = price_feed(settings)
+    prices = feed.first()
 
     from stocklora.devices import choose_device, choose_dtype
-    from stocklora.forecasting import load_forecaster
-    from stocklora.machine import peak_memory_mb
+    from stocklora.ensembles import Ensemble
     from stocklora.predictions import write_predictions
-    from stocklora.tables import print_forecast
 
     device = choose_device(settings.device)
-    forecaster, weights = load_forecaster(
-        settings.lora_weights,
-        settings.model_path,
-        device,
-        choose_dtype(settings.dtype, device),
-        settings.trust_remote_code,
+    ensemble = Ensemble(
+        settings.members, settings.ensemble, device, choose_dtype(settings.dtype, device), settings.trust_remote_code
     )
-    trained_window = forecaster.spec.window_size
-    if settings.window_size not in (None, trained_window):
-        raise UserError(
-            f"--window_size {settings.window_size}: {settings.lora_weights} was trained with a window of "
-            f"{trained_window} days; leave the flag out or train again"
-        )
-    rows = forecaster.forecast(prices)
+    check_window(settings, ensemble)
+    rows = ensemble.forecast(prices)
     write_predictions(settings.output, rows)
+    announce(ensemble)
+    show(settings, prices, rows)
+    if settings.watch is None:
+        return feed.finish()
 
-    trainable = sum(p.numel() for p in forecaster.model.parameters() if p.requires_grad)
-    say(f"trainable parameters: {trainable:,}")
-    say(f"peak memory: {peak_memory_mb(device.type):,.0f} MB ({device.type})")
-    for score_name, label in (("model", "this model"), ("naive", "the last close")):
-        score = weights.training["test_scores"][score_name]
-        say(f"test pinball loss of {label}: {score['pinball_bp']:.2f} bp (in training's {score['origins']} test days)")
+    def again(prices: dict, news: str) -> None:
+        rows = ensemble.forecast(prices)
+        write_predictions(settings.output, rows)
+        say()
+        say(news)
+        show(settings, prices, rows)
+
+    return watch(feed, prices, settings.watch, again)
+
+
+def check_window(settings: ForecastSettings, ensemble: Ensemble) -> None:
+    for (path, _), content in zip(ensemble.members, ensemble.weights, strict=True):
+        trained_window = content.spec.window_size
+        if settings.window_size not in (None, trained_window):
+            raise UserError(
+                f"--window_size {settings.window_size}: {path} was trained with a window of {trained_window} days; "
+                f"leave the flag out or train again"
+            )
+
+
+def announce(ensemble: Ensemble) -> None:
+    """What forecasts, and how it did on the test days of its training."""
+    from stocklora.ensembles import trainable_parameters
+    from stocklora.machine import peak_memory_mb
+
+    memory = f"peak memory: {peak_memory_mb(ensemble.device.type):,.0f} MB ({ensemble.device.type})"
+    scores = [content.training["test_scores"] for content in ensemble.weights]
+    if len(scores) == 1:
+        say(f"trainable parameters: {trainable_parameters(ensemble.weights[0]):,}")
+        say(memory)
+        for score_name, label in (("model", "this model"), ("naive", "the last close")):
+            score = scores[0][score_name]
+            say(
+                f"test pinball loss of {label}: {score['pinball_bp']:.2f} bp (in training's {score['origins']} test "
+                f"days)"
+            )
+        return
+    say(f"{ensemble.how} of the quantiles of {len(scores)} models:")
+    for (path, _), content, score in zip(ensemble.members, ensemble.weights, scores, strict=True):
+        spec, model, naive = content.spec, score["model"], score["naive"]
+        say(
+            f"  {path}: {spec.base_model['name']}, window {spec.window_size}, prompt {spec.prompt}, "
+            f"{trainable_parameters(content):,} trainable parameters; test pinball loss {model['pinball_bp']:.2f} bp, "
+            f"of the last close {naive['pinball_bp']:.2f} bp (in training's {model['origins']} test days)"
+        )
+    say(memory)
+
+
+def show(settings: ForecastSettings, prices: dict, rows: list[dict[str, Any]]) -> None:
+    from stocklora.tables import print_forecast
+
     print_forecast(rows)
     say(f"saved: {settings.output}")
     if settings.plot is not None:
         plot(settings.plot, prices, rows)
-    return 0
 
 
-def plot(path: Path, prices: dict, rows: list[dict]) -> None:
+def plot(path: Path, prices: dict, rows: list[dict[str, Any]]) -> None:
     from stocklora.report import plot_forecast
 
     for ticker, frame in prices.items():

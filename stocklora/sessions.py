@@ -1,4 +1,4 @@
-"""Trading days: which exchange a ticker trades on, and which days that exchange is open.
+"""Trading days: which exchange a ticker trades on, which days that exchange is open, and when such a day is over.
 
 Tickers are written as Yahoo writes them: ``AAPL`` (United States), ``600519.SS`` (Shanghai), ``0700.HK``
 (Hong Kong), ``BTC-USD`` (every day). Calendars come from exchange_calendars and are built for whole
@@ -10,15 +10,20 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
 
 from stocklora.console import warn
 
+Clock = Callable[[], dt.datetime]  # UTC
+
 UNITED_STATES = "XNYS"
 EVERY_DAY = "24/7"
 WEEKDAYS = "24/5"
+EARLIEST_ZONE = dt.timedelta(hours=14)  # where a day begins first
+SETTLING = dt.timedelta(minutes=15)  # after the close, until the auction and late trades are in
 
 # Yahoo's suffix -> exchange_calendars' name. Regional boards keep the days of their main exchange.
 SUFFIXES = {
@@ -144,6 +149,49 @@ def guessed_days(code: str, start: pd.Timestamp, end: pd.Timestamp) -> pd.Dateti
     for month, day in (*CLOSED_ANYWHERE, *CLOSED_AT.get(code, ())):
         days = days[~((days.month == month) & (days.day == day))]
     return days
+
+
+def utc_now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
+
+
+def session_close(ticker: str, day: pd.Timestamp) -> dt.datetime | None:
+    """When the session of ``day`` ends, early closes included; UTC.
+
+    None where no calendar says: an unknown suffix, a year beyond the calendar, a day without a session.
+    Where trading never stops (crypto, currencies) a day ends at midnight UTC.
+    """
+    code = exchange_of(ticker)
+    if code is None:
+        return None
+    if code in {EVERY_DAY, WEEKDAYS}:
+        return (day.tz_localize("UTC") + pd.Timedelta(days=1)).to_pydatetime()
+    close = closes_of(code, day.year).get(day)
+    return None if close is None else close.to_pydatetime()
+
+
+@functools.lru_cache(maxsize=64)
+def closes_of(code: str, year: int) -> dict[pd.Timestamp, pd.Timestamp]:
+    """Each session of a year and when it ends (UTC), as far as the calendar knows."""
+    import exchange_calendars
+
+    bottom, top = known_range(code)
+    first, last = max(bottom, pd.Timestamp(year, 1, 1)), min(top, pd.Timestamp(year, 12, 31))
+    if first >= last:
+        return {}
+    calendar: Any = exchange_calendars.get_calendar(code, start=first, end=last)
+    return dict(calendar.closes)
+
+
+def is_complete(ticker: str, day: pd.Timestamp, now: dt.datetime) -> bool:
+    """Whether nothing can be added any more to the bar of ``day``.
+
+    Where no calendar says, a bar is believed unless its day has begun nowhere on Earth.
+    """
+    close = session_close(ticker, day)
+    if close is None:
+        return bool(day.date() <= (now + EARLIEST_ZONE).date())
+    return now >= close + SETTLING
 
 
 @functools.cache

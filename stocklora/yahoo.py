@@ -26,11 +26,11 @@ import pandas as pd
 
 from stocklora.console import one_line
 from stocklora.fetching import Answer, Request, SourceError, clean_bars
-from stocklora.sessions import sessions_between
+from stocklora.sessions import SETTLING, Clock, session_close, sessions_between, utc_now
 
 RELAY_VARIABLE = "STOCKLORA_YAHOO_URL"
 FACTS = ("exchangeTimezoneName", "currency", "currentTradingPeriod")
-SETTLING = dt.timedelta(minutes=15)  # after the close, until the auction and late trades are in
+INSTANT = dt.timedelta(seconds=1)  # a session that ends at midnight is of the day before
 SPACING_S = 0.1  # between the starts of two requests, whoever makes them
 
 
@@ -39,7 +39,7 @@ class YahooSource:
 
     name = "yahoo"
 
-    def __init__(self, cache_folder: Path | None = None, timeout_s: float = 15.0) -> None:
+    def __init__(self, cache_folder: Path | None = None, timeout_s: float = 15.0, clock: Clock = utc_now) -> None:
         import yfinance
 
         # Failures become exceptions that we turn into words; its own words would only double them.
@@ -52,7 +52,7 @@ class YahooSource:
                 cache_folder.mkdir(parents=True, exist_ok=True)
                 yfinance.set_tz_cache_location(str(cache_folder))
         self.yfinance: Any = yfinance
-        self.timeout_s = timeout_s
+        self.timeout_s, self.clock = timeout_s, clock
         self.seen = threading.local()  # what the chart endpoint last answered to this thread
         self.session = self.watched(new_session())
 
@@ -102,7 +102,7 @@ class YahooSource:
             raise self.reason(ticker, error) from None
         if raw is None or raw.empty:
             raise self.reason(ticker, None)
-        return self.answer(ticker, request, raw, facts, dt.datetime.now(dt.UTC))
+        return self.answer(ticker, request, raw, facts, self.clock())
 
     def arguments(self, request: Request) -> dict[str, Any]:
         """Arguments of ``Ticker.history``; ``auto_adjust`` is always set, for its default has changed before."""
@@ -161,9 +161,8 @@ class YahooSource:
             raw = without_split_adjustment(raw, splits)
             if request.end is not None:
                 raw = raw[raw.index < pd.Timestamp(request.end)]
-        closes_at = session_end(facts)
-        closes_at = closes_at and closes_at + SETTLING
-        unfinished = is_unfinished(ticker, raw.index[-1], request.interval, zone, closes_at, now) if len(raw) else False
+        today, over, fresh_until = state_of_today(ticker, session_end(facts), zone, now)
+        unfinished = len(raw) > 0 and is_unfinished(ticker, raw.index[-1], request.interval, today, over)
         if unfinished:
             raw = raw.iloc[:-1]
         frame, dropped = clean_bars(raw)
@@ -171,11 +170,6 @@ class YahooSource:
             dropped["unfinished"] = 1
         if frame.empty:
             raise SourceError("empty", "Yahoo gave no finished day with a price in that range")
-        if closes_at is not None and now < closes_at:
-            fresh_until = closes_at
-        else:
-            midnight = pd.Timestamp(now).tz_convert(zone).normalize() + pd.Timedelta(days=1)
-            fresh_until = midnight.tz_convert("UTC").to_pydatetime()
         currency = facts.get("currency")
         return Answer(frame, now, zone, currency and str(currency), dropped, ratios, fresh_until)
 
@@ -222,18 +216,39 @@ def session_end(facts: dict[str, Any]) -> dt.datetime | None:
         return None
 
 
-def is_unfinished(
-    ticker: str, day: pd.Timestamp, interval: str, zone: str, closes_at: dt.datetime | None, now: dt.datetime
-) -> bool:
+def state_of_today(
+    ticker: str, told: dt.datetime | None, zone: str, now: dt.datetime
+) -> tuple[pd.Timestamp, bool, dt.datetime]:
+    """The exchange's day, whether its session is over, and when the source may know more than now.
+
+    Yahoo may still speak of an earlier session; then the exchange's calendar is asked about today's. Where nobody
+    knows of one, today is not over before midnight.
+
+    Args:
+        told: when the session ends that Yahoo takes for the current one. zone: the exchange's.
+    """
+    today = local_day(now, zone)
+    settled, over = None, False
+    if told is not None:
+        session = local_day(told - INSTANT, zone)
+        ends = session_close(ticker, today) if session < today else told
+        if ends is not None:
+            settled = ends + SETTLING
+            over = session > today or now >= settled
+    if settled is None or now >= settled:
+        midnight = (today + pd.Timedelta(days=1)).tz_localize(zone, ambiguous=True, nonexistent="shift_forward")
+        settled = midnight.tz_convert("UTC").to_pydatetime()
+    return today, over, settled
+
+
+def local_day(moment: dt.datetime, zone: str) -> pd.Timestamp:
+    return pd.Timestamp(moment).tz_convert(zone).tz_localize(None).normalize()
+
+
+def is_unfinished(ticker: str, day: pd.Timestamp, interval: str, today: pd.Timestamp, today_is_over: bool) -> bool:
     """True for a last bar whose session (for ``1d``), week or month still has trading in it."""
-    today = pd.Timestamp(now).tz_convert(zone).tz_localize(None).normalize()
-    today_is_done = False  # without Yahoo's word on the session, a bar of today is not trusted
-    if closes_at is not None:
-        # Where the current session is already tomorrow's, today's is over.
-        closing_day = pd.Timestamp(closes_at).tz_convert(zone).tz_localize(None).normalize()
-        today_is_done = now >= closes_at or closing_day > today
     if interval == "1d":
-        return bool(day > today or (day == today and not today_is_done))
+        return bool(day > today or (day == today and not today_is_over))
     last = day + (pd.DateOffset(months=1) if interval == "1mo" else pd.DateOffset(weeks=1)) - pd.Timedelta(days=1)
-    first_open_day = today + pd.Timedelta(days=1) if today_is_done else today
+    first_open_day = today + pd.Timedelta(days=1) if today_is_over else today
     return bool(last >= first_open_day and len(sessions_between(ticker, first_open_day, last)))

@@ -11,9 +11,9 @@ import pytest
 from source_tree import LEAVES, REPO_ROOT, imports_of, project_files, python_files, scripts, tree_of
 
 HEAVY = {
-    "accelerate", "akshare", "bitsandbytes", "exchange_calendars", "gguf", "huggingface_hub", "matplotlib",
-    "modelscope", "numpy", "pandas", "peft", "psutil", "rich", "safetensors", "scipy", "tokenizers", "torch",
-    "transformers", "yaml", "yfinance",
+    "accelerate", "akshare", "arch", "bitsandbytes", "exchange_calendars", "fracast", "gguf", "huggingface_hub",
+    "matplotlib", "modelscope", "numpy", "pandas", "peft", "psutil", "pyarrow", "rich", "safetensors", "scipy",
+    "statsforecast", "statsmodels", "tokenizers", "torch", "transformers", "yaml", "yfinance",
 }  # fmt: skip
 # Who may import which of our own modules; every other file may import the library and the leaves.
 ALLOWED = {"lora": set(), "llm_model": {"lora"}, "setup": set()}

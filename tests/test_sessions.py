@@ -1,4 +1,4 @@
-"""Trading days: known holidays, exchanges by suffix, dates far from today."""
+"""Trading days: known holidays, exchanges by suffix, dates far from today; and when a day's session is over."""
 
 from __future__ import annotations
 
@@ -11,7 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stocklora import sessions
-from stocklora.sessions import SUFFIXES, exchange_of, known_range, next_sessions, sessions_between
+from stocklora.sessions import (
+    SUFFIXES,
+    exchange_of,
+    is_complete,
+    known_range,
+    next_sessions,
+    session_close,
+    sessions_between,
+)
+
+
+def at(text: str) -> dt.datetime:
+    return dt.datetime.fromisoformat(text).replace(tzinfo=dt.UTC)
 
 
 def days(ticker: str, after: str, count: int) -> list[str]:
@@ -142,3 +154,50 @@ def test_sessions_increase_and_are_never_a_holiday(ticker: str, after: dt.date, 
 def test_crypto_trades_every_day(after: dt.date, count: int) -> None:
     expected = pd.date_range(after + dt.timedelta(days=1), periods=count, name="Date", unit="ns")
     assert next_sessions("BTC-USD", after, count).equals(expected)
+
+
+@pytest.mark.parametrize(
+    ("ticker", "day", "close"),
+    [
+        ("AAPL", "2025-10-31", "2025-10-31 20:00"),
+        ("AAPL", "2025-11-03", "2025-11-03 21:00"),  # winter time
+        ("AAPL", "2025-11-28", "2025-11-28 18:00"),  # the day after Thanksgiving ends at one
+        ("AAPL", "2025-11-27", None),  # Thanksgiving
+        ("AAPL", "2025-11-01", None),  # a Saturday
+        ("0700.HK", "2025-12-24", "2025-12-24 04:00"),  # half a day before Christmas
+        ("7203.T", "2024-11-01", "2024-11-01 06:00"),
+        ("7203.T", "2024-11-05", "2024-11-05 06:30"),  # Tokyo trades half an hour longer since that day
+        ("600519.SS", "2025-10-31", "2025-10-31 07:00"),
+        ("VOD.L", "2025-07-01", "2025-07-01 15:30"),
+        ("BTC-USD", "2025-11-01", "2025-11-02 00:00"),
+        ("X.UNKNOWN", "2025-10-31", None),
+        ("600519.SS", "1980-01-02", None),  # before the calendar begins
+    ],
+)
+def test_when_a_session_ends(ticker: str, day: str, close: str | None) -> None:
+    assert session_close(ticker, pd.Timestamp(day)) == (at(close) if close else None)
+
+
+@pytest.mark.parametrize(
+    ("ticker", "day", "now", "complete"),
+    [
+        ("AAPL", "2025-10-31", "2025-10-31 13:29", False),  # before the open
+        ("AAPL", "2025-10-31", "2025-10-31 19:59", False),
+        ("AAPL", "2025-10-31", "2025-10-31 20:00", False),  # the auction's trades are still coming in
+        ("AAPL", "2025-10-31", "2025-10-31 20:14", False),
+        ("AAPL", "2025-10-31", "2025-10-31 20:15", True),
+        ("AAPL", "2025-10-30", "2025-10-31 15:00", True),
+        ("AAPL", "2025-11-28", "2025-11-28 18:15", True),  # an early close
+        ("7203.T", "2025-10-31", "2025-10-31 06:44", False),
+        ("7203.T", "2025-10-31", "2025-10-31 06:45", True),
+        ("BTC-USD", "2025-11-01", "2025-11-01 23:59", False),
+        ("BTC-USD", "2025-11-01", "2025-11-02 00:15", True),
+        ("X.UNKNOWN", "2025-10-31", "2025-10-31 01:00", True),  # nobody says: the table is believed
+        ("X.UNKNOWN", "2025-11-02", "2025-10-31 23:00", False),  # but not about tomorrow
+        ("AAPL", "2025-11-01", "2025-10-30 09:00", False),  # a Saturday to come
+    ],
+)
+def test_a_bar_is_complete_when_its_session_has_closed_and_settled(
+    ticker: str, day: str, now: str, complete: bool
+) -> None:
+    assert is_complete(ticker, pd.Timestamp(day), at(now)) == complete

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import datetime as dt
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from yahoo_server import BROKEN, DOWN, NO_RESULT, TOO_MANY, UNKNOWN, Stock, YahooServer, made_up_bars, zone_at_noon
+from yahoo_server import (
+    BROKEN,
+    DOWN,
+    NO_RESULT,
+    TOO_MANY,
+    UNKNOWN,
+    Canned,
+    Stock,
+    YahooServer,
+    made_up_bars,
+    zone_at_noon,
+)
 
 from stocklora.fetching import Request, SourceError
 from stocklora.prices import QUOTES, validated
-from stocklora.sessions import sessions_between
-from stocklora.yahoo import YahooSource, is_unfinished
+from stocklora.sessions import SETTLING, sessions_between
+from stocklora.yahoo import YahooSource, is_unfinished, state_of_today
 
 TODAY = pd.Timestamp.now().normalize()
 UTC = dt.UTC
@@ -225,13 +238,17 @@ def test_an_answer_that_takes_too_long(server: YahooServer, tmp_path: Path, monk
     assert caught.value.kind == "network"
 
 
+def at(text: str) -> dt.datetime:
+    return dt.datetime.fromisoformat(text).replace(tzinfo=UTC)
+
+
 FRIDAY = pd.Timestamp("2025-10-31")
 
 
 @pytest.mark.parametrize(
-    ("day", "interval", "closes_at", "now", "unfinished"),
+    ("day", "interval", "settled", "now", "unfinished"),
     [
-        # New York closes at 20:00 UTC (daylight saving time)
+        # New York closes at 20:00 UTC (daylight saving time), and is taken to have settled at once
         (FRIDAY, "1d", "2025-10-31 20:00", "2025-10-31 15:00", True),
         (FRIDAY, "1d", "2025-10-31 20:00", "2025-10-31 20:01", False),
         (FRIDAY, "1d", "2025-10-31 20:00", "2025-11-02 12:00", False),
@@ -246,11 +263,99 @@ FRIDAY = pd.Timestamp("2025-10-31")
     ],
 )
 def test_whether_the_last_bar_is_done(
-    day: pd.Timestamp, interval: str, closes_at: str | None, now: str, unfinished: bool
+    day: pd.Timestamp, interval: str, settled: str | None, now: str, unfinished: bool
 ) -> None:
-    close = dt.datetime.fromisoformat(closes_at).replace(tzinfo=UTC) if closes_at else None
-    moment = dt.datetime.fromisoformat(now).replace(tzinfo=UTC)
-    assert is_unfinished("AAPL", day, interval, "America/New_York", close, moment) == unfinished
+    told = at(settled) - SETTLING if settled else None
+    today, over, _ = state_of_today("AAPL", told, "America/New_York", at(now))
+    assert is_unfinished("AAPL", day, interval, today, over) == unfinished
+
+
+@dataclass
+class StockAt(Stock):
+    """A stock whose session that Yahoo takes for the current one ends at a given moment."""
+
+    ends: dt.datetime = dt.datetime(1970, 1, 1, tzinfo=UTC)
+
+    def chart(self, ticker: str, query: dict[str, str]) -> Canned:
+        self.closes_in_s = self.ends.timestamp() + 0.5 - time.time()  # the time is added again, and cut to seconds
+        return super().chart(ticker, query)
+
+
+NEW_YORK, TOKYO = ("America/New_York", "09:30"), ("Asia/Tokyo", "09:00")
+LONDON, MIDNIGHT = ("Europe/London", "00:00"), ("UTC", "00:00")
+
+
+@pytest.mark.parametrize(
+    ("ticker", "place", "told", "now", "last", "fresh_until"),
+    [
+        # Yahoo still speaks of Thursday's session: New York's calendar says when Friday's bar is complete
+        ("AAPL", NEW_YORK, "2025-10-30 20:00", "2025-10-31 15:00", "2025-10-30", "2025-10-31 20:15"),
+        ("AAPL", NEW_YORK, "2025-10-30 20:00", "2025-10-31 20:14", "2025-10-30", "2025-10-31 20:15"),
+        ("AAPL", NEW_YORK, "2025-10-30 20:00", "2025-10-31 20:15", "2025-10-31", "2025-11-01 04:00"),
+        ("AAPL", NEW_YORK, "2025-10-30 20:00", "2025-11-01 12:00", "2025-10-31", "2025-11-02 04:00"),
+        # the day after Thanksgiving ends at one; before it, Yahoo's last session was Wednesday's
+        ("AAPL", NEW_YORK, "2025-11-26 21:00", "2025-11-28 18:14", "2025-11-26", "2025-11-28 18:15"),
+        ("AAPL", NEW_YORK, "2025-11-26 21:00", "2025-11-28 18:15", "2025-11-28", "2025-11-29 05:00"),
+        ("7203.T", TOKYO, "2025-10-30 06:30", "2025-10-31 06:44", "2025-10-30", "2025-10-31 06:45"),
+        ("7203.T", TOKYO, "2025-10-30 06:30", "2025-10-31 06:45", "2025-10-31", "2025-10-31 15:00"),
+        # of today's session Yahoo is believed before the calendar: it knows of a close that nobody planned
+        ("AAPL", NEW_YORK, "2025-10-31 17:00", "2025-10-31 17:15", "2025-10-31", "2025-11-01 04:00"),
+        # no calendar for the exchange: not before the day is over there
+        ("X.UNKNOWN", NEW_YORK, "2025-10-30 20:00", "2025-10-31 23:59", "2025-10-30", "2025-11-01 04:00"),
+        ("X.UNKNOWN", NEW_YORK, "2025-10-30 20:00", "2025-11-01 04:00", "2025-10-31", "2025-11-02 04:00"),
+        # where trading never stops, Yahoo's session ends a minute before midnight, or at it
+        ("BTC-USD", MIDNIGHT, "2025-10-31 23:59", "2025-10-31 12:00", "2025-10-30", "2025-11-01 00:14"),
+        ("BTC-USD", MIDNIGHT, "2025-11-01 00:00", "2025-10-31 12:00", "2025-10-30", "2025-11-01 00:15"),
+        ("BTC-USD", MIDNIGHT, "2025-10-30 23:59", "2025-10-31 12:00", "2025-10-30", "2025-11-01 00:15"),
+        ("EURUSD=X", LONDON, "2025-07-31 22:59", "2025-07-31 12:00", "2025-07-30", "2025-07-31 23:14"),
+        ("EURUSD=X", LONDON, "2025-07-30 22:59", "2025-07-31 12:00", "2025-07-30", "2025-08-01 00:15"),
+    ],
+)  # fmt: skip
+def test_the_last_bar_waits_for_its_session_whatever_session_yahoo_speaks_of(
+    ticker: str, place: tuple[str, str], told: str, now: str, last: str, fresh_until: str,
+    server: YahooServer, source: YahooSource,
+) -> None:  # fmt: skip
+    zone, opens = place
+    today = pd.Timestamp(at(now)).tz_convert(zone).tz_localize(None).normalize()
+    days = sessions_between(ticker, today - pd.DateOffset(months=1), today)  # the last one may be running
+    server.plans[ticker] = StockAt(made_up_bars(days), zone=zone, opens=opens, ends=at(told))
+    source.clock = lambda: at(now)
+    answer = source.fetch(ticker, Request("max"))
+    assert answer.frame.index[-1] == pd.Timestamp(last)
+    assert answer.dropped == ({} if len(answer.frame) == len(days) else {"unfinished": 1})
+    assert answer.fresh_until == at(fresh_until)
+
+
+@pytest.mark.parametrize(
+    ("interval", "first", "now", "kept"),
+    [
+        ("1wk", "2025-10-27", "2025-10-31 15:00", False),  # Friday's session, of which Yahoo does not speak yet
+        ("1wk", "2025-10-27", "2025-10-31 20:15", True),
+        ("1mo", "2025-10-01", "2025-10-31 15:00", False),
+        ("1mo", "2025-10-01", "2025-10-31 20:15", True),
+    ],
+)
+def test_a_week_or_month_waits_for_its_last_session(
+    interval: str, first: str, now: str, kept: bool, server: YahooServer, source: YahooSource
+) -> None:
+    starts = pd.date_range(end=first, periods=12, freq="7D" if interval == "1wk" else "MS")
+    server.plans["AAPL"] = StockAt(made_up_bars(starts), ends=at("2025-10-30 20:00"))
+    source.clock = lambda: at(now)
+    answer = source.fetch("AAPL", Request("max", interval=interval))
+    assert answer.frame.index[-1] == starts[-1 if kept else -2]
+
+
+@pytest.mark.parametrize(
+    ("zone", "now", "midnight"),
+    [
+        ("America/Sao_Paulo", "2018-11-03 15:00", "2018-11-04 03:00"),  # clocks went from midnight to one
+        ("America/Havana", "2025-11-01 15:00", "2025-11-02 04:00"),  # and here from one to midnight, a second one
+        ("UTC", "2025-10-31 23:59", "2025-11-01 00:00"),
+    ],
+)
+def test_a_day_ends_at_midnight_even_where_clocks_change_then(zone: str, now: str, midnight: str) -> None:
+    today, over, fresh_until = state_of_today("AAPL", None, zone, at(now))
+    assert (f"{today:%Y-%m-%d}", over, fresh_until) == (now[:10], False, at(midnight))
 
 
 def test_prices_keep_their_digits(server: YahooServer, source: YahooSource) -> None:
