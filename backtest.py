@@ -1,0 +1,44 @@
+"""Score any forecaster against the last close, walking forward through days it never saw.
+
+    python backtest.py --data prices.csv
+    python backtest.py --data prices/ --models naive drift ewma har simple --from 2023-01-03 --refit yearly
+    python backtest.py --data prices.csv --models naive ewma har llm --model_path models/smollm2-135m \\
+        --lora_weights checkpoints/best_lora_weights.pth
+    python backtest.py --data prices.csv --models ewma har garch autoets      # needs: pip install '.[peers]'
+    python backtest.py --data prices.csv --check-leakage
+    accelerate launch --cpu --num_processes 2 backtest.py --data prices/
+
+Writes backtest/report.html, backtest/metrics.csv and backtest/forecasts.parquet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from stocklora.console import run_script
+from stocklora.options import BacktestSettings
+from stocklora.settings import add_settings, resolve_settings
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="backtest.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_settings(parser, BacktestSettings)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    return run_script(lambda: run(resolve_settings(arguments, BacktestSettings)))
+
+
+def run(settings: BacktestSettings) -> int:
+    from stocklora.backtest_run import run as backtest
+
+    return backtest(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
