@@ -21,6 +21,7 @@ from stocklora.devices import choose_device, choose_dtype, memory_errors
 from stocklora.files import plain, replacing
 from stocklora.forecasting import Forecaster, build_forecaster, context_tokens_of, load_encoder
 from stocklora.machine import keep_freed_memory, peak_memory_mb
+from stocklora.methods import trained_state
 from stocklora.metrics import Scores
 from stocklora.options import TrainLoraSettings
 from stocklora.prompts import DayEncoder, check_lengths, fit_targets_per_sequence
@@ -282,7 +283,6 @@ def expected_memory_mb(forecaster: Forecaster, examples: list[Example], settings
 
 def save_run(run: FittedRun, settings: TrainLoraSettings, sequences: Mapping[str, Any]) -> None:
     """Weights, history and curve; each replaces its predecessor only when whole."""
-    from lora import lora_state_dict
     from stocklora.report import plot_training_curve
 
     model = run.forecaster.model
@@ -299,14 +299,14 @@ def save_run(run: FittedRun, settings: TrainLoraSettings, sequences: Mapping[str
         "gain_in_errors": run.outcome.gain_in_errors,
         "test_scores": {name: scores.to_dict() for name, scores in run.test_scores.items()},
     }
-    head = {name: tensor.detach().cpu().clone() for name, tensor in model.head.state_dict().items()}
+    state = trained_state(model)
     # All three are whole before the first takes its name.
     with (
         replacing(run.weights_path) as weights,
         replacing(settings.save_dir / HISTORY_NAME) as history,
         replacing(settings.save_dir / CURVE_NAME) as curve,
     ):
-        save_weights(weights, WeightsFile(run.forecaster.spec, lora_state_dict(model.backbone), head, training))
+        save_weights(weights, WeightsFile(run.forecaster.spec, state["adapters"], state["head"], training))
         with history.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow(HISTORY_COLUMNS)

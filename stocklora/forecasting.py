@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from llm_model import StockForecaster, backbone_config, facts_of, is_causal, load_backbone
-from lora import LoRAConfig, LoRAError, apply_lora, load_lora_state_dict
+from lora import LoRAError
 from stocklora.base_models import check_model_folder, describe_model
 from stocklora.calibration import Calibration
 from stocklora.checkpoints import ForecasterSpec, WeightsFile, load_weights
@@ -22,6 +22,7 @@ from stocklora.console import UserError, warn
 from stocklora.dataset import Example, make_examples
 from stocklora.devices import memory_errors
 from stocklora.market import market_of
+from stocklora.methods import load_trained_state, put_on
 from stocklora.predictions import prediction_rows
 from stocklora.prompts import DayEncoder, check_lengths
 from stocklora.training import predict
@@ -165,10 +166,7 @@ def build_forecaster(
         )
     table = torch.tensor(spec.table, dtype=torch.float64)
     model = StockForecaster(backbone, table, torch.tensor(spec.location or [0.0] * spec.horizon))
-    try:
-        apply_lora(model.backbone, LoRAConfig(**spec.lora))
-    except LoRAError as error:
-        raise UserError(str(error)) from None
+    put_on(model, spec.lora)
     context = context_tokens_of(model_path, trust_remote_code)
     with memory_errors():
         return Forecaster(model.to(device), spec, encoder, device, context)
@@ -198,8 +196,7 @@ def load_forecaster(
     encoder = load_encoder(model_path, spec.prompt, trust_remote_code, spec.indicators, anonymize=spec.anonymize)
     forecaster = build_forecaster(spec, model_path, encoder, device, dtype, trust_remote_code)
     try:
-        load_lora_state_dict(forecaster.model.backbone, content.adapters)
-        forecaster.model.head.load_state_dict(content.head)
+        load_trained_state(forecaster.model, {"adapters": content.adapters, "head": content.head})
     except (LoRAError, RuntimeError) as error:
         raise UserError(f"{weights_path} does not fit {model_path}: {error}") from None
     if trained_on["revision"] != given["revision"]:

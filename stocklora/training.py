@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from llm_model import StockForecaster, pinball_sum
-from lora import load_lora_state_dict, lora_parameters, lora_state_dict
 from stocklora.console import progress, say, warn
 from stocklora.dataset import Example
+from stocklora.methods import load_trained_state, parameter_groups, trained_state
 from stocklora.metrics import BASIS_POINTS, pinball_loss
 from stocklora.options import TrainLoraSettings
 
@@ -189,12 +189,7 @@ class Optimization:
         from transformers import get_cosine_schedule_with_warmup
 
         optimizer = torch.optim.AdamW(
-            [
-                {"params": list(lora_parameters(model.backbone)), "lr": settings.learning_rate},
-                {"params": [model.head.linear.weight], "lr": settings.head_learning_rate},
-                # The bias holds the starting quantiles: decay would pull them toward quantiles of nothing.
-                {"params": [model.head.linear.bias], "lr": settings.head_learning_rate, "weight_decay": 0.0},
-            ],
+            parameter_groups(model, settings),
             weight_decay=settings.weight_decay,
         )
         self.settings, self.accelerator, self.training = settings, accelerator, training
@@ -283,7 +278,7 @@ def train(
     start_losses = best_losses = validation_losses()
     start_bp = float(start_losses.mean())
     history = [_history_row(0, 0, math.nan, start_bp, start_bp, 0.0, 0.0, math.nan)]
-    start_state = _snapshot(model)
+    start_state = trained_state(model)
     best_epoch, best_bp, best_state = 0, start_bp, start_state
     stopped: str | None = None
     started, training_s = time.perf_counter(), 0.0
@@ -304,7 +299,7 @@ def train(
                 )
                 show.epoch(f"epoch {epoch}/{settings.epochs}", loss, bp / start_bp, rate)
                 if bp < best_bp:
-                    best_epoch, best_bp, best_state, best_losses = epoch, bp, _snapshot(model), losses
+                    best_epoch, best_bp, best_state, best_losses = epoch, bp, trained_state(model), losses
                 elif epoch - best_epoch >= settings.patience:
                     stopped = f"no better validation loss for {settings.patience} epochs"
                     break
@@ -315,7 +310,7 @@ def train(
         warn(f"interrupted: keeping the weights of epoch {best_epoch}; press Ctrl-C again to leave without saving")
     gain = gain_in_errors(start_losses - best_losses, validation_dates, validation_returns.shape[1])
     unproven = best_epoch if best_epoch and gain < settings.required_gain else None
-    _restore(model, start_state if unproven is not None else best_state)
+    load_trained_state(model, start_state if unproven is not None else best_state)
     finished = len(history) - 1
     rate = finished * targets_per_epoch / training_s if finished else math.nan
     kept = 0 if unproven is not None else best_epoch
@@ -378,13 +373,3 @@ def _history_row(
 ) -> dict[str, float]:
     values = (epoch, step, loss, bp, bp / start_bp, rate, seconds, targets_per_s)
     return dict(zip(HISTORY_COLUMNS, values, strict=True))
-
-
-def _snapshot(model: StockForecaster) -> dict[str, dict[str, Tensor]]:
-    head = {name: tensor.detach().cpu().clone() for name, tensor in model.head.state_dict().items()}
-    return {"adapters": lora_state_dict(model.backbone), "head": head}
-
-
-def _restore(model: StockForecaster, state: dict[str, dict[str, Tensor]]) -> None:
-    load_lora_state_dict(model.backbone, state["adapters"])
-    model.head.load_state_dict(state["head"])
