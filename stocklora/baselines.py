@@ -88,10 +88,10 @@ def fit_baselines(
     }
     for kind in kinds:
         scale = fit_scale(kind, prices, origins, returns)
-        market = scale.market_of(prices)
+        markets = scale.markets_of(prices)
         scaled = []
         for name, frame in prices.items():
-            values = scale.at(frame, market)
+            values = scale.at(frame, markets.of(name))
             scaled.append(returns[name][rows[name]] / values[rows[name]])
             if scales is not None:
                 scales.setdefault(kind, {})[name] = values

@@ -15,6 +15,7 @@ import pandas as pd
 
 from stocklora.baselines import QuantileBaseline, fit_baselines
 from stocklora.console import UserError
+from stocklora.market import Markets
 from stocklora.metrics import QUANTILE_LEVELS, Scores, median_index, pinball_loss, score
 from stocklora.prompts import DayEncoder, EncodedSequence
 from stocklora.volatility import SCALES
@@ -162,13 +163,13 @@ def make_examples(
     sequences: Sequence[DaySequence],
     encoder: DayEncoder,
     scales: Mapping[str, np.ndarray],
-    market: pd.DataFrame | None = None,
+    markets: Markets | None = None,
 ) -> list[Example]:
     """Token ids, scale and, where it is known, the future of every sequence.
 
     Args:
         scales: ticker -> (days, horizon), of all tickers or those that the sequences name.
-        market: ``Market.days`` of all tickers forecast together; by default of ``prices``.
+        markets: of all tickers forecast together; by default of ``prices``.
     """
     names = {sequence.ticker for sequence in sequences}
     returns = {name: log_returns_ahead(prices[name]["Close"].to_numpy(), scales[name].shape[1]) for name in names}
@@ -178,7 +179,7 @@ def make_examples(
             scales[encoded.sequence.ticker][list(encoded.sequence.origins)],
             returns[encoded.sequence.ticker][list(encoded.sequence.origins)],
         )
-        for encoded in encoder.encode(prices, sequences, market)
+        for encoded in encoder.encode(prices, sequences, markets)
     ]
 
 

@@ -21,7 +21,7 @@ from stocklora.checkpoints import ForecasterSpec, WeightsFile, load_weights
 from stocklora.console import UserError, warn
 from stocklora.dataset import Example, make_examples
 from stocklora.devices import memory_errors
-from stocklora.market import market_of
+from stocklora.market import Markets, markets_of
 from stocklora.methods import load_trained_state, put_on
 from stocklora.predictions import prediction_rows
 from stocklora.prompts import DayEncoder, check_lengths
@@ -80,8 +80,8 @@ class Forecaster:
             if not known:
                 raise UserError(f"{message}; download more days")
             warn(f"{message}; left out")
-        scales, market = self.scale.on(known), market_of(known).days
-        quantiles = self.quantiles([self._last_example(name, frame, scales, market) for name, frame in known.items()])
+        scales, markets = self.scale.on(known), markets_of(known)
+        quantiles = self.quantiles([self._last_example(name, frame, scales, markets) for name, frame in known.items()])
         return [
             row
             for index, (name, frame) in enumerate(known.items())
@@ -89,13 +89,13 @@ class Forecaster:
         ]
 
     def _last_example(
-        self, name: str, frame: pd.DataFrame, scales: Mapping[str, np.ndarray], market: pd.DataFrame
+        self, name: str, frame: pd.DataFrame, scales: Mapping[str, np.ndarray], markets: Markets
     ) -> Example:
         """The last row as origin, with as much past as in training, less where wild days make long lines."""
         targets = self.spec.targets_per_sequence
         while True:
             sequence = last_origin(name, len(frame), self.spec.window_size, targets)
-            (example,) = make_examples({name: frame}, [sequence], self.encoder, scales, market)
+            (example,) = make_examples({name: frame}, [sequence], self.encoder, scales, markets)
             if targets == 1 or len(example.encoded.input_ids) <= self.context_tokens:
                 check_lengths([example.encoded], self.context_tokens)
                 return example

@@ -176,8 +176,14 @@ def _near_event(index: pd.DatetimeIndex, event: np.ndarray, horizon: int) -> np.
 
 
 def standardized(inputs: np.ndarray, centre: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Inputs in units of their spread on training days, unknown ones at their centre, within 6 spreads."""
-    return np.clip(np.nan_to_num((inputs - centre) / spread, nan=0.0), -6.0, 6.0)
+    """Inputs in units of their spread on training days, unknown ones at their centre, within 6 spreads.
+
+    The first two, the constant and the log EWMA volatility, are left as they are: a ticker far calmer or wilder
+    than those trained on is no outlier.
+    """
+    result = np.nan_to_num((inputs - centre) / spread, nan=0.0)
+    result[:, 2:] = np.clip(result[:, 2:], -6.0, 6.0)
+    return result
 
 
 def centre_and_spread(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from stocklora.calibration import fit_calibration
 from stocklora.console import UserError, progress, say, warn
 from stocklora.dataset import prepare
 from stocklora.indicators import INDICATORS, indicator_table
-from stocklora.market import market_of
+from stocklora.market import markets_of
 from stocklora.options import BacktestSettings
 from stocklora.price_store import spool
 from stocklora.prompts import returns_lines
@@ -178,13 +178,15 @@ def _training(plan: Plan, prices: Mapping[str, pd.DataFrame], cut: pd.Timestamp)
 
 
 def _inputs(tickers: Sequence[str], prices: Mapping[str, pd.DataFrame], cut: pd.Timestamp) -> Observations:
-    market = market_of(prices).days
-    found: Observations = {("the market's day", ""): market[market.index <= cut].to_numpy()}
+    markets = markets_of(prices)
+    found: Observations = {}
     for ticker in (name for name in tickers if name in prices):
         frame = prices[ticker]
         stop = int(frame.index.searchsorted(cut, side="right"))
         if not stop:  # not listed yet
             continue
+        market = markets.of(ticker).days
+        found["the market's day", ticker] = market[market.index <= cut].to_numpy()
         for name in INDICATORS:
             found[f"the indicator {name}", ticker] = indicator_table(frame, [name], market)[:stop]
         for prompt, volatility in (("returns", None), ("zscores", ewma_volatility(frame["Close"]))):

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 
+from stocklora.sessions import exchange_of
+
 MARKET_COLUMNS = ("market_return", "market_size", "market_log_range")
 SURPRISE_HALF_LIFE_DAYS = 66.0  # a quarter
 SURPRISE_PRIOR_DAYS = 10.0
@@ -58,8 +60,11 @@ class Market:
             scale: (days,) one-day scale at every row of ``frame``, before any adaptation.
         """
         sizes = np.abs(np.diff(np.log(frame["Close"].to_numpy())))
-        surprise = np.minimum(sizes / scale[:-1], SURPRISE_LIMIT)[SURPRISE_WARM_UP_DAYS:]
-        _accumulate(self._surprises, frame.index.to_numpy()[1 + SURPRISE_WARM_UP_DAYS :], surprise[:, None])
+        surprise = np.minimum(sizes / scale[:-1], SURPRISE_LIMIT)
+        traded = (sizes > 0.0) | (frame["High"].to_numpy() > frame["Low"].to_numpy())[1:]  # a halt says nothing
+        traded |= np.isnan(sizes)
+        traded[:SURPRISE_WARM_UP_DAYS] = False
+        _accumulate(self._surprises, frame.index.to_numpy()[1:][traded], surprise[traded, None])
         self._running = None
 
     @property
@@ -93,12 +98,31 @@ class Market:
         return self._running[1].reindex(index, method="ffill").fillna(usual).to_numpy()
 
 
+class Markets:
+    """A market for each exchange: at one exchange's close another's day of the same date has not been yet."""
+
+    def __init__(self) -> None:
+        self._by_exchange: dict[str | None, Market] = {}
+
+    def of(self, ticker: str) -> Market:
+        """The market of the ticker's exchange."""
+        return self._by_exchange.setdefault(exchange_of(ticker), Market())
+
+
 def market_of(prices: Mapping[str, pd.DataFrame]) -> Market:
-    """The market of a whole file, without surprises."""
+    """All tickers as one market, without surprises."""
     market = Market()
     for frame in prices.values():
         market.add(frame)
     return market
+
+
+def markets_of(prices: Mapping[str, pd.DataFrame]) -> Markets:
+    """The markets of a whole file, without surprises."""
+    markets = Markets()
+    for name, frame in prices.items():
+        markets.of(name).add(frame)
+    return markets
 
 
 def _accumulate(sums: dict[np.datetime64, np.ndarray], dates: np.ndarray, values: np.ndarray) -> None:

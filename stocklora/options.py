@@ -11,6 +11,7 @@ from stocklora.settings import setting
 
 DTYPES = ("auto", "bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+MOST_DAYS_AHEAD = 20
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class TrainLoraSettings:
             "patience",
             "backbone_layers",
         )
+        check_horizon(self.horizon)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise UserError(f"--lora_dropout must be at least 0 and below 1, got {self.lora_dropout}")
         if not 0 <= self.seed < 2**32:
@@ -316,6 +318,7 @@ class BacktestSettings:
 
     def __post_init__(self) -> None:
         check_positive(self, "train_days", "window_size", "horizon", "leakage_cuts")
+        check_horizon(self.horizon)
         if self.window_size < 2:
             raise UserError(f"--window_size must be at least 2, got {self.window_size}")
         if "llm" in self.models and not self.lora_weights:
@@ -370,6 +373,12 @@ def check_run(settings: RunSettings) -> None:
     for name in ("validation_fraction", "test_fraction"):
         if not 0.0 < getattr(settings, name) < 0.5:
             raise UserError(f"--{name} must be between 0 and 0.5, got {getattr(settings, name)}")
+
+
+def check_horizon(horizon: int) -> None:
+    """Raise a UserError beyond what the volatility scales are made for."""
+    if horizon > MOST_DAYS_AHEAD:
+        raise UserError(f"--horizon must be at most {MOST_DAYS_AHEAD} days, got {horizon}")
 
 
 def check_positive(settings: object, *names: str) -> None:

@@ -29,7 +29,7 @@ import pandas as pd
 
 from stocklora.console import UserError
 from stocklora.indicators import indicator_table, number_names
-from stocklora.market import garman_klass_variance, market_of
+from stocklora.market import Markets, garman_klass_variance, market_of, markets_of
 from stocklora.volatility import SCALE_FLOOR, ewma_volatility
 from stocklora.windows import DaySequence
 
@@ -76,25 +76,25 @@ class DayEncoder:
         self,
         prices: Mapping[str, pd.DataFrame],
         sequences: Sequence[DaySequence],
-        market: pd.DataFrame | None = None,
+        markets: Markets | None = None,
     ) -> list[EncodedSequence]:
         """Token ids of every sequence, in order.
 
         Args:
-            market: ``Market.days`` of all tickers forecast together; by default of ``prices``.
+            markets: of all tickers forecast together; by default of ``prices``.
 
         Raises:
             UserError: the tokenizer cannot write a line (an unknown token would hide the numbers).
         """
-        if market is None and "market" in self.indicators:
-            market = market_of(prices).days
+        if markets is None and "market" in self.indicators:
+            markets = markets_of(prices)
         cached: dict[str, list[list[int]]] = {}
         tails: dict[str, list[str]] = {}
         encoded = []
         for sequence in sequences:
             ticker, frame, days = sequence.ticker, prices[sequence.ticker], sequence.days
             if ticker not in tails:
-                tails[ticker] = self._tails(frame, market)
+                tails[ticker] = self._tails(frame, None if markets is None else markets.of(ticker).days)
             if self.prompt == "ohlcv":  # rebased to the sequence: every line is the sequence's own
                 lines = self._tokenize(_joined(ohlcv_lines(frame, days), tails[ticker][days.start : days.stop]))
             else:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from stocklora.harx import centre_and_spread, harx_features, standardized, time_blocks
-from stocklora.market import RANGE_FLOOR, Market, garman_klass_variance, market_of
+from stocklora.market import RANGE_FLOOR, SURPRISE_LIMIT, Market, Markets, garman_klass_variance, markets_of
 
 EWMA_LAMBDA = 0.94  # RiskMetrics Technical Document (J.P. Morgan, 1996): daily data
 SCALE_FLOOR = RANGE_FLOOR  # keeps a ticker that never moves from dividing by zero
@@ -101,30 +101,31 @@ class VolatilityScale:
         return self.kind == "harx"
 
     def at(self, frame: pd.DataFrame, market: Market) -> np.ndarray:
-        """The scale at every day of ``frame``: (days, horizon), positive.
+        """The scale at every day of ``frame``: (days, horizon), at least ``SCALE_FLOOR``.
 
         Args:
-            market: of all tickers that are forecast together; with their surprises where the scale adapts.
+            market: of all tickers of its exchange that are forecast together, from ``markets_of``.
         """
         fitted = self.before_adapting(frame, market)
         if not self.adapts:
             return fitted
         factor = market.running_surprise(pd.DatetimeIndex(frame.index), self.usual) / self.usual
-        return fitted * np.clip(factor, 1.0 / FURTHEST, FURTHEST)[:, None]
+        return np.maximum(fitted * np.clip(factor, 1.0 / FURTHEST, FURTHEST)[:, None], SCALE_FLOOR)
 
     def on(self, prices: Mapping[str, pd.DataFrame]) -> dict[str, np.ndarray]:
         """The scale at every day of every ticker, forecast together: ticker -> (days, horizon)."""
-        market = self.market_of(prices)
-        return {name: self.at(frame, market) for name, frame in prices.items()}
+        markets = self.markets_of(prices)
+        return {name: self.at(frame, markets.of(name)) for name, frame in prices.items()}
 
-    def market_of(self, prices: Mapping[str, pd.DataFrame]) -> Market:
-        """The market as this scale reads it."""
-        market = Market()
-        if self.adapts:
-            market = market_of(prices)
-            for frame in prices.values():
-                market.add_surprise(frame, self.before_adapting(frame, market)[:, 0])
-        return market
+    def markets_of(self, prices: Mapping[str, pd.DataFrame]) -> Markets:
+        """The markets as this scale reads them, with surprises where it adapts."""
+        if not self.adapts:
+            return Markets()
+        markets = markets_of(prices)
+        for name, frame in prices.items():
+            market = markets.of(name)
+            market.add_surprise(frame, self.before_adapting(frame, market)[:, 0])
+        return markets
 
     def before_adapting(self, frame: pd.DataFrame, market: Market) -> np.ndarray:
         """The scale without the running surprise: (days, horizon)."""
@@ -204,28 +205,29 @@ def thinned(origins: Mapping[str, range], most: int) -> dict[str, list[int]]:
 def _fit_harx(
     prices: Mapping[str, pd.DataFrame], rows: Mapping[str, list[int]], sizes: np.ndarray, horizon: int
 ) -> VolatilityScale:
-    market = market_of(prices)
+    markets = markets_of(prices)
     inputs = np.concatenate(
-        [regression_inputs(prices[name], market, horizon)[:, rows[name]] for name in prices], axis=1
+        [regression_inputs(frame, markets.of(name), horizon)[:, rows[name]] for name, frame in prices.items()], axis=1
     )
     dates = np.concatenate([prices[name].index.to_numpy()[rows[name]] for name in prices])
     centre, spread = zip(*[centre_and_spread(step) for step in inputs], strict=True)
     for row, width in zip(centre, spread, strict=True):
         row[:2], width[:2] = 0.0, 1.0  # the constant, and log EWMA, whose coefficient starts at one
     inputs = np.stack([standardized(*parts) for parts in zip(inputs, centre, spread, strict=True)])
+    # Chosen two days ahead, where noise is least against what is to be found, and used for every day ahead.
     ridge_days = _choose_ridge(inputs[min(1, horizon - 1)], sizes[:, min(1, horizon - 1)], dates)
     fitted = [_harx_regression(inputs[step], sizes[:, step], ridge_days) for step in range(horizon)]
     tables = {"coefficients": fitted, "centre": centre, "spread": spread}
     fields: dict[str, Any] = {name: tuple(map(_numbers, part)) for name, part in tables.items()}
     scale = VolatilityScale("harx", horizon, **fields, ridge_days=ridge_days)
-    usual = []
+    surprises = []
     for name, frame in prices.items():
-        before = scale.before_adapting(frame, market)[:, 0]
-        market.add_surprise(frame, before)
-        moves = np.abs(np.diff(np.log(frame["Close"].to_numpy())))
-        usual.append((moves / before[:-1])[[row for row in rows[name] if row < len(moves)]])
-    pooled = float(np.mean(np.minimum(np.concatenate(usual), 6.0)))
-    return VolatilityScale(**{**asdict(scale), "usual": max(pooled, 1e-3)})
+        expected = scale.before_adapting(frame, markets.of(name))[rows[name], 0]
+        moves = np.abs(np.diff(np.log(frame["Close"].to_numpy()), append=np.nan))[rows[name]]
+        surprises.append(np.minimum(moves / expected, SURPRISE_LIMIT))
+    pooled = np.concatenate(surprises)
+    known = pooled[np.isfinite(pooled)]
+    return replace(scale, usual=max(float(known.mean()), 1e-3) if len(known) else 1.0)
 
 
 def _choose_ridge(inputs: np.ndarray, sizes: np.ndarray, dates: np.ndarray) -> float:

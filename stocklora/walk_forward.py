@@ -19,7 +19,7 @@ import pandas as pd
 from stocklora.backtest_results import TickerForecasts
 from stocklora.baselines import QuantileBaseline, fit_baselines
 from stocklora.console import UserError
-from stocklora.market import Market
+from stocklora.market import Markets, markets_of
 from stocklora.price_store import ReturnsAhead
 from stocklora.volatility import SCALES
 from stocklora.windows import log_returns_ahead, pack
@@ -78,7 +78,7 @@ class Baselines:
     def __init__(self, names: Sequence[str], levels: np.ndarray) -> None:
         self.names, self.levels = list(names), levels
         self.fitted: dict[str, QuantileBaseline] = {}
-        self._markets: dict[str, Market] = {}
+        self._markets: dict[str, Markets] = {}
 
     def fit(self, prices: Mapping[str, pd.DataFrame], plan: Plan, cut: pd.Timestamp) -> None:
         training = {name: plan.training(pd.DatetimeIndex(frame.index), cut) for name, frame in prices.items()}
@@ -97,7 +97,7 @@ class Baselines:
         for kind in kinds:
             scale = self.fitted[kind].scale
             assert scale is not None
-            self._markets[kind] = scale.market_of(prices)
+            self._markets[kind] = scale.markets_of(prices)
 
     def quantiles(self, ticker: str, frame: pd.DataFrame, origins: range) -> Mapping[str, np.ndarray]:
         rows = list(origins)
@@ -107,7 +107,7 @@ class Baselines:
             if baseline.scale is None:
                 scale = np.ones((len(rows), len(baseline.location)))
             else:
-                scale = baseline.scale.at(frame, self._markets[name])[rows]
+                scale = baseline.scale.at(frame, self._markets[name].of(ticker))[rows]
             result[name] = baseline.quantiles(scale)
         return result
 
@@ -215,12 +215,13 @@ class LanguageModel:
 
     def __init__(self, ensemble: Any, refit_folder: Path | None = None, is_main: bool = True) -> None:
         self.ensemble, self.refit_folder, self.is_main = ensemble, refit_folder, is_main
-        self._markets: list[Market] = []
+        self._markets: list[tuple[Markets, Markets]] = []
 
     def fit(self, prices: Mapping[str, pd.DataFrame], plan: Plan, cut: pd.Timestamp) -> None:
         if self.refit_folder is not None:
             self._refit(prices, plan, cut, self.refit_folder)
-        self._markets = self.ensemble.each(lambda forecaster: forecaster.scale.market_of(prices))
+        days = markets_of(prices)  # for the day line
+        self._markets = self.ensemble.each(lambda forecaster: (forecaster.scale.markets_of(prices), days))
 
     def _refit(self, prices: Mapping[str, pd.DataFrame], plan: Plan, cut: pd.Timestamp, folder: Path) -> None:
         """The same training again, on what was known at the cut; kept on disk, so that a resumed run has it."""
@@ -254,12 +255,12 @@ class LanguageModel:
         markets = iter(self._markets)
 
         def forecast(forecaster: Any) -> np.ndarray:
-            market, spec = next(markets), forecaster.spec
+            (surprised, market), spec = next(markets), forecaster.spec
             targets = spec.targets_per_sequence
-            scales = {ticker: forecaster.scale.at(frame, market)}
+            scales = {ticker: forecaster.scale.at(frame, surprised.of(ticker))}
             while True:
                 sequences = pack(ticker, origins, spec.window_size, targets)
-                examples = make_examples({ticker: frame}, sequences, forecaster.encoder, scales, market.days)
+                examples = make_examples({ticker: frame}, sequences, forecaster.encoder, scales, market)
                 longest = max(len(example.encoded.input_ids) for example in examples)
                 if targets == 1 or longest <= forecaster.context_tokens:
                     check_lengths([example.encoded for example in examples], forecaster.context_tokens)

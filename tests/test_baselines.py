@@ -87,9 +87,32 @@ def test_harx_draws_wider_after_closes_that_went_further_than_expected():
     wild["Close"] = 100 * np.exp(np.cumsum(moves))
     for name in ("Open", "High", "Low"):
         wild[name] = wild["Close"] * (calm[name] / calm["Close"])
-    factor = scale.on({"X": wild})["X"] / scale.before_adapting(wild, scale.market_of({"X": wild}))
+    factor = scale.on({"X": wild})["X"] / scale.before_adapting(wild, scale.markets_of({"X": wild}).of("X"))
     assert factor[740:750].max() < 1.2
     assert factor[-1].min() > 1.05
+
+
+def test_a_calm_ticker_is_not_taken_for_an_outlier():
+    # Fitted on stocks that move 2% a day, asked about a bond fund that moves 0.1%.
+    wild = {f"W{seed}": random_prices(700, seed, volatility=0.02) for seed in range(3)}
+    returns = {name: log_returns_ahead(frame["Close"].to_numpy(), 3) for name, frame in wild.items()}
+    scale = fit_scale("harx", wild, {name: range(30, 600) for name in wild}, returns)
+    for volatility in (0.02, 0.001):
+        frame = random_prices(700, 50, volatility=volatility)
+        moves = np.abs(np.diff(np.log(frame["Close"].to_numpy())))[100:]
+        assert 0.7 < moves.mean() / scale.on({"X": frame})["X"][100:-1, 0].mean() < 1.3
+
+
+def test_one_exchange_does_not_see_anothers_same_day():
+    """Shanghai closes thirteen hours before New York: a New York day of the same date has not been yet."""
+    prices = {"600519.SS": random_prices(500, 1), "AAPL": random_prices(500, 2)}
+    returns = {name: log_returns_ahead(frame["Close"].to_numpy(), 3) for name, frame in prices.items()}
+    scale = fit_scale("harx", prices, {name: range(30, 400) for name in prices}, returns)
+    changed = {**prices, "AAPL": prices["AAPL"].copy()}
+    changed["AAPL"].iloc[450:, :4] *= 1.5
+    before, after = scale.on(prices), scale.on(changed)
+    assert (before["600519.SS"] == after["600519.SS"]).all()
+    assert (before["AAPL"] != after["AAPL"]).any()
 
 
 def test_harx_expects_a_report_where_the_quarters_before_had_one():

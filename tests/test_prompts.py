@@ -11,7 +11,7 @@ from price_tables import random_prices
 
 from stocklora.console import UserError
 from stocklora.indicators import INDICATORS, indicator_table, number_names
-from stocklora.market import market_of
+from stocklora.market import market_of, markets_of
 from stocklora.prompts import (
     PROMPTS,
     DayEncoder,
@@ -283,7 +283,7 @@ def test_the_market_is_that_of_the_prices_given_unless_another_is(tokenizer):
     sequences = pack("X", range(30, 50), 30, 20)
     encoder = DayEncoder(tokenizer, "returns", ["market"])
     (both,) = encoder.encode(prices, sequences)
-    (streamed,) = encoder.encode({"X": prices["X"]}, sequences, market_of(prices).days)
+    (streamed,) = encoder.encode({"X": prices["X"]}, sequences, markets_of(prices))
     (alone,) = encoder.encode({"X": prices["X"]}, sequences)
     assert (both.input_ids == streamed.input_ids).all()
     assert text_of(tokenizer, both) != text_of(tokenizer, alone)

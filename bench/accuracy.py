@@ -1,0 +1,166 @@
+"""The two accuracy benchmarks: SmolLM2-135M beside every baseline, on days that nothing was fitted on.
+
+    python bench/accuracy.py                                  # both, about 25 minutes on two cores
+    python bench/accuracy.py --benchmarks four --epochs 0     # the baselines and the untrained start, a minute
+    python bench/accuracy.py --peers garch autoets            # with the forecasters a user would otherwise pick
+    python bench/accuracy.py --data my_prices.csv --validation_from 2022-01-03 --test_from 2023-01-03
+
+*pool*: 59 large US stocks, trained before 2016, validated on its first half, tested from July 2016 to August
+2017. *four*: AAPL, GOOG, IBM and MSFT, trained before 2010, validated in 2010 and 2011, tested from 2012. All
+choices (scale, epoch, calibration) are made on validation days. Writes bench/results/accuracy.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = {
+    "pool": {
+        "file": "us_large_2012_2017.csv.gz",
+        "tickers": (),
+        "dates": ("2016-01-01", "2016-07-01"),
+        "target": 0.985,
+    },
+    "four": {
+        "file": "us_tech_2000_2013.csv.gz",
+        "tickers": ("AAPL", "GOOG", "IBM", "MSFT"),
+        "dates": ("2010-01-01", "2012-01-01"),
+        "target": 0.990,
+    },
+}  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--benchmarks", nargs="+", choices=tuple(BENCHMARKS), default=list(BENCHMARKS))
+    parser.add_argument("--data", type=Path, nargs="+", default=[], help="your own prices instead")
+    parser.add_argument("--validation_from", help="with --data: first validation day")
+    parser.add_argument("--test_from", help="with --data: first test day")
+    parser.add_argument("--model_path", type=Path, default=ROOT / "models" / "smollm2-135m")
+    parser.add_argument("--backbone_layers", type=int, default=8, help="layers of the model (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the training days (default: %(default)s)")
+    parser.add_argument("--prompt", default="returns", choices=("returns", "ohlcv", "zscores"))
+    parser.add_argument("--indicators", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--scale", default="auto", choices=("auto", "ewma", "har", "harx"))
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--head_learning_rate", type=float, default=1e-4)
+    parser.add_argument("--max_tokens_per_sequence", type=int, default=1400)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--peers", nargs="+", default=[], help="autoarima, autoets, autotheta, garch")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--save_dir", type=Path, default=ROOT / "checkpoints" / "accuracy", help="weights go here")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "accuracy.json")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
+    from stocklora.console import run_script
+
+    return run_script(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from stocklora.dataset import select_tickers
+    from stocklora.files import write_json
+    from stocklora.machine import machine_facts
+    from stocklora.prices import read_prices
+    from stocklora.sources import sample_folder
+
+    results = {}
+    if arguments.data:
+        prices = read_prices(arguments.data)
+        dates = (arguments.validation_from, arguments.test_from)
+        results["data"] = one_benchmark("data", prices, dates, 1.003, arguments)
+    else:
+        for name in arguments.benchmarks:
+            facts: Mapping[str, Any] = BENCHMARKS[name]
+            prices = select_tickers(read_prices(sample_folder() / facts["file"]), facts["tickers"])
+            results[name] = one_benchmark(name, prices, facts["dates"], facts["target"], arguments)
+    write_json(arguments.output, {"machine": machine_facts(), "benchmarks": results})
+    return 0
+
+
+def one_benchmark(
+    name: str, prices: Mapping[str, Any], dates: tuple[str, str], target: float, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Train, score on test, print the table."""
+    from stocklora.console import say
+    from stocklora.fitting import fit
+    from stocklora.options import TrainLoraSettings
+    from stocklora.tables import print_scores
+
+    settings = TrainLoraSettings(
+        model_path=arguments.model_path,
+        validation_from=dates[0],
+        test_from=dates[1],
+        prompt=arguments.prompt,
+        indicators=arguments.indicators,
+        scale=arguments.scale,
+        backbone_layers=arguments.backbone_layers,
+        epochs=arguments.epochs,
+        learning_rate=arguments.learning_rate,
+        head_learning_rate=arguments.head_learning_rate,
+        max_tokens_per_sequence=arguments.max_tokens_per_sequence,
+        seed=arguments.seed,
+        device=arguments.device,
+        save_dir=arguments.save_dir / name,
+    )
+    say(f"== {name} ==")
+    fitted = fit(prices, settings)
+    scores = dict(fitted.test_scores)
+    raw_ewma = fitted.data.score(fitted.data.forecasts_of("ewma", "test"), "test")
+    for peer in arguments.peers:
+        scores[peer] = peer_scores(peer, fitted.data)
+    print_scores(scores, f"{name}: test days from {fitted.data.dates.test:%Y-%m-%d}, mean of 1 to {settings.horizon}")
+    # The table's EWMA is calibrated on validation days as the model is; the published figure is without.
+    model = scores["model"]
+    ratio = model.pinball_bp / raw_ewma.pinball_bp
+    simple = min(scores[kind].mae for kind in ("naive", "drift", "ewma", "har"))
+    simple_bp = min(scores[kind].mae_bp for kind in ("naive", "drift", "ewma", "har"))
+    best_scale = min(scores["ewma"].pinball_bp, scores["har"].pinball_bp, raw_ewma.pinball_bp)
+    say(f"pinball over EWMA's {ratio:.4f} (target {target}); over the better of EWMA and HAR "
+        f"{model.pinball_bp / best_scale:.4f}; MAE over the best simple baseline's {model.mae / simple:.4f} "
+        f"(log return: {model.mae_bp / simple_bp:.4f}); 80% interval covers {model.coverage_80:.1f}%")  # fmt: skip
+    outcome = fitted.outcome
+    return {
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
+        "scale": fitted.forecaster.spec.scale["kind"],
+        "calibration": fitted.forecaster.spec.calibration,
+        "history": [{key: None if value != value else value for key, value in row.items()} for row in outcome.history],
+        "best_epoch": outcome.best_epoch,
+        "unproven_epoch": outcome.unproven_epoch,
+        "gain_in_standard_errors": outcome.gain_in_errors,
+        "validation_ratio_to_start": outcome.best_ratio,
+        "test": {kind: entry.to_dict() for kind, entry in scores.items()},
+        "ewma_uncalibrated_pinball_bp": raw_ewma.pinball_bp,
+        "pinball_ratio_to_ewma": ratio,
+        "pinball_ratio_to_better_of_ewma_and_har": model.pinball_bp / best_scale,
+        "mae_ratio_to_best_simple": model.mae / simple,
+        "mae_bp_ratio_to_best_simple": model.mae_bp / simple_bp,
+        "coverage_80": model.coverage_80,
+    }
+
+
+def peer_scores(peer: str, data: Any) -> Any:
+    """A peer's forecasts at every test origin, each ticker for itself, refitted every 60 days."""
+    import numpy as np
+
+    from stocklora.peers import peer_quantiles
+
+    parts = []
+    for ticker, frame in data.prices.items():
+        origins = data.origins[ticker]["test"]
+        parts.append(peer_quantiles(peer, frame["Close"].to_numpy(), origins, data.horizon, data.levels).quantiles)
+    return data.score(np.concatenate(parts), "test")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
