@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stocklora.console import UserError, run_script, say
+from stocklora.console import UserError, run_script, say, warn
 from stocklora.options import ForecastSettings
 from stocklora.settings import add_settings, resolve_settings
 
@@ -57,7 +57,8 @@ def run(settings: ForecastSettings) -> int:
         settings.members, settings.ensemble, device, choose_dtype(settings.dtype, device), settings.trust_remote_code
     )
     check_window(settings, ensemble)
-    rows = ensemble.forecast(prices)
+    check_market(ensemble, [*prices, *feed.beside])
+    rows = ensemble.forecast(prices, feed.beside)
     write_predictions(settings.output, rows)
     announce(ensemble)
     show(settings, prices, rows)
@@ -65,7 +66,7 @@ def run(settings: ForecastSettings) -> int:
         return feed.finish()
 
     def again(prices: dict, news: str) -> None:
-        rows = ensemble.forecast(prices)
+        rows = ensemble.forecast(prices, feed.beside)
         write_predictions(settings.output, rows)
         say()
         say(news)
@@ -81,6 +82,22 @@ def check_window(settings: ForecastSettings, ensemble: Ensemble) -> None:
             raise UserError(
                 f"--window_size {settings.window_size}: {path} was trained with a window of {trained_window} days; "
                 f"leave the flag out or train again"
+            )
+
+
+def check_market(ensemble: Ensemble, tickers: list[str]) -> None:
+    """Weights that read the market were trained on some tickers' market; far fewer are another one."""
+    for (path, _), content in zip(ensemble.members, ensemble.weights, strict=True):
+        spec = content.spec
+        trained = len(content.training.get("data", {}).get("tickers", []))
+        if (
+            (spec.scale["kind"] == "harx" or "market" in spec.indicators)
+            and trained >= 5
+            and 2 * len(tickers) < trained
+        ):
+            warn(
+                f"{path} was trained on {trained} tickers and reads their market every day; with {len(tickers)} its "
+                f"error bars may be off: give the others' prices too and choose by --tickers"
             )
 
 

@@ -98,15 +98,20 @@ class Ensemble:
         """
         return [work(self._forecaster(index)) for index in range(len(self.members))]
 
-    def forecast(self, prices: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
+    def forecast(
+        self, prices: Mapping[str, pd.DataFrame], beside: Mapping[str, pd.DataFrame] | None = None
+    ) -> list[dict[str, Any]]:
         """The next closes of every ticker from its last row; rows of ``predictions.csv``.
+
+        Args:
+            beside: tickers that only take part in the market; see ``Forecaster.forecast``.
 
         Raises:
             UserError: no ticker has as many days as every member needs.
         """
         if len(self.members) > 1:  # so that each ticker is forecast by all, and missed once
             prices = enough_days(prices, max(content.spec.window_size for content in self.weights))
-        return combine_rows(self.each(lambda forecaster: forecaster.forecast(prices)), self.how)
+        return combine_rows(self.each(lambda forecaster: forecaster.forecast(prices, beside)), self.how)
 
     def _forecaster(self, index: int) -> Forecaster:
         if index not in self._held:

@@ -63,8 +63,13 @@ class Forecaster:
         raw = predict(self.model, examples, self.device)
         return Calibration.from_dict(self.spec.calibration).apply(raw, self.levels) if calibrated else raw
 
-    def forecast(self, prices: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
+    def forecast(
+        self, prices: Mapping[str, pd.DataFrame], beside: Mapping[str, pd.DataFrame] | None = None
+    ) -> list[dict[str, Any]]:
         """The next closes of every ticker from its last row; rows of ``predictions.csv``.
+
+        Args:
+            beside: tickers that are not forecast but are part of the market that scale and indicators read.
 
         Raises:
             UserError: a ticker with fewer days than the window needs.
@@ -80,7 +85,9 @@ class Forecaster:
             if not known:
                 raise UserError(f"{message}; download more days")
             warn(f"{message}; left out")
-        scales, markets = self.scale.on(known), markets_of(known)
+        everything = {**known, **(beside or {})}
+        surprised, markets = self.scale.markets_of(everything), markets_of(everything)
+        scales = {name: self.scale.at(frame, surprised.of(name)) for name, frame in known.items()}
         quantiles = self.quantiles([self._last_example(name, frame, scales, markets) for name, frame in known.items()])
         return [
             row

@@ -52,7 +52,13 @@ def may_have_more(ticker: str, last: pd.Timestamp, now: dt.datetime) -> bool:
 
 
 class Feed(Protocol):
-    """Where prices come from, again and again."""
+    """Where prices come from, again and again.
+
+    Attributes:
+        beside: prices of tickers that are not asked for but are part of the same market.
+    """
+
+    beside: Prices
 
     def first(self) -> Prices:
         """The prices now; whatever is wrong ends the run."""
@@ -89,6 +95,7 @@ class FetchedPrices:
     def __init__(self, download: DownloadSettings, watching: bool = False, clock: Clock = utc_now) -> None:
         self.download, self.watching, self.clock = download, watching, clock
         self.tickers = tickers_of(download.ticker)
+        self.beside: Prices = {}
         self.prices: Prices = {}
         self.failed: dict[str, str] = {}
 
@@ -158,6 +165,7 @@ class FilePrices:
         self.paths, self.tickers, self.watching, self.clock = list(paths), list(tickers), watching, clock
         self.rows: Prices = {}  # as read
         self.prices: Prices = {}
+        self.beside: Prices = {}
         self.state: dict[Path, tuple[int, ...] | None] = {}
         self.told: dict[str, pd.Timestamp] = {}
 
@@ -185,7 +193,14 @@ class FilePrices:
         return 0
 
     def read(self) -> Prices:
-        return select_tickers(read_prices(self.paths), self.tickers)
+        everything = read_prices(self.paths)
+        wanted = select_tickers(everything, self.tickers)
+        now = self.clock()
+        self.beside = {
+            name: completed(name, frame, now) if self.watching else frame
+            for name, frame in everything.items() if name not in wanted
+        }  # fmt: skip
+        return wanted
 
     def running(self) -> dict[str, pd.Timestamp]:
         """The tickers whose last row is not complete, and its day."""

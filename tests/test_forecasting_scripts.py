@@ -102,7 +102,7 @@ def test_many_tickers_are_trained_and_forecast_together(run_script, tiny_models,
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(tmp_path / "predictions.csv")
     assert table["Ticker"].tolist() == [name for name in frames for _ in range(3)]
-    # One batch or one by one: the same forecast.
+    # One batch or one by one: the same forecast, for the market is every ticker in the file.
     result = run_script("framework_llm.py", "--test_csv", "many.csv", "--tickers", "T3", "--output", "one.csv",
                         *options, cwd=tmp_path)  # fmt: skip
     assert result.returncode == 0, result.stderr
