@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from price_tables import random_prices
 
+from stocklora import volatility
 from stocklora.baselines import empirical_quantiles
 from stocklora.dataset import prepare, select_tickers
 from stocklora.prices import read_prices
@@ -77,7 +78,8 @@ def test_harx_is_known_to_beat_har_on_days_it_never_saw(four):
     assert 78.0 < harx.coverage_80 < 82.0
 
 
-def test_harx_draws_wider_after_closes_that_went_further_than_expected():
+def test_harx_draws_wider_after_closes_that_went_further_than_expected(monkeypatch):
+    monkeypatch.setattr(volatility, "TRUST_ORIGINS", 0.0)  # the mechanism, not how far it is believed
     calm, wild = random_prices(900, 1, volatility=0.01), random_prices(900, 1, volatility=0.01)
     returns = {"X": log_returns_ahead(calm["Close"].to_numpy(), 3)}
     scale = fit_scale("harx", {"X": calm}, {"X": range(30, 700)}, returns)
@@ -96,11 +98,23 @@ def test_a_calm_ticker_is_not_taken_for_an_outlier():
     # Fitted on stocks that move 2% a day, asked about a bond fund that moves 0.1%.
     wild = {f"W{seed}": random_prices(700, seed, volatility=0.02) for seed in range(3)}
     returns = {name: log_returns_ahead(frame["Close"].to_numpy(), 3) for name, frame in wild.items()}
-    scale = fit_scale("harx", wild, {name: range(30, 600) for name in wild}, returns)
-    for volatility in (0.02, 0.001):
-        frame = random_prices(700, 50, volatility=volatility)
-        moves = np.abs(np.diff(np.log(frame["Close"].to_numpy())))[100:]
-        assert 0.7 < moves.mean() / scale.on({"X": frame})["X"][100:-1, 0].mean() < 1.3
+    rows = {name: range(30, 600) for name in wild}
+    har, harx = (fit_scale(kind, wild, rows, returns) for kind in ("har", "harx"))
+    for daily in (0.02, 0.001):
+        frame = random_prices(700, 50, volatility=daily)
+        moves = np.abs(np.diff(np.log(frame["Close"].to_numpy())))[100:].mean()
+        # Volatility never changes here, so har knows nothing of calm tickers; harx must not know less.
+        off = [abs(np.log(moves / scale.on({"X": frame})["X"][100:-1, 0].mean())) for scale in (har, harx)]
+        assert off[1] < off[0] + 0.02
+
+
+def test_harx_adds_less_to_har_where_there_is_less_to_learn_from(four):
+    one = {"IBM": four.prices["IBM"]}
+    scales = {
+        days: fit_scale("harx", one, {"IBM": range(30, days)}, {"IBM": four.returns["IBM"]}) for days in (800, 2400)
+    }
+    assert scales[800].trust == pytest.approx(770 / 2270)
+    assert scales[2400].trust == pytest.approx(2370 / 3870)
 
 
 def test_one_exchange_does_not_see_anothers_same_day():
@@ -115,7 +129,8 @@ def test_one_exchange_does_not_see_anothers_same_day():
     assert (before["AAPL"] != after["AAPL"]).any()
 
 
-def test_harx_expects_a_report_where_the_quarters_before_had_one():
+def test_harx_expects_a_report_where_the_quarters_before_had_one(monkeypatch):
+    monkeypatch.setattr(volatility, "TRUST_ORIGINS", 0.0)
     # Calm days, and a gap of four usual days with double volume every 91 days: the fifth should not surprise.
     frame = random_prices(900, 4, volatility=0.008)
     days = (frame.index - frame.index[0]).days.to_numpy()
