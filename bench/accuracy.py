@@ -3,6 +3,7 @@
     python bench/accuracy.py                                  # both, about 25 minutes on two cores
     python bench/accuracy.py --benchmarks four --epochs 0     # the baselines and the untrained start, a minute
     python bench/accuracy.py --peers garch autoets            # with the forecasters a user would otherwise pick
+    python bench/accuracy.py --elsewhere 40 --tickers_a_draw 4 --seed 7   # the start on random tickers and years
     python bench/accuracy.py --data my_prices.csv --validation_from 2022-01-03 --test_from 2023-01-03
 
 *pool*: 59 large US stocks, trained before 2016, validated on its first half, tested from July 2016 to August
@@ -39,6 +40,8 @@ BENCHMARKS = {
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmarks", nargs="+", choices=tuple(BENCHMARKS), default=list(BENCHMARKS))
+    parser.add_argument("--elsewhere", type=int, metavar="DRAWS", help="instead: the start on random tickers and years")
+    parser.add_argument("--tickers_a_draw", type=int, default=4, help="with --elsewhere (default: %(default)s)")
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="your own prices instead")
     parser.add_argument("--validation_from", help="with --data: first validation day")
     parser.add_argument("--test_from", help="with --data: first test day")
@@ -75,6 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
     from stocklora.sources import sample_folder
 
     results = {}
+    if arguments.elsewhere:
+        return elsewhere(arguments)
     if arguments.data:
         prices = read_prices(arguments.data)
         dates = (arguments.validation_from, arguments.test_from)
@@ -147,6 +152,60 @@ def one_benchmark(
         "mae_bp_ratio_to_best_simple": model.mae_bp / simple_bp,
         "coverage_80": model.coverage_80,
     }
+
+
+YEARS = {
+    "us_large_2012_2017.csv.gz": [("2014-01-01", "2014-07-01"), ("2014-10-01", "2015-04-01"),
+                                  ("2015-06-01", "2016-01-01"), ("2016-01-01", "2016-07-01")],
+    "us_tech_2000_2013.csv.gz": [(f"{year}-01-01", f"{year + 1}-01-01") for year in range(2004, 2012)],
+}  # fmt: skip
+
+
+def elsewhere(arguments: argparse.Namespace) -> int:
+    """Random tickers and years of both files: the start, chosen and calibrated as train_lora.py does it.
+
+    Each draw trains on all days before its validation part and is tested on at most 400 days after that.
+    """
+    import numpy as np
+    import pandas as pd
+
+    from stocklora.calibration import fit_calibration
+    from stocklora.console import UserError, say
+    from stocklora.dataset import prepare
+    from stocklora.prices import read_prices
+    from stocklora.sources import sample_folder
+
+    files = {name: read_prices(sample_folder() / name) for name in YEARS}
+    draw = np.random.default_rng(arguments.seed)
+    ratios, coverage = [], []
+    for number in range(arguments.elsewhere):
+        name = list(YEARS)[number % 2]
+        prices = files[name]
+        names = draw.choice(
+            list(prices), min(arguments.tickers_a_draw, len(prices) - (len(prices) < 10)), replace=False
+        )
+        validation_from, test_from = YEARS[name][draw.integers(len(YEARS[name]))]
+        end = pd.Timestamp(test_from) + pd.Timedelta(days=600 if len(prices) > 10 else 400)
+        chosen = {ticker: prices[ticker][prices[ticker].index < end] for ticker in names}
+        chosen = {ticker: frame for ticker, frame in chosen.items() if (frame.index < validation_from).sum() > 150}
+        try:
+            data = prepare(chosen, 30, 3, validation_from=validation_from, test_from=test_from)
+        except (UserError, ValueError):  # not listed yet, or nothing left to test on
+            continue
+        returns = data.returns_of("validation")
+
+        def scored(baseline: Any, data: Any = data, returns: Any = returns) -> Any:
+            fitted = fit_calibration(returns, data.forecasts_of(baseline, "validation"), data.levels)
+            return data.score(fitted.apply(data.forecasts_of(baseline, "test"), data.levels), "test")
+
+        start = scored(data.start(data.better_scale()))
+        ratios.append(start.pinball_bp / min(scored("ewma").pinball_bp, scored("har").pinball_bp))
+        coverage.append(start.coverage_80)
+    found = np.array(ratios)
+    say(f"{len(found)} draws of up to {arguments.tickers_a_draw} tickers; quantile loss over the better of EWMA and "
+        f"HAR: mean {found.mean():.4f}, worst tenth {np.quantile(found, 0.9):.4f}, worst {found.max():.4f}, "
+        f"above 1.003 in {int((found > 1.003).sum())}; 80% interval covers {np.mean(coverage):.1f}%")  # fmt: skip
+    return 0
 
 
 def peer_scores(peer: str, data: Any) -> Any:
