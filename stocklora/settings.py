@@ -100,7 +100,7 @@ def resolve_settings(arguments: argparse.Namespace, settings_class: type[S]) -> 
 def restored(content: Mapping[str, Any], settings_class: type[S]) -> S:
     """Settings from a file's record of them; keys that this version does not know are passed over."""
     names = {field.name for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
-    known = {name: value for name, value in content.items() if name in names}
+    known = {name: value for name, value in content.items() if name in names and value != []}  # [] was the default
     return settings_class(**checked_values(known, settings_class, Path("settings on record")))
 
 
@@ -175,7 +175,7 @@ def coerced(value: Any, settings_class: type, field: dataclasses.Field[Any], sou
         return None
     is_list = field.metadata["nargs"] in {"+", "*"}
     items = value if is_list and isinstance(value, list) else [value]
-    if field.metadata["nargs"] == "+" and not items and default_of(field) != []:
+    if field.metadata["nargs"] == "+" and not items:
         raise UserError(f"{source}: setting '{field.name}' needs at least one value")
     result = []
     for item in items:

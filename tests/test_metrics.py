@@ -50,10 +50,10 @@ def test_scores_by_hand():
 
 
 def test_calibration_widens_intervals_that_are_too_narrow():
-    returns = np.random.default_rng(2).standard_normal((4_000, 1))
-    fitted = fit_calibration(returns, normal_quantiles(4_000, spread=0.5), LEVELS)
+    returns = np.random.default_rng(2).standard_normal((20_000, 1))
+    fitted = fit_calibration(returns, normal_quantiles(20_000, spread=0.5), LEVELS)
     assert fitted.interval_scale == pytest.approx(2.0, rel=0.08)
-    repaired = fitted.apply(normal_quantiles(4_000, spread=0.5), LEVELS)
+    repaired = fitted.apply(normal_quantiles(20_000, spread=0.5), LEVELS)
     assert coverage(returns, repaired, LEVELS, 0.8) == pytest.approx(80, abs=2)
 
 
