@@ -16,6 +16,8 @@ optimizer state, may be quantized, and can carry several named adapters.
     save_lora(model, "adapter.safetensors")          # a few MB; load_lora(model, path) brings it back
     merge(model)                                     # W <- W + (alpha / rank) B A, no cost at inference
 
+Variants are settings of ``LoRAConfig``: rsLoRA, DoRA, PiSSA, trained biases; LoRA+ is ``lora_plus_groups``.
+
 Sections: configuration, the arithmetic, the layer, finding layers, applying and switching, merging, state,
 files, PEFT folders. This file needs torch alone (and safetensors to write that format).
 """
@@ -42,6 +44,8 @@ from torch import Tensor, nn
 
 ALL_LINEAR = "all-linear"
 DEFAULT_ADAPTER = "default"
+INITS = ("kaiming", "pissa")
+TRAIN_BIAS = ("none", "all", "lora_only")
 
 
 class LoRAError(ValueError):
@@ -61,6 +65,14 @@ class LoRAConfig:
         dropout: probability of dropping an input of ``A`` while training.
         target_modules: ``"all-linear"`` (every linear layer but the output head), or names: a full dotted
             name, or its end from a dot on (``"q_proj"``, ``"self_attn.q_proj"``).
+        rslora: scale by ``alpha / sqrt(rank)``, which keeps the update's size at high ranks (Kalajdzievski 2023,
+            arXiv:2312.03732).
+        dora: train the length of each row of the weight apart from its direction: ``W' = m V / |V|``, where
+            ``V = W + (alpha / rank) B A`` (Liu et al. 2024, arXiv:2402.09353). Slower, as V is needed at each pass.
+        init: ``"kaiming"``, or ``"pissa"`` to start A and B at the weight's leading singular vectors and to keep what
+            is left of it frozen (Meng et al. 2024, arXiv:2404.02948); takes an SVD of each weight.
+        train_bias: as PEFT's ``bias``. ``"lora_only"`` also trains the biases of the adapted layers, ``"all"`` every
+            bias of the model; such an adapter must be the only one.
 
     Raises:
         LoRAError: a value is out of range.
@@ -70,6 +82,10 @@ class LoRAConfig:
     alpha: float = 16.0
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = ALL_LINEAR
+    rslora: bool = False
+    dora: bool = False
+    init: str = "kaiming"
+    train_bias: str = "none"
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
@@ -84,11 +100,16 @@ class LoRAConfig:
             object.__setattr__(self, "target_modules", targets)  # a list, as JSON gives it, becomes hashable
         if not targets or not all(isinstance(name, str) and name for name in targets):
             raise LoRAError(f"target_modules must be {ALL_LINEAR!r} or module names, not {targets!r}")
+        for name, choices in (("rslora", (False, True)), ("dora", (False, True)), ("init", INITS)):
+            if getattr(self, name) not in choices:
+                raise LoRAError(f"{name} must be {' or '.join(map(repr, choices))}, not {getattr(self, name)!r}")
+        if self.train_bias not in TRAIN_BIAS:
+            raise LoRAError(f"train_bias must be {', '.join(map(repr, TRAIN_BIAS))}, not {self.train_bias!r}")
 
     @property
     def scaling(self) -> float:
-        """``alpha / rank``."""
-        return self.alpha / self.rank
+        """What the update is multiplied by: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @classmethod
     def from_dict(cls, content: Any) -> LoRAConfig:
@@ -115,7 +136,8 @@ class _FrozenLinearLoRA(torch.autograd.Function):
     update is added in place, the scale goes into the small ``B``, and what is kept is what exists anyway.
 
     Shapes: x (..., in), weight (out, in), bias (out,) or None, A (rank, in), B (out, rank); returns (..., out)
-    in ``dtype``. For the gradient g of y: ``gx = g W + s (g B) A``, ``gA = s (g B)' x``, ``gB = s g' (x A')``.
+    in ``dtype``. For the gradient g of y: ``gx = g W + s (g B) A``, ``gA = s (g B)' x``, ``gB = s g' (x A')``, and
+    the sum over g's rows for the bias.
     """
 
     @staticmethod
@@ -141,7 +163,7 @@ class _FrozenLinearLoRA(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, A, B, z = ctx.saved_tensors
         dtype = grad.dtype
-        gx = gA = gB = None
+        gx = gA = gB = g_bias = None
         with torch.autocast(x.device.type, enabled=False):  # the casts below are all there should be
             rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (n, in)
             g = grad.reshape(-1, grad.shape[-1])  # (n, out)
@@ -151,12 +173,21 @@ class _FrozenLinearLoRA(torch.autograd.Function):
             gz = g @ (B.to(dtype) * ctx.scaling)  # (n, rank)
             if ctx.needs_input_grad[0]:
                 gx = (g @ weight.to(dtype)).addmm_(gz, low_A).view(x.shape).to(x.dtype)
+            if ctx.needs_input_grad[2]:
+                g_bias = g.sum(0, dtype=torch.float32)
             if ctx.needs_input_grad[3]:
                 gA = (gz.t() @ rows).to(A.dtype)
             if ctx.needs_input_grad[4]:
                 # (z' g)' rather than g' z: the same numbers, and up to three times faster at a small rank.
                 gB = (z.t() @ g).t().to(B.dtype) * ctx.scaling
-        return gx, None, None, gA, gB, None, None
+        return gx, None, g_bias, gA, gB, None, None
+
+
+def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """``(A, B)`` such that ``scaling B A`` is the best approximation of ``weight`` (out, in) of that rank."""
+    U, S, V = torch.linalg.svd(weight, full_matrices=False)
+    root = (S[:rank] / scaling).sqrt()
+    return root[:, None] * V[:rank], U[:, :rank] * root
 
 
 # --------------------------------------------------------------------------------------------- the layer
@@ -187,6 +218,43 @@ def _out_and_in_features(base: nn.Module) -> tuple[int, int]:
     return (base.nf, base.weight.shape[0]) if _is_conv1d(base) else (base.out_features, base.in_features)  # type: ignore
 
 
+def _base_of(layer: nn.Module) -> nn.Module:
+    return layer.base if isinstance(layer, LoRALayer) else layer
+
+
+def _shapes(layer: nn.Module, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter's parts, beside a linear layer that is adapted already or is not."""
+    out_features, in_features = _out_and_in_features(_base_of(layer))
+    shapes: dict[str, tuple[int, ...]] = {"lora_A": (config.rank, in_features), "lora_B": (out_features, config.rank)}
+    if config.dora:
+        shapes["lora_magnitude"] = (out_features,)
+    if config.init == "pissa":
+        shapes |= {"pissa_A": shapes["lora_A"], "pissa_B": shapes["lora_B"]}
+    return shapes
+
+
+@torch.no_grad()
+def dense_weight(base: nn.Module) -> Tensor:
+    """The weight of a linear layer as (out, in) in float32, dequantized where it is quantized."""
+    weight: Any = base.weight
+    dense = weight.detach()
+    if "Linear4bit" in _class_names(base):
+        from bitsandbytes.functional import dequantize_4bit
+
+        dense = dequantize_4bit(weight.data, weight.quant_state)
+    elif "Linear8bitLt" in _class_names(base) and not weight.is_floating_point():
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        # The first pass moves the scales from the weight into the layer's state.
+        dense = int8_vectorwise_dequant(weight.data, weight.SCB if base.state.SCB is None else base.state.SCB)  # type: ignore
+    return (dense.t() if _is_conv1d(base) else dense).float()
+
+
+def _row_norms(weight: Tensor) -> Tensor:
+    """(out, in) -> (out,); never zero, so that a row of zeros stays one when it is brought to its length."""
+    return weight.norm(dim=1).clamp_min(torch.finfo(weight.dtype).tiny)
+
+
 class LoRALayer(nn.Module):
     """A linear layer with adapters beside it: ``y = base(x) + (alpha / rank) B A dropout(x)``.
 
@@ -198,15 +266,24 @@ class LoRALayer(nn.Module):
     steps of training would round away in bfloat16; they compute in the type that the base computes in (that of
     autocast where it is on), which is also the type of the output. ``model.to(dtype)`` would cast them: give the
     base its type first.
+
+    DoRA adds ``lora_magnitude`` (out,). PiSSA starts ``A`` and ``B`` at A0 and B0, and trains against the residual
+    ``W - (alpha / rank) B0 A0``. The base keeps W, bit for bit, for other adapters and for the way back; the frozen
+    ``pissa_A`` and ``pissa_B`` hold A0 and B0, which are subtracted in the same products at twice the rank.
     """
 
     _base_weight: Tensor | None
+    # Every ParameterDict of adapters by its name in a state dict.
+    PARTS = ("lora_A", "lora_B", "lora_magnitude", "pissa_A", "pissa_B")
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
+        self.lora_magnitude = nn.ParameterDict()
+        self.pissa_A = nn.ParameterDict()
+        self.pissa_B = nn.ParameterDict()
         self.configs: dict[str, LoRAConfig] = {}
         self.active = DEFAULT_ADAPTER
         self.disabled = False
@@ -233,31 +310,90 @@ class LoRALayer(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: rank={c.rank}, alpha={c.alpha:g}" for name, c in self.configs.items())
 
-    def add_adapter(self, name: str, config: LoRAConfig) -> None:
-        """Put a fresh adapter beside the base."""
-        out_features, in_features = _out_and_in_features(self.base)
-        device = self.weight.device
-        self.lora_A[name] = nn.Parameter(torch.empty(config.rank, in_features, device=device, dtype=torch.float32))
-        self.lora_B[name] = nn.Parameter(torch.zeros(out_features, config.rank, device=device, dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
+    def add_adapter(self, name: str, config: LoRAConfig, initialize: bool = True) -> None:
+        """Put a fresh adapter beside the base; all zero where its weights are about to be loaded."""
+        for part, shape in _shapes(self, config).items():
+            zeros = torch.zeros(shape, device=self.weight.device, dtype=torch.float32)
+            getattr(self, part)[name] = nn.Parameter(zeros, requires_grad=part.startswith("lora"))
         self.configs[name] = config
+        if initialize:
+            self._initialize(name)
+
+    @torch.no_grad()
+    def _initialize(self, name: str) -> None:
+        config = self.configs[name]
+        nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
+        if config.init == "pissa":
+            A, B = principal_factors(dense_weight(self.base), config.rank, config.scaling)
+            for part, start in (("lora_A", A), ("pissa_A", A), ("lora_B", B), ("pissa_B", B)):
+                getattr(self, part)[name].copy_(start)
+        if config.dora:  # the update is zero now, in either init
+            self.lora_magnitude[name].copy_(dense_weight(self.base).norm(dim=1))
+
+    def parts(self, name: str) -> dict[str, nn.Parameter]:
+        """An adapter's parameters; those whose name starts with ``lora`` are trained."""
+        return {part: getattr(self, part)[name] for part in self.PARTS if name in getattr(self, part)}
+
+    def set_trainable(self, name: str, trainable: bool) -> None:
+        """Whether an adapter's parameters need a gradient."""
+        for part, parameter in self.parts(name).items():
+            parameter.requires_grad_(trainable and part.startswith("lora"))
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """``(A, B)`` whose product is the whole update: at twice the rank for PiSSA, ``B A - B0 A0``."""
+        A, B = self.lora_A[name], self.lora_B[name]
+        if name not in self.pissa_A:
+            return A, B
+        return torch.cat([A, self.pissa_A[name]]), torch.cat([B, -self.pissa_B[name]], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.disabled or self.merged or self.active not in self.configs:
             return self.base(x)
-        A, B = self.lora_A[self.active], self.lora_B[self.active]
         config = self.configs[self.active]
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         drops = config.dropout > 0 and self.training
-        if not drops and (autocast or dtype == self.weight.dtype) and self._has_plain_frozen_base():
+        plain = not drops and not config.dora and (autocast or dtype == self.weight.dtype)
+        if plain and self._has_plain_frozen_base():
             weight = self.weight.t() if self.transposed else self.weight
-            return _FrozenLinearLoRA.apply(x, weight, self.bias, A, B, config.scaling, dtype)
-        # Quantized, hooked or trainable bases, dropout, and torch.compile, which fuses better than we do.
-        y = self.base(x)
-        x = x.to(dtype)
-        z = F.linear(F.dropout(x, config.dropout) if drops else x, A.to(dtype)) * config.scaling  # (..., rank)
-        return y + F.linear(z, B.to(dtype)).to(y.dtype)
+            return _FrozenLinearLoRA.apply(x, weight, self.bias, *self._factors(self.active), config.scaling, dtype)
+        # Quantized, hooked or trainable bases, dropout, DoRA, and torch.compile, which fuses better than we do.
+        y, x = self.base(x), x.to(dtype)
+        A, B = self._factors(self.active)
+        if drops:
+            if config.init == "pissa":  # its frozen part sees all of x; dropout is for what is trained
+                y = y - self._update(x, self.pissa_A[self.active], self.pissa_B[self.active]).to(y.dtype)
+            x = F.dropout(x, config.dropout)
+            A, B = self.lora_A[self.active], self.lora_B[self.active]
+        update = self._update(x, A, B).to(y.dtype)
+        if not config.dora:
+            return y + update
+        if drops:
+            wx = F.linear(x, self._residual().to(dtype)).to(y.dtype)
+        else:
+            wx = y if self.bias is None else y - self.bias.to(y.dtype)
+        # The norm of V is taken as a constant in the backward pass, as in section 4.3 of DoRA's paper.
+        stretch = self.lora_magnitude[self.active] / _row_norms(self._tuned_weight()) - 1  # (out,)
+        return y + update + stretch.to(y.dtype) * (wx + update)
+
+    def _update(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        z = F.linear(x, A.to(x.dtype)) * self.configs[self.active].scaling  # (..., rank)
+        return F.linear(z, B.to(x.dtype))
+
+    @torch.no_grad()
+    def _residual(self) -> Tensor:
+        """What the adapter trains against, (out, in) in float32: W, or with PiSSA what is left of it."""
+        weight = dense_weight(self.base)
+        if self.active not in self.pissa_A:
+            return weight
+        A, B = self.pissa_A[self.active].float(), self.pissa_B[self.active].float()
+        return torch.addmm(weight, B, A, alpha=-self.configs[self.active].scaling)
+
+    @torch.no_grad()
+    def _tuned_weight(self) -> Tensor:
+        """``W`` plus the update, (out, in) in float32, before DoRA's change of length."""
+        A, B = self._factors(self.active)
+        return torch.addmm(dense_weight(self.base), B.float(), A.float(), alpha=self.configs[self.active].scaling)
 
     def _has_plain_frozen_base(self) -> bool:
         """Whether computing with the base's weight is the same as calling the base."""
@@ -266,18 +402,18 @@ class LoRALayer(nn.Module):
             (type(base) is nn.Linear or self.transposed)
             and not torch.compiler.is_compiling()
             and type(base.weight) is nn.Parameter
-            and not any(parameter.requires_grad for parameter in base._parameters.values() if parameter is not None)
+            and not base.weight.requires_grad
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
             and "forward" not in base.__dict__  # accelerate's offloading replaces it on the instance
         )
 
+    @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """``W + (alpha / rank) B A``, added in float32, in the base's layout and type."""
-        A, B = self.lora_A[self.active].detach().float(), self.lora_B[self.active].detach().float()
-        weight = self.weight.detach()
-        first, second = (A.t(), B.t()) if self.transposed else (B, A)
-        scaling = self.configs[self.active].scaling
-        return torch.addmm(weight.float(), first, second, alpha=scaling).to(weight.dtype)
+        weight = self._tuned_weight()
+        if self.configs[self.active].dora:
+            weight = weight * (self.lora_magnitude[self.active].float() / _row_norms(weight))[:, None]
+        return (weight.t() if self.transposed else weight).to(self.weight.dtype).contiguous()
 
     def swap_weight(self) -> None:
         """Exchange the base's weight with the one laid aside. The Parameter stays the same object."""
@@ -362,11 +498,20 @@ def _refuse_merged(model: nn.Module, action: str) -> None:
         raise LoRAError(f"cannot {action} while an adapter is merged; call unmerge first")
 
 
+def _refuse_disabled(model: nn.Module, action: str) -> None:
+    if any(layer.disabled for layer in lora_layers(model).values()):
+        raise LoRAError(f"cannot {action} inside adapters_disabled")
+
+
 # ------------------------------------------------------------------------------- applying and switching
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig, adapter: str = DEFAULT_ADAPTER) -> list[str]:
+def apply_lora(
+    model: nn.Module, config: LoRAConfig, adapter: str = DEFAULT_ADAPTER, initialize: bool = True
+) -> list[str]:
     """Freeze ``model``, put a LoRA layer in the place of each target, and make ``adapter`` the active one.
+
+    Without ``initialize`` the adapter is zero until ``load_lora_state_dict``, which spares PiSSA its SVDs.
 
     Under reentrant gradient checkpointing the input of the checkpointed blocks must need a gradient, which
     transformers arranges with ``model.enable_input_require_grads()``.
@@ -375,36 +520,103 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter: str = DEFAULT_ADAP
         The dotted names of the adapted layers.
 
     Raises:
-        LoRAError: a target matches nothing, the adapter's name is taken, or another adapter is merged.
+        LoRAError: a target matches nothing, the adapter's name is taken, another adapter is merged, or the layers
+            have no use for a variant. Nothing has changed then.
     """
     names = find_targets(model, config.target_modules)
-    _attach(model, names, config, adapter)
+    if config.train_bias != "none" and not _selected_biases(model, config, names):
+        raise LoRAError(f"train_bias={config.train_bias!r} finds no bias in this model; leave it at 'none'")
+    _attach(model, names, config, adapter, initialize)
     return names
 
 
-def _attach(model: nn.Module, names: list[str], config: LoRAConfig, adapter: str) -> None:
+def _attach(model: nn.Module, names: list[str], config: LoRAConfig, adapter: str, initialize: bool = True) -> None:
     if not re.fullmatch(r"\w[\w-]*", adapter) or hasattr(nn.ParameterDict(), adapter):
         raise LoRAError(f"cannot name an adapter {adapter!r}; use letters, digits, '_' and '-'")
     if taken := [name for name, layer in lora_layers(model).items() if adapter in layer.configs]:
         raise LoRAError(f"adapter {adapter!r} is already on {len(taken)} layers ({taken[0]}, ...); use another name")
     _refuse_merged(model, "add an adapter")
+    if (others := adapter_names(model)) and (config.train_bias != "none" or _trained_biases(model)):
+        raise LoRAError(f"an adapter that trains biases must be the only one; the model has: {', '.join(others)}")
+    if initialize and config.init == "pissa":
+        _check_pissa({name: model.get_submodule(name) for name in names}, config.rank)
+    prevent_cpu_repacking(model)
     for name in names:
         layer = model.get_submodule(name)
         if not isinstance(layer, LoRALayer):
             parent, _, child = name.rpartition(".")
             layer = LoRALayer(layer)
             setattr(model.get_submodule(parent), child, layer)
-        layer.add_adapter(adapter, config)
+        layer.add_adapter(adapter, config, initialize)
+    for module in _selected_biases(model, config, names).values():
+        # What adapters_disabled and remove_lora go back to.
+        module.register_buffer("_lora_base_bias", module.bias.detach().clone(), persistent=False)  # type: ignore
     set_adapter(model, adapter)
     only_lora_trainable(model)
+
+
+def _check_pissa(layers: Mapping[str, nn.Module], rank: int) -> None:
+    for name, layer in layers.items():
+        if rank > (most := min(_out_and_in_features(_base_of(layer)))):
+            raise LoRAError(f"PiSSA at rank {rank} is too much for {name}, which has {most} singular vectors")
+
+
+def prevent_cpu_repacking(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on the CPU, where that would end their training.
+
+    On a processor with AVX512-BF16 a ``Linear4bit`` repacks its weight at its first pass in eval mode. From then on
+    its numbers differ (scales rounded to bfloat16) and no gradient goes through it, in train mode either.
+
+    Raises:
+        LoRAError: a weight is repacked already, which cannot be undone exactly.
+    """
+    layers = {name: module for name, module in model.named_modules() if "Linear4bit" in _class_names(module)}
+    for name, layer in layers.items():
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise LoRAError(f"{name} was repacked by a pass in eval mode; load the 4-bit base anew and adapt it first")
+    for layer in layers.values():
+        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def only_lora_trainable(model: nn.Module) -> None:
     """Freeze every parameter but the active adapter's. A head of yours can be turned on again afterwards."""
     model.requires_grad_(False)
     for layer in _adapted(model).values():
-        layer.lora_A[layer.active].requires_grad_()
-        layer.lora_B[layer.active].requires_grad_()
+        layer.set_trainable(layer.active, True)
+    for module in _trained_biases(model).values():
+        module.bias.requires_grad_()  # type: ignore[union-attr]
+
+
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The base model's modules by the names they have there."""
+    bases: dict[nn.Module, str] = {layer.base: name for name, layer in lora_layers(model).items()}
+    for name, module in model.named_modules():
+        if not isinstance(module, LoRALayer | nn.ParameterDict):
+            yield bases.get(module, name), module
+
+
+def _selected_biases(model: nn.Module, config: LoRAConfig, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules whose bias an adapter of the layers ``names`` trains, by that bias's name in the base model."""
+    layers = set(names)
+    return {
+        f"{name}.bias".removeprefix("."): module
+        for name, module in _base_modules(model)
+        if module._parameters.get("bias") is not None
+        and (config.train_bias == "all" or (config.train_bias == "lora_only" and name in layers))
+    }
+
+
+def _trained_biases(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose bias is trained now, by that bias's name in the base model."""
+    found = ((name, module) for name, module in _base_modules(model) if "_lora_base_bias" in module._buffers)
+    return {f"{name}.bias".removeprefix("."): module for name, module in found}
+
+
+def _swap_biases(model: nn.Module) -> None:
+    """Exchange trained biases with the base's, which are laid aside."""
+    for module in _trained_biases(model).values():
+        trained = module.bias.data  # type: ignore[union-attr]
+        module.bias.data, module._lora_base_bias = module._lora_base_bias.to(trained.dtype), trained  # type: ignore
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -419,38 +631,64 @@ def set_adapter(model: nn.Module, adapter: str) -> None:
     for layer in lora_layers(model).values():
         layer.active = adapter
         for name in layer.configs:
-            layer.lora_A[name].requires_grad_(name == adapter)
-            layer.lora_B[name].requires_grad_(name == adapter)
+            layer.set_trainable(name, name == adapter)
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The trainable adapter parameters, for an optimizer."""
     for layer in _adapted(model).values():
-        yield from (p for p in (layer.lora_A[layer.active], layer.lora_B[layer.active]) if p.requires_grad)
+        yield from (p for p in layer.parts(layer.active).values() if p.requires_grad)
+    biases = (module.bias for module in _trained_biases(model).values())
+    yield from (bias for bias in biases if bias.requires_grad)  # type: ignore[union-attr, misc]
+
+
+def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer with LoRA+: ``B`` learns ``ratio`` times as fast as ``A``.
+
+    At equal rates the features of a wide model hardly move (Hayou et al. 2024, arXiv:2402.12354). The lengths of
+    DoRA and trained biases learn as fast as ``B``, biases without weight decay, as in PEFT.
+
+    Raises:
+        LoRAError: a ratio below 1.
+    """
+    if not _is_number(ratio) or ratio < 1:
+        raise LoRAError(f"the ratio of LoRA+ must be a number of at least 1, not {ratio!r}")
+    trained = list(lora_parameters(model))
+    slow = {id(layer.lora_A[layer.active]) for layer in _adapted(model).values()}
+    biases = {id(module.bias) for module in _trained_biases(model).values()}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if id(p) in slow], "lr": lr},
+        {"params": [p for p in trained if id(p) not in slow | biases], "lr": lr * ratio},
+        {"params": [p for p in trained if id(p) in biases], "lr": lr * ratio, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 @contextlib.contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """The base model inside the block, merged or not; nests, and ends in order when the block raises."""
     switched = [layer for layer in lora_layers(model).values() if not layer.disabled]
-    for layer in switched:
-        layer.disabled = True
-        if layer.merged:
-            layer.swap_weight()
+
+    def switch(disabled: bool) -> None:
+        for layer in switched:
+            layer.disabled = disabled
+            if layer.merged:
+                layer.swap_weight()
+        if switched:
+            _swap_biases(model)
+
+    switch(True)
     try:
         yield
     finally:
-        for layer in switched:
-            layer.disabled = False
-            if layer.merged:
-                layer.swap_weight()
+        switch(False)
 
 
 # ------------------------------------------------------------------------------------------------- merging
 
 
 def merge(model: nn.Module) -> None:
-    """``W <- W + (alpha / rank) B A`` for the active adapter, in every layer or in none.
+    """``W <- W + (alpha / rank) B A`` for the active adapter, in every layer or in none; or what its variant computes.
 
     The original weights are laid aside, not subtracted back, so ``unmerge`` restores them bit for bit in any
     precision; the adapted weights take twice their memory meanwhile. ``remove_lora`` lets the originals go.
@@ -461,11 +699,11 @@ def merge(model: nn.Module) -> None:
             module that would change with it. Nothing has changed then.
     """
     layers = {name: layer for name, layer in _adapted(model).items() if not layer.merged}
+    if layers:
+        _refuse_disabled(model, "merge")
     users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     merged = {}
     for name, layer in layers.items():
-        if layer.disabled:
-            raise LoRAError("cannot merge inside adapters_disabled")
         if _is_quantized(layer.base):
             kind = type(layer.base).__name__
             raise LoRAError(f"{name} is quantized ({kind}): load the base model unquantized and merge into that")
@@ -481,17 +719,22 @@ def merge(model: nn.Module) -> None:
 
 def unmerge(model: nn.Module) -> None:
     """Put the original weights back, bit for bit. Does nothing when not merged."""
-    for layer in lora_layers(model).values():
-        if layer.merged:
-            if layer.disabled:
-                raise LoRAError("cannot unmerge inside adapters_disabled")
-            layer.swap_weight()
-            layer._base_weight = None
+    merged = [layer for layer in lora_layers(model).values() if layer.merged]
+    if merged:
+        _refuse_disabled(model, "unmerge")
+    for layer in merged:
+        layer.swap_weight()
+        layer._base_weight = None
 
 
 def remove_lora(model: nn.Module) -> None:
     """Put the plain layers back in place: with the adapter in their weights if merged, as they were if not."""
-    for name, layer in lora_layers(model).items():
+    layers = lora_layers(model)
+    if not any(layer.merged or layer.disabled for layer in layers.values()):
+        _swap_biases(model)
+    for module in _trained_biases(model).values():
+        del module._lora_base_bias
+    for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base)
 
@@ -500,13 +743,17 @@ def remove_lora(model: nn.Module) -> None:
 
 
 def lora_state_dict(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
-    """Copies, on the CPU, of an adapter (by default the active one): ``<layer>.lora_A`` and ``<layer>.lora_B``."""
-    state = {}
+    """Copies, on the CPU, of an adapter (by default the active one) by name.
+
+    ``<layer>.lora_A`` and ``<layer>.lora_B``; ``<layer>.lora_magnitude`` with DoRA, ``<layer>.pissa_A`` and ``pissa_B``
+    with PiSSA, ``<module>.bias`` with trained biases.
+    """
+    _refuse_disabled(model, "read an adapter")
+    state: dict[str, Tensor] = {}
     for name, layer in _adapted(model, adapter).items():
-        key = adapter or layer.active
-        state[f"{name}.lora_A"] = layer.lora_A[key].detach().to("cpu", copy=True)
-        state[f"{name}.lora_B"] = layer.lora_B[key].detach().to("cpu", copy=True)
-    return state
+        state |= {f"{name}.{part}": parameter for part, parameter in layer.parts(adapter or layer.active).items()}
+    state |= {name: module.bias for name, module in _trained_biases(model).items()}  # type: ignore[misc]
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
 
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], adapter: str | None = None) -> None:
@@ -517,19 +764,23 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], adapter:
     """
     layers = _adapted(model, adapter)
     _refuse_merged(model, "load an adapter")
-    _check_state(layers, _config(model, adapter).rank, state)
+    _refuse_disabled(model, "load an adapter")
+    biases = _trained_biases(model)
+    _check_state(layers, _config(model, adapter), biases, state)
     with torch.no_grad():
         for name, layer in layers.items():
-            layer.lora_A[adapter or layer.active].copy_(state[f"{name}.lora_A"])
-            layer.lora_B[adapter or layer.active].copy_(state[f"{name}.lora_B"])
+            for part, parameter in layer.parts(adapter or layer.active).items():
+                parameter.copy_(state[f"{name}.{part}"])
+        for name, module in biases.items():
+            module.bias.copy_(state[name])  # type: ignore[operator]
 
 
-def _check_state(layers: Mapping[str, nn.Module], rank: int, state: Mapping[str, Tensor]) -> None:
-    expected = {}
+def _check_state(
+    layers: Mapping[str, nn.Module], config: LoRAConfig, biases: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> None:
+    expected = {name: tuple(module.bias.shape) for name, module in biases.items()}
     for name, layer in layers.items():
-        out_features, in_features = _out_and_in_features(layer.base if isinstance(layer, LoRALayer) else layer)
-        expected[f"{name}.lora_A"] = (rank, in_features)
-        expected[f"{name}.lora_B"] = (out_features, rank)
+        expected |= {f"{name}.{part}": shape for part, shape in _shapes(layer, config).items()}
     faults = [f"missing {key}" for key in expected if key not in state]
     faults += [f"unexpected {key}" for key in state if key not in expected]
     for key in expected.keys() & state.keys():
@@ -542,16 +793,39 @@ def _check_state(layers: Mapping[str, nn.Module], rank: int, state: Mapping[str,
         raise LoRAError(f"the adapter does not fit the model: {'; '.join(sorted(faults)[:8])}{more}")
 
 
+def adapted_names(state: Mapping[str, Tensor]) -> list[str]:
+    """The layers that a state holds an adapter for."""
+    found = (re.fullmatch(rf"(.+)\.({'|'.join(LoRALayer.PARTS)})", key) for key in state)
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+
 def _attach_state(model: nn.Module, config: LoRAConfig, state: Mapping[str, Tensor], adapter: str) -> list[str]:
     """Add an adapter to exactly the layers that ``state`` names, once it is known to fit."""
     if not isinstance(state, Mapping) or not state or not all(isinstance(key, str) for key in state):
         raise LoRAError("the adapter holds no named weights")
-    wanted = {re.sub(r"\.lora_[AB]$", "", key) for key in state}
+    wanted = set(adapted_names(state))
     layers = {name: layer for name, layer in linear_layers(model).items() if name in wanted}
-    _check_state(layers, config.rank, state)
-    _attach(model, list(layers), config, adapter)
+    _check_state(layers, config, _selected_biases(model, config, layers), state)
+    _attach(model, list(layers), config, adapter, initialize=False)
     load_lora_state_dict(model, state, adapter)
     return list(layers)
+
+
+def without_pissa(state: Mapping[str, Tensor], config: LoRAConfig) -> tuple[dict[str, Tensor], LoRAConfig]:
+    """The same adapter as plain LoRA of twice the rank: ``B A - B0 A0`` is ``[B, -B0]`` times ``A`` above ``A0``."""
+    if config.init != "pissa":
+        return dict(state), config
+    plain = {key: tensor for key, tensor in state.items() if not re.search(r"\.pissa_[AB]$", key)}
+    for name in adapted_names(state):
+        plain[f"{name}.lora_A"] = torch.cat([state[f"{name}.lora_A"], state[f"{name}.pissa_A"]])
+        plain[f"{name}.lora_B"] = torch.cat([state[f"{name}.lora_B"], -state[f"{name}.pissa_B"]], dim=1)
+    rank = 2 * config.rank
+    return plain, replace(config, rank=rank, alpha=rescaled_alpha(config, rank), init="kaiming")
+
+
+def rescaled_alpha(config: LoRAConfig, rank: int) -> float:
+    """The alpha that keeps ``config``'s scaling at another rank."""
+    return config.scaling * (math.sqrt(rank) if config.rslora else rank)
 
 
 # --------------------------------------------------------------------------------------------------- files
@@ -659,9 +933,11 @@ _PEFT_HARMLESS = {
     *("inference_mode", "layers_pattern", "layers_to_transform", "megatron_core", "peft_type", "peft_version"),
     *("qalora_group_size", "revision", "runtime_config", "target_modules", "task_type"),
 }
-_PEFT_HANDLED = {"r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights"}
-# Initialisations that leave the base as it is. The others (PiSSA, OLoRA, LoftQ, ...) train against a changed base.
+_PEFT_HANDLED = {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "init_lora_weights"}
+# Initialisations that leave the base as it is. The others train against a changed base, of which only PiSSA's can be
+# found again: by the same SVD.
 _PEFT_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_PEFT_KEY = re.compile(r"base_model\.model\.(.+\.(lora_[AB]\.weight|lora_magnitude_vector)|(.+\.)?bias)")
 
 
 def export_peft(
@@ -669,12 +945,15 @@ def export_peft(
 ) -> None:
     """Write an adapter as PEFT does: ``adapter_model.safetensors``, then ``adapter_config.json``.
 
+    One that began with PiSSA is written as plain LoRA of twice the rank, which needs no SVD to be loaded.
+
     Args:
         base_model: what PEFT should load the base from; by default the name that ``model.config`` carries.
     """
     from safetensors.torch import save
 
-    config, layers = _config(model, adapter), _adapted(model, adapter)
+    layers = _adapted(model, adapter)
+    state, config = without_pissa(lora_state_dict(model, adapter), _config(model, adapter))
     # Short names where they select these layers and no other module, as most readers of PEFT folders expect.
     ends = {name.rpartition(".")[2] for name in layers}
     modules = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends]
@@ -689,23 +968,27 @@ def export_peft(
         "lora_dropout": config.dropout,
         "target_modules": targets,
         "fan_in_fan_out": all(layer.transposed for layer in layers.values()),
-        "bias": "none",
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+        "bias": config.train_bias,
         "inference_mode": True,
     }
-    state = {f"{_PEFT_PREFIX}{key}.weight": tensor for key, tensor in lora_state_dict(model, adapter).items()}
+    renamed = {}
+    for key, tensor in state.items():
+        name, _, part = key.rpartition(".")
+        inside = {"lora_magnitude": "lora_magnitude_vector", "bias": "base_layer.bias" if name in layers else "bias"}
+        renamed[f"{_PEFT_PREFIX}{name}.{inside.get(part, f'{part}.weight')}"] = tensor
     folder = Path(folder)
-    _write(folder / "adapter_model.safetensors", save(state, metadata={"format": "pt"}))
+    _write(folder / "adapter_model.safetensors", save(renamed, metadata={"format": "pt"}))
     _write(folder / "adapter_config.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
-def import_peft(model: nn.Module, folder: str | Path, adapter: str = DEFAULT_ADAPTER) -> list[str]:
-    """Add an adapter saved by PEFT, and make it the active one; returns the names of the adapted layers.
-
-    rsLoRA's scale ``alpha / sqrt(rank)`` is kept by adopting ``alpha * sqrt(rank)`` as alpha.
+def read_peft(folder: str | Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """An adapter saved by PEFT: its settings, and its weights by our names; PiSSA's start is not among them.
 
     Raises:
-        LoRAError: files are missing or broken, the adapter uses a feature that would not be reproduced (DoRA, a
-            rank per layer, trained biases, whole trained modules, ...), or it does not fit the model.
+        LoRAError: files are missing or broken, or the adapter uses a feature that would not be reproduced (a rank per
+            layer, whole trained modules, ...).
     """
     folder = Path(folder)
     try:
@@ -715,19 +998,70 @@ def import_peft(model: nn.Module, folder: str | Path, adapter: str = DEFAULT_ADA
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
         raise LoRAError(f"{folder} is no LoRA adapter of PEFT's")
     strange = [key for key, value in content.items() if value and key not in _PEFT_HARMLESS | _PEFT_HANDLED]
-    if content.get("bias", "none") != "none":
-        strange.append("bias")
-    if content.get("init_lora_weights", True) not in _PEFT_PLAIN_INITS:
+    init = content.get("init_lora_weights", True)
+    if init not in _PEFT_PLAIN_INITS and init != "pissa":
         strange.append("init_lora_weights")
     if strange:
         named = ", ".join(f"{key}={content[key]!r}" for key in sorted(strange))
         raise LoRAError(f"{folder} uses PEFT features that are not supported here: {named}")
-    config = LoRAConfig(content.get("r", 8), content.get("lora_alpha", 8), content.get("lora_dropout", 0.0))
-    if content.get("use_rslora"):
-        config = replace(config, alpha=config.alpha * math.sqrt(config.rank))
+    config = LoRAConfig(
+        content.get("r", 8),
+        content.get("lora_alpha", 8),
+        content.get("lora_dropout", 0.0),
+        rslora=bool(content.get("use_rslora")),
+        dora=bool(content.get("use_dora")),
+        init="pissa" if init == "pissa" else "kaiming",
+        train_bias=content.get("bias", "none"),
+    )
     weights, _ = _read_safetensors(folder / "adapter_model.safetensors")
-    if foreign := [key for key in weights if not re.fullmatch(r"base_model\.model\..+\.lora_[AB]\.weight", key)]:
-        raise LoRAError(f"{folder} holds weights that are not plain LoRA: {', '.join(foreign[:8])}")
-    state = {key.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): tensor for key, tensor in weights.items()}
-    names = list(dict.fromkeys(key.rpartition(".")[0] for key in state))
+    if foreign := [key for key in weights if not _PEFT_KEY.fullmatch(key)]:
+        raise LoRAError(f"{folder} holds weights that are not LoRA's: {', '.join(foreign[:8])}")
+    state = {_our_name(key): tensor for key, tensor in weights.items()}
+    return replace(config, target_modules=tuple(adapted_names(state)) or ALL_LINEAR), state
+
+
+def import_peft(model: nn.Module, folder: str | Path, adapter: str = DEFAULT_ADAPTER) -> list[str]:
+    """Add an adapter saved by PEFT, and make it the active one; returns the names of the adapted layers.
+
+    An adapter of a whole model fits its backbone alone and the other way round: where layers are not found by their
+    names (``model.layers.0.mlp``), they are by names without the first part, or with one before (``layers.0.mlp``).
+
+    Raises:
+        LoRAError: as ``read_peft``, or the adapter does not fit the model, or fits in more than one way.
+    """
+    config, state = read_peft(folder)
+    state = _renamed_to_fit(model, state)
+    names = adapted_names(state)
+    if config.init == "pissa":
+        layers = {name: layer for name, layer in linear_layers(model).items() if name in names}
+        _check_pissa(layers, config.rank)
+        for name, layer in layers.items():
+            factors = principal_factors(dense_weight(_base_of(layer)), config.rank, config.scaling)
+            state[f"{name}.pissa_A"], state[f"{name}.pissa_B"] = factors
     return _attach_state(model, replace(config, target_modules=tuple(names) or ALL_LINEAR), state, adapter)
+
+
+def _our_name(key: str) -> str:
+    """PEFT's name of a weight -> ours."""
+    name = key.removeprefix(_PEFT_PREFIX).removesuffix(".weight").removesuffix("_vector")
+    return re.sub(r"\.base_layer\.bias$", ".bias", name)
+
+
+def _renamed_to_fit(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with the first part of its names cut off, or one put before them, where that alone makes it fit."""
+    names, there = adapted_names(state), set(linear_layers(model))
+    if not names or there.issuperset(names):
+        return state
+    first = names[0]
+    prefixes = [("", name.removesuffix(first)) for name in there if name.endswith(f".{first}")]
+    prefixes += [(first.removesuffix(name), "") for name in there if first.endswith(f".{name}")]
+    fits = []
+    for old, new in prefixes:
+        renamed = {new + name.removeprefix(old) for name in names}
+        if renamed <= there and len(renamed) == len(names):
+            fits.append((old, new))
+    if len(fits) > 1:
+        found = ", ".join(sorted(new + first.removeprefix(old) for old, new in fits))
+        raise LoRAError(f"the adapter's {first} could be any of {found}; import it into the part that it was made for")
+    # Where nothing fits, the check that follows names what is missing.
+    return {new + key.removeprefix(old): tensor for old, new in fits for key, tensor in state.items()} or state

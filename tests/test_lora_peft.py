@@ -211,13 +211,12 @@ def test_our_folder_comes_back_to_us(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "all"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
         ({"something_new": 3}, "something_new"),
     ],
 )
@@ -234,11 +233,14 @@ def test_features_we_would_get_wrong_are_refused_by_name(
     assert not lora.lora_layers(model)
 
 
-def test_a_dora_folder_of_pefts_is_refused(tmp_path: Path) -> None:
-    config = peft.LoraConfig(target_modules=["q_proj"], use_dora=True)
-    peft.get_peft_model(make_model("llama"), config).save_pretrained(tmp_path)
-    with pytest.raises(LoRAError, match="use_dora"):
-        import_peft(make_model("llama"), tmp_path)
+def test_a_folder_that_claims_dora_and_has_no_magnitudes_is_refused(tmp_path: Path) -> None:
+    export_peft(ours_and_peft("llama")[0], tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    model = make_model("llama")
+    with pytest.raises(LoRAError, match=r"missing model.layers.0.mlp.down_proj.lora_magnitude"):
+        import_peft(model, tmp_path)
+    assert not lora.lora_layers(model)
 
 
 def test_missing_broken_and_foreign_folders(tmp_path: Path) -> None:
