@@ -75,7 +75,7 @@ setup(
         "modelscope": ["modelscope>=1.20,<2"],
         "akshare": ["akshare>=1.16,<2"],
         # statsforecast 2.1 wants pandas below 3
-        "peers": ["statsforecast>=2.0,<3", "arch>=7.2,<9", "pyarrow>=18"],
+        "peers": ["statsforecast>=2.0,<3", "pyarrow>=18"],
         "fracast": ["fracast>=0.1"],
         "dev": requirements("requirements-dev.txt"),
     },

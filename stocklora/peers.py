@@ -1,6 +1,6 @@
 """Forecasters that one would otherwise pick, run through a walk-forward backtest: ARIMA, ETS, Theta, GARCH, fracast-0.
 
-They are fitted by the packages people use (statsforecast and arch, the extra ``peers``; fracast by itself), one ticker
+They are fitted by the packages people use (arch; statsforecast, the extra ``peers``; fracast by itself), one ticker
 at a time. Nothing here looks past the origin: a model is fitted at the close of a refit day, and until the next one
 its parameters stay as they are while later closes update its state.
 
@@ -34,7 +34,7 @@ PACKAGES = {
     "autoarima": ("statsforecast", _EXTRA),
     "autoets": ("statsforecast", _EXTRA),
     "autotheta": ("statsforecast", _EXTRA),
-    "garch": ("arch", _EXTRA),
+    "garch": ("arch", "pip install arch"),
     "fracast": ("fracast", "pip install fracast"),
 }
 PEERS: tuple[str, ...] = tuple(PACKAGES)

@@ -120,6 +120,7 @@ def test_it_asks_for_all_that_its_code_imports(wheel: Path, metadata: email.mess
     homes = packages_distributions()
     asked = [item for item in required(metadata, extras=True) if "dev" not in str(item.marker)]
     listed = {canonicalize_name(item.name) for item in asked}
+    always = {canonicalize_name(item.name) for item in required(metadata, extras=False)}
     ours = {"stocklora", *LEAVES}
     used: set[str] = set()
     with zipfile.ZipFile(wheel) as archive:
@@ -133,6 +134,9 @@ def test_it_asks_for_all_that_its_code_imports(wheel: Path, metadata: email.mess
                 distributions = {canonicalize_name(home) for home in homes.get(root, [root])}
                 assert distributions & listed, f"{name}:{line}: {module} is in no requirement"
                 used |= distributions & listed
+            for module, line in imports_of(ast.parse(archive.read(name)), top_level_only=True):
+                distributions = {canonicalize_name(home) for home in homes.get(module.split(".")[0], [])}
+                assert not distributions or distributions & always, f"{name}:{line}: {module} is optional"
     idle = {canonicalize_name(item.name) for item in required(metadata, extras=False)} - used
     assert idle <= set(NEEDED_BY_OTHERS), f"required, but imported nowhere: {sorted(idle)}"
 
