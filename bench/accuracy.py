@@ -136,7 +136,8 @@ def one_benchmark(
         f"(log return: {model.mae_bp / simple_bp:.4f}); 80% interval covers {model.coverage_80:.1f}%")  # fmt: skip
     outcome = fitted.outcome
     return {
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
+        # Names, not where they lie: the record is read elsewhere.
+        "settings": {key: value.name if isinstance(value, Path) else value for key, value in asdict(settings).items()},
         "scale": fitted.forecaster.spec.scale["kind"],
         "calibration": fitted.forecaster.spec.calibration,
         "history": [{key: None if value != value else value for key, value in row.items()} for row in outcome.history],
