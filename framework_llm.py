@@ -7,6 +7,8 @@
     python framework_llm.py --ticker AAPL --watch 15           # stays; forecasts anew after each close
     python framework_llm.py --test_csv sample_test.csv --lora_weights a.pth b.pth c.pth --ensemble median
     python framework_llm.py --ticker AAPL --lora_weights a.pth b.pth --model_path ./Qwen3-0.6B ./models/gpt2-medium
+    python framework_llm.py --ticker AAPL --lora_weights a.pth:0.7 b.pth:0.3     # one model, averaged weights
+    python framework_llm.py --ticker AAPL --model_path merged --lora_weights merged     # what merge_lora.py wrote
 
 Window, prompt, horizon and LoRA settings come from the weights file. Writes one row a ticker and day:
 Ticker,Origin,Date,Day,Last_Close,Predicted_Close,P05,P10,P25,P50,P75,P90,P95.
@@ -54,8 +56,9 @@ def run(settings: ForecastSettings) -> int:
 
     device = choose_device(settings.device)
     ensemble = Ensemble(
-        settings.members, settings.ensemble, device, choose_dtype(settings.dtype, device), settings.trust_remote_code
-    )
+        settings.members, settings.ensemble, device, choose_dtype(settings.dtype, device), settings.trust_remote_code,
+        shares=settings.shares,
+    )  # fmt: skip
     check_window(settings, ensemble)
     check_market(ensemble, [*prices, *feed.beside])
     rows = ensemble.forecast(prices, feed.beside)
@@ -107,6 +110,13 @@ def announce(ensemble: Ensemble) -> None:
     from stocklora.machine import peak_memory_mb
 
     memory = f"peak memory: {peak_memory_mb(ensemble.device.type):,.0f} MB ({ensemble.device.type})"
+    if averaged := ensemble.weights[0].training.get("averaged"):
+        say(f"trainable parameters: {trainable_parameters(ensemble.weights[0]):,}")
+        say(memory)
+        say(f"average of the weights of {len(averaged)} models, itself not scored; the test pinball losses of each:")
+        for part in averaged:
+            say(f"  {part['share']:.3g} of {part['path']}: {part['test_scores']['model']['pinball_bp']:.2f} bp")
+        return
     scores = [content.training["test_scores"] for content in ensemble.weights]
     if len(scores) == 1:
         say(f"trainable parameters: {trainable_parameters(ensemble.weights[0]):,}")

@@ -15,6 +15,8 @@ Leaf module: it knows torch, transformers and ``lora``; nothing of prices or fil
 
 from __future__ import annotations
 
+import contextlib
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+TOKENS_STEP = 64  # lengths that a batch is padded on to
 
 
 class QuantileHead(nn.Module):
@@ -98,6 +102,9 @@ class StockForecaster(nn.Module):
     def __init__(self, backbone: nn.Module, table: Tensor, location: Tensor | None = None) -> None:
         super().__init__()
         self.backbone = backbone
+        # What the backbone computes in where its weights are kept in more: float32 weights that all train.
+        self.autocast_dtype: torch.dtype | None = None
+        self.tuning: Any = None  # what trains in the backbone, for whoever put it there
         self.head = QuantileHead(hidden_size_of(backbone.config), table)
         self.register_buffer("location", torch.zeros(len(table)) if location is None else location.float())
         self.location: Tensor
@@ -121,8 +128,24 @@ class StockForecaster(nn.Module):
 
     def hidden_at(self, input_ids: Tensor, origin_tokens: Tensor) -> Tensor:
         """(batch, targets, hidden) hidden states at the origins' last tokens."""
-        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # (batch, tokens, hidden)
+        input_ids = self._widened(input_ids)
+        with self._autocast(input_ids.device.type):
+            hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # (batch, tokens, hidden)
         return hidden.gather(1, origin_tokens[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _widened(self, input_ids: Tensor) -> Tensor:
+        """Padded on to one of a few lengths: freed memory then fits what is asked for next.
+
+        Where every batch had a length of its own, memory in use on a CPU grew by 40 MB with each training step.
+        """
+        tokens = input_ids.shape[1]
+        wider = min(-(-tokens // TOKENS_STEP) * TOKENS_STEP, max(tokens, facts_of(self.backbone.config).context_tokens))
+        return F.pad(input_ids, (0, wider - tokens))
+
+    def _autocast(self, device_type: str) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device_type, dtype=self.autocast_dtype)
 
 
 def pinball_sum(quantiles: Tensor, returns: Tensor, scale: Tensor, levels: Tensor, mask: Tensor) -> Tensor:
@@ -138,6 +161,21 @@ def pinball_sum(quantiles: Tensor, returns: Tensor, scale: Tensor, levels: Tenso
     error = (returns[..., None] - quantiles) / scale[..., None]
     loss = torch.maximum(levels * error, (levels - 1.0) * error).mean(dim=(-2, -1))  # (batch, targets)
     return (loss * mask).sum()
+
+
+def distance_sum(quantiles: Tensor, teacher: Tensor, scale: Tensor, mask: Tensor) -> Tensor:
+    """Distance to another model's quantiles in units of the scale, averaged and summed as ``pinball_sum`` is.
+
+    Where two sets of quantiles have the same levels, the mean distance is the Wasserstein distance of the two
+    distributions, as far as the levels tell.
+
+    Args:
+        quantiles: (batch, targets, horizon, levels). teacher: likewise, NaN at targets that it does not forecast.
+        scale: (batch, targets, horizon). mask: (batch, targets), 1 where there is a target.
+    """
+    known = mask * torch.isfinite(teacher).all(dim=-1).all(dim=-1)  # (batch, targets)
+    distance = ((quantiles - teacher.nan_to_num()) / scale[..., None]).abs().mean(dim=(-2, -1))
+    return (distance * known).sum()
 
 
 @dataclass(frozen=True)
@@ -184,18 +222,96 @@ def hidden_size_of(config: Any) -> int:
 
 
 def load_backbone(
-    model_path: Path, dtype: torch.dtype, layers: int | None = None, trust_remote_code: bool = False
+    model_path: Path,
+    dtype: torch.dtype,
+    layers: int | None = None,
+    trust_remote_code: bool = False,
+    quantization: str = "none",
+    device: torch.device | None = None,
 ) -> nn.Module:
     """The base model without its vocabulary head, frozen, without dropout of its own.
 
     Args:
+        dtype: of the weights; of a quantized model the type that it computes in, and that of its embeddings.
         layers: use only the first so many layers.
+        quantization: of the linear layers: ``none``; ``8bit``: rows of int8 with a scale each; ``4bit``: nf4 with
+            quantized scales (Dettmers et al. 2023, arXiv:2305.14314).
+        device: where a quantized model is made; an unquantized one is made on the CPU.
+
+    Raises:
+        ImportError: quantization without bitsandbytes.
     """
     from transformers import AutoModel
 
     config = backbone_config(model_path, layers, trust_remote_code)
-    backbone = AutoModel.from_pretrained(model_path, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {}
+    if quantization != "none":
+        options = {
+            "quantization_config": _quantization_config(quantization, dtype),
+            "device_map": {"": device or torch.device("cpu")},
+        }
+    backbone = AutoModel.from_pretrained(
+        model_path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, **options
+    )
+    if quantization != "none":
+        _steady_quantized_layers(backbone)
     return backbone.requires_grad_(False)
+
+
+def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quantization != "4bit":
+        raise ValueError(f"quantization must be none, 8bit or 4bit, not {quantization!r}")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _steady_quantized_layers(model: nn.Module) -> None:
+    """Make bitsandbytes' layers one causal function, the same in training and in use.
+
+    Its int8 layers quantize what they read as well, unless they train on a CPU: the function that is used is then
+    not the one that was trained (5% away on SmolLM2). They also single out columns by their largest value over all
+    tokens, later days and other tickers of the batch included. Here weights alone are int8. Its nf4 layers repack
+    their weights at the first use without gradient on a CPU with bfloat16, for a kernel that has no gradient.
+    """
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind == "Linear8bitLt":
+            module.forward = types.MethodType(_int8_forward, module)  # type: ignore[method-assign]
+        elif kind == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _int8_forward(layer: Any, x: Tensor) -> Tensor:
+    scale = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # bitsandbytes moves it about
+    return _Int8Linear.apply(x, layer.weight.data, scale, layer.bias)
+
+
+class _Int8Linear(torch.autograd.Function):
+    """``y = x W' + bias`` for a frozen ``W = codes * scale / 127``, of which only the codes are kept for backward.
+
+    Shapes: x (..., in), codes (out, in) int8, scale (out,) float32, bias (out,) or None; returns (..., out).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        return F.linear(x, _dequantized(codes, scale, x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        codes, scale = ctx.saved_tensors
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+        grad_x = grad @ _dequantized(codes, scale, grad.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, grad_bias
+
+
+def _dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (codes * (scale / 127.0)[:, None]).to(dtype)
 
 
 def is_causal(backbone: nn.Module, tokens: int = 16) -> bool:

@@ -17,6 +17,7 @@ SCRIPTS = [
     "framework",
     "train_lora",
     "framework_llm",
+    "merge_lora",
     "backtest",
     "quick_start",
 ]

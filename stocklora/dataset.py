@@ -39,11 +39,13 @@ class Example:
 
     Attributes:
         scale: (targets, horizon). returns: (targets, horizon), NaN where the future is not known yet.
+        teacher: (targets, horizon, levels) quantiles of the return to learn from as well, NaN where there are none.
     """
 
     encoded: EncodedSequence
     scale: np.ndarray
     returns: np.ndarray
+    teacher: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

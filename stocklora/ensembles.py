@@ -21,9 +21,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from stocklora.averaging import average
 from stocklora.checkpoints import WeightsFile, load_weights
 from stocklora.console import UserError, warn
-from stocklora.forecasting import Forecaster, load_forecaster
+from stocklora.forecasting import Forecaster, assemble
 from stocklora.predictions import INTERVAL_COLUMNS
 
 T = TypeVar("T")
@@ -68,9 +69,10 @@ class Ensemble:
         members: each weights file with its base model's folder.
         how: see :func:`combine`.
         keep: hold all members in memory; whoever asks many times would else load them every time.
+        shares: average the members' weights, in these proportions, into the one model that forecasts.
 
     Raises:
-        UserError: a damaged weights file, or two that forecast other days or levels.
+        UserError: a damaged weights file, or two that forecast other days or levels, or have no average.
     """
 
     def __init__(
@@ -82,11 +84,13 @@ class Ensemble:
         trust_remote_code: bool = False,
         *,
         keep: bool = False,
+        shares: Sequence[float] | None = None,
     ) -> None:
-        self.members = list(members)
+        self.files, self.shares = [path for path, _ in members], shares
+        self.members = list(members) if shares is None else [(Path(average_name(self.files, shares)), members[0][1])]
         self.how, self.keep = how, keep
         self.device, self.dtype, self.trust_remote_code = device, dtype, trust_remote_code
-        self.weights = [load_weights(path) for path, _ in self.members]
+        self.weights = [self._read(index) for index in range(len(self.members))]
         self._check_agreement()
         self._held: dict[int, Forecaster] = {}
 
@@ -121,16 +125,25 @@ class Ensemble:
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
             weights_path, model_path = self.members[index]
-            forecaster, content = load_forecaster(
-                weights_path, model_path, self.device, self.dtype, self.trust_remote_code
-            )
-            self.weights[index] = content  # someone may have trained it again since
+            content = self._read(index)  # someone may have trained it again since
+            forecaster = assemble(content, weights_path, model_path, self.device, self.dtype, self.trust_remote_code)
+            self.weights[index] = content
             self._check_agreement()
             self._held[index] = forecaster
         return self._held[index]
 
+    def _read(self, index: int) -> WeightsFile:
+        if self.shares is None:
+            return load_weights(self.files[index])
+        return average([load_weights(path) for path in self.files], self.shares, self.files)
+
     def _check_agreement(self) -> None:
         check_agreement([path for path, _ in self.members], self.weights)
+
+
+def average_name(files: Sequence[Path], shares: Sequence[float]) -> str:
+    """How messages name an average."""
+    return " + ".join(f"{share:g} {path}" for path, share in zip(files, shares, strict=True))
 
 
 def combine_rows(members: Sequence[list[dict[str, Any]]], how: str) -> list[dict[str, Any]]:
@@ -151,7 +164,9 @@ def combine_rows(members: Sequence[list[dict[str, Any]]], how: str) -> list[dict
 def trainable_parameters(content: WeightsFile) -> int:
     """Numbers that training could change: the adapters' and the head's, without the head's fixed statistics."""
     head = [tensor for name, tensor in content.head.items() if name.startswith("linear.")]
-    return sum(int(tensor.numel()) for tensor in [*content.adapters.values(), *head])
+    # PiSSA's start stays as it is.
+    adapters = [tensor for name, tensor in content.adapters.items() if ".pissa_" not in name]
+    return sum(int(tensor.numel()) for tensor in [*adapters, *head])
 
 
 def check_agreement(paths: Sequence[Path], weights: Sequence[WeightsFile]) -> None:

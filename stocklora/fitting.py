@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from stocklora.base_models import check_model_folder, describe_model
 from stocklora.calibration import fit_calibration
@@ -18,16 +19,21 @@ from stocklora.checkpoints import ForecasterSpec, WeightsFile, save_weights, ver
 from stocklora.console import UserError, say, warn
 from stocklora.dataset import Example, ForecastData, data_facts, make_examples, prepare
 from stocklora.devices import choose_device, choose_dtype, memory_errors
+from stocklora.earlier_weights import start_from, with_teacher
 from stocklora.files import plain, replacing
 from stocklora.forecasting import Forecaster, build_forecaster, context_tokens_of, load_encoder
 from stocklora.machine import keep_freed_memory, peak_memory_mb
-from stocklora.methods import trained_state
+from stocklora.memory_plan import print_plan, setup_of, shape_of, warn_if_too_large
+from stocklora.methods import speedups, trained_state
 from stocklora.metrics import Scores
 from stocklora.options import TrainLoraSettings
+from stocklora.processes import Alone, asked_for_cpu, from_main, join_processes, shards_models, whole_parameters
 from stocklora.prompts import DayEncoder, check_lengths, fit_targets_per_sequence
 from stocklora.quality import short_form
+from stocklora.run_state import FOLDER, Checkpoints, identity_of, resume_command
 from stocklora.tables import print_scores
-from stocklora.training import HISTORY_COLUMNS, TrainingOutcome, standardize_head, train
+from stocklora.training import HISTORY_COLUMNS, TrainingOutcome, predict
+from stocklora.training_loop import train
 from stocklora.volatility import SCALES
 from stocklora.windows import SPLITS, DaySequence
 
@@ -53,17 +59,25 @@ class FittedRun:
     weights_path: Path
 
 
-def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings) -> FittedRun:
+def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings, *, alone: bool = False) -> FittedRun:
     """Train on ``prices`` and write weights, history and curve into ``settings.save_dir``.
+
+    Where several processes were launched, all of them call this together.
+
+    Args:
+        alone: this process trains by itself, whatever others were launched beside it.
 
     Raises:
         UserError: anything in data, base model or settings that the user can mend; nothing is written then.
     """
-    from accelerate import Accelerator
     from accelerate.utils import set_seed
 
     check_model_folder(settings.model_path)
-    check_writable(settings.save_dir)
+    device = choose_device("cpu" if settings.device == "auto" and asked_for_cpu() else settings.device)
+    accelerator: Any = Alone(device) if alone else join_processes(device)
+    if shards_models(accelerator) and settings.method == "head":
+        raise UserError("--method head and FSDP do not go together; leave FSDP out, a frozen base fits in 4 bits")
+    from_main(accelerator, lambda: check_writable(settings.save_dir))  # several at once would meet each other's traces
     prices = with_enough_days(prices, settings.window_size + settings.horizon + 1)
     data = prepare(
         prices, settings.window_size, settings.horizon, settings.validation_fraction, settings.test_fraction,
@@ -83,11 +97,17 @@ def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings) -> Fitt
     targets_per_sequence, sequences, examples = encode_splits(data, settings, encoder, scale_kind, context)
 
     set_seed(settings.seed)
-    device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     if device.type == "cpu":
         keep_freed_memory()
-    accelerator = Accelerator(cpu=device.type == "cpu")
+    checkpoints = checkpoints_of(data, sequences, settings, accelerator, dtype)
+    resumed = from_main(accelerator, checkpoints.load) if settings.resume else None
+    shape = shape_of(settings)
+    setup = setup_of(settings, shape, examples["train"], dtype, device)
+    if accelerator.is_main_process:
+        warn_if_too_large(shape, setup, accelerator.device)
+    if settings.teacher is not None:
+        examples["train"] = with_teacher(examples["train"], data, settings, accelerator.device)
     spec = ForecasterSpec(
         base_model=describe_model(settings.model_path),
         backbone_layers=settings.backbone_layers,
@@ -98,49 +118,87 @@ def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings) -> Fitt
         levels=data.levels.tolist(),
         table=start.table.tolist(),
         scale=start.scale.to_dict(),
-        lora={
-            "rank": settings.lora_rank,
-            "alpha": settings.lora_alpha,
-            "dropout": settings.lora_dropout,
-            "target_modules": lora_targets(settings.target_modules),
-        },
+        lora=lora_fields(settings),
         calibration={"shrinkage": 1.0, "interval_scale": 1.0},
         location=start.location.tolist(),
         indicators=list(settings.indicators),
         anonymize=settings.anonymize,
+        method=settings.method,
+        quantization=settings.quantization,
     )
     forecaster = build_forecaster(
-        spec, settings.model_path, encoder, accelerator.device, dtype, settings.trust_remote_code
-    )
+        spec, settings.model_path, encoder, torch.device("cpu") if shards_models(accelerator) else accelerator.device,
+        dtype, settings.trust_remote_code, fresh=resumed is None,
+    )  # fmt: skip
     if settings.gradient_checkpointing:
         checkpointing: Any = forecaster.model.backbone
         try:
             checkpointing.gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
             raise UserError(f"--gradient_checkpointing: {error}; leave the flag out") from None
-    announce(forecaster, data, examples, settings, scale_kind)
+    announce(forecaster, data, examples, settings, scale_kind, shape.parameters)
+    if (count := accelerator.num_processes) > 1:
+        together = settings.batch_size * settings.gradient_accumulation_steps * count
+        say(f"{'processes':<19} {count}, {together} sequences a step together")
+    print_plan(shape, setup)
 
+    if resumed is None:
+        if settings.resume and accelerator.is_main_process:
+            warn(f"nothing to resume in {checkpoints.folder}: starting anew")
+        from_main(accelerator, checkpoints.set_aside)
+    if accelerator.process_index:
+        set_seed(settings.seed + accelerator.process_index)  # each process drops out in its own way
     with memory_errors():
-        standardize_head(forecaster.model, examples["train"], accelerator.device)
-        outcome = train(
-            forecaster.model,
-            examples["train"],
-            examples["validation"],
-            data.levels,
-            settings,
-            accelerator,
-            data.dates_of("validation"),
-        )
-        validation = forecaster.quantiles(examples["validation"], calibrated=False)
-        forecaster.spec = spec.with_calibration(fit_calibration(data.returns_of("validation"), validation, data.levels))
+        with speedups(forecaster.model, settings):
+            if resumed is None and settings.expand_rank_from is not None:
+                start_from(forecaster, settings, data.dates)
+            outcome = train(
+                forecaster.model,
+                examples["train"],
+                examples["validation"],
+                data.levels,
+                settings,
+                accelerator,
+                data.dates_of("validation"),
+                checkpoints,
+                resumed,
+                standardize=settings.expand_rank_from is None,
+            )
+        forecaster.device = accelerator.device
+        if outcome.interrupted and checkpoints.newest:
+            say(f"state saved; to go on: {resume_command(settings, accelerator.num_processes)}")
+        validation = predict(forecaster.model, examples["validation"], accelerator.device, accelerator=accelerator)
+        calibration = fit_calibration(data.returns_of("validation"), validation, data.levels)
+        forecaster.spec = spec.with_calibration(calibration)
         forecaster.model.eval()
-        quantiles = forecaster.quantiles(examples["test"])
+        test = predict(forecaster.model, examples["test"], accelerator.device, accelerator=accelerator)
+        quantiles = calibration.apply(test, data.levels)
     scores = {name: data.score(baseline_on_test(data, name), "test") for name in data.baselines}
     scores["model"] = data.score(quantiles, "test")
     run = FittedRun(forecaster, data, outcome, scores, quantiles, settings.save_dir / WEIGHTS_NAME)
-    if accelerator.is_main_process:
+
+    def finish() -> None:
         save_run(run, settings, {split: sequences[split] for split in SPLITS})
+        if not (outcome.interrupted or settings.keep_checkpoints):
+            checkpoints.remove()
+
+    with whole_parameters(forecaster.model):
+        from_main(accelerator, finish)
     return run
+
+
+def checkpoints_of(
+    data: ForecastData,
+    sequences: Mapping[str, list[DaySequence]],
+    settings: TrainLoraSettings,
+    accelerator: Any,
+    dtype: Any,
+) -> Checkpoints:
+    """Where the run's state goes, and what a run that goes on from it must share with it."""
+    place = {"device": accelerator.device.type, "dtype": str(dtype).removeprefix("torch.")}
+    base = describe_model(settings.model_path)
+    identity = identity_of(settings, data_facts(data, sequences), base, accelerator.num_processes, place)
+    return Checkpoints(settings.save_dir / FOLDER, identity, settings.checkpoint_every)
 
 
 def encode_splits(
@@ -219,11 +277,17 @@ def announce(
     examples: Mapping[str, list[Example]],
     settings: TrainLoraSettings,
     scale_kind: str,
+    base_parameters: int,
 ) -> None:
-    """What is about to happen, before the first step."""
-    parameters = list(forecaster.model.parameters())
-    total = sum(parameter.numel() for parameter in parameters)
-    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    """What is about to happen, before the first step.
+
+    Args:
+        base_parameters: of the base model; those of a quantized one are packed and cannot be counted.
+    """
+    model = forecaster.model
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    inside = 0 if settings.method == "full" else sum(p.numel() for p in model.backbone.parameters() if p.requires_grad)
+    total = base_parameters + inside + sum(parameter.numel() for parameter in model.head.parameters())
     tokens = sum(len(example.encoded.input_ids) for example in examples["train"])
     days_read = sum(len(example.encoded.sequence.days) for example in examples["train"])
     names = list(data.prices)
@@ -236,13 +300,14 @@ def announce(
         ("days to learn from", f"{days['train']:,}; to validate {days['validation']:,} (from "
                                f"{data.dates.validation:%Y-%m-%d}); to test {days['test']:,} (from "
                                f"{data.dates.test:%Y-%m-%d})"),
-        ("base model", f"{spec.base_model['name']}, {dtype_name(forecaster)} on {forecaster.device.type}"),
+        ("base model", f"{spec.base_model['name']}, {number_format(forecaster)} on {forecaster.device.type}"),
+        ("method", method_words(settings)),
         ("parameters", f"{total:,} total, {trainable:,} trainable ({100 * trainable / total:.2f}%)"),
         ("prompt", f"{' + '.join([spec.prompt, *spec.indicators])}, {tokens / days_read:.1f} tokens a day"),
         ("sequences", f"{len(examples['train']):,} of up to {spec.window_size + spec.targets_per_sequence - 1} days, "
                       f"{spec.targets_per_sequence} forecasts each; {tokens:,} tokens an epoch"),
-        ("starts at", f"the random walk scaled by {scale_kind} volatility"),
-        ("memory expected", f"about {expected_memory_mb(forecaster, examples['train'], settings):,.0f} MB"),
+        ("starts at", f"the random walk scaled by {scale_kind} volatility"
+                      if settings.expand_rank_from is None else f"the forecasts of {settings.expand_rank_from}"),
     ]  # fmt: skip
     for name, text in facts:
         say(f"{name:<19} {text}")
@@ -252,33 +317,48 @@ def announce(
         )
 
 
-def dtype_name(forecaster: Forecaster) -> str:
-    return str(next(forecaster.model.backbone.parameters()).dtype).removeprefix("torch.")
+def number_format(forecaster: Forecaster) -> str:
+    """What the base computes in, and what its weights are stored in where that is another thing."""
+    stored = str(next(forecaster.model.backbone.parameters()).dtype).removeprefix("torch.")
+    if forecaster.model.autocast_dtype is not None:
+        return f"{str(forecaster.model.autocast_dtype).removeprefix('torch.')}, weights kept in {stored}"
+    in_less = {"none": "", "8bit": ", linear layers in int8", "4bit": ", linear layers in 4-bit nf4"}
+    return stored + in_less[forecaster.spec.quantization]
 
 
-def expected_memory_mb(forecaster: Forecaster, examples: list[Example], settings: TrainLoraSettings) -> float:
-    """Weights, gradients, optimizer state and the activations kept for backward, in MB.
+def method_words(settings: TrainLoraSettings) -> str:
+    """What trains, in a few words."""
+    if settings.method == "full":
+        return "full: every weight of the base"
+    if settings.method == "head":
+        return "head: the forecast head alone; the base reads each sequence once"
+    bias = {"none": "", "lora_only": ", biases of these layers", "all": ", all biases"}[settings.train_bias]
+    kinds = [
+        ("rsLoRA", settings.use_rslora),
+        ("DoRA", settings.use_dora),
+        ("PiSSA", settings.init_lora == "pissa"),
+        (f"LoRA+ {settings.lora_plus_ratio or 0:g}", settings.lora_plus_ratio is not None),
+    ]
+    variants = "".join(f", {name}" for name, used in kinds if used)
+    targets = " ".join(settings.target_modules)
+    by_peft = " by PEFT" if settings.method == "peft" else ""
+    return f"LoRA{by_peft}, rank {settings.lora_rank}, alpha {settings.lora_alpha:g} on {targets}{variants}{bias}"
 
-    Activations are counted for a decoder layer with a gated feed-forward part (Llama, Qwen): about eleven
-    tensors of the hidden size and five of the intermediate size a token and layer.
-    """
-    config: Any = forecaster.model.backbone.config
-    hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
-    inner = int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden)
-    parameters = list(forecaster.model.parameters())
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    # gradient and two Adam moments, all float32
-    state = 3 * 4 * sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    width = next(forecaster.model.backbone.parameters()).element_size()
-    longest = max(len(example.encoded.input_ids) for example in examples)
-    tokens = longest * min(settings.batch_size, len(examples))
-    kept = tokens * (11 * hidden + 5 * inner) * width
-    # Checkpointing keeps each layer's input, and in turn one layer's activations and their gradients.
-    recomputed = 3 * kept + layers * tokens * hidden * width
-    activations = recomputed if settings.gradient_checkpointing else layers * kept
-    # Python, torch and transformers themselves, measured; a graphics card holds none of it.
-    program = 850e6 if forecaster.device.type == "cpu" else 0.0
-    return (weights + state + activations + program) / 1e6
+
+def lora_fields(settings: TrainLoraSettings) -> dict[str, Any]:
+    """Fields of ``LoRAConfig`` for the methods with adapters; none for the others."""
+    if settings.method in ("full", "head"):
+        return {}
+    return {
+        "rank": settings.lora_rank,
+        "alpha": settings.lora_alpha,
+        "dropout": settings.lora_dropout,
+        "target_modules": lora_targets(settings.target_modules),
+        "rslora": settings.use_rslora,
+        "dora": settings.use_dora,
+        "init": settings.init_lora,
+        "train_bias": settings.train_bias,
+    }
 
 
 def save_run(run: FittedRun, settings: TrainLoraSettings, sequences: Mapping[str, Any]) -> None:
@@ -288,7 +368,7 @@ def save_run(run: FittedRun, settings: TrainLoraSettings, sequences: Mapping[str
     model = run.forecaster.model
     training = {
         "data": data_facts(run.data, sequences),
-        "settings": plain(asdict(settings)),
+        "settings": plain(asdict(replace(settings, resume=False))),
         "seed": settings.seed,
         "versions": versions(),
         "best_epoch": run.outcome.best_epoch,
@@ -300,6 +380,8 @@ def save_run(run: FittedRun, settings: TrainLoraSettings, sequences: Mapping[str
         "test_scores": {name: scores.to_dict() for name, scores in run.test_scores.items()},
     }
     state = trained_state(model)
+    if settings.method == "full" and run.outcome.best_epoch == 0:
+        state["adapters"] = {}  # the base's own weights: nothing of training was kept
     # All three are whole before the first takes its name.
     with (
         replacing(run.weights_path) as weights,

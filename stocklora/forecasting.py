@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging as stdlib_logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from stocklora.predictions import prediction_rows
 from stocklora.prompts import DayEncoder, check_lengths
 from stocklora.training import predict
 from stocklora.volatility import VolatilityScale
-from stocklora.windows import DaySequence, last_origin
+from stocklora.windows import DaySequence, last_origin, pack
 
 
 @dataclass
@@ -57,6 +58,27 @@ class Forecaster:
         examples = make_examples(prices, sequences, self.encoder, self.scale.on(prices))
         check_lengths([example.encoded for example in examples], self.context_tokens)
         return examples
+
+    def packed_examples(self, prices: Mapping[str, pd.DataFrame], origins: Mapping[str, range]) -> list[Example]:
+        """Examples that forecast from consecutive rows of each ticker, in order; shorter where days write long lines.
+
+        Raises:
+            UserError: a single window outgrows the model's context.
+        """
+        targets = self.spec.targets_per_sequence
+        scales, markets = self.scale.on(prices), markets_of(prices)
+        while True:
+            sequences = [
+                sequence
+                for name, rows in origins.items()
+                for sequence in pack(name, rows, self.spec.window_size, targets)
+            ]
+            examples = make_examples(prices, sequences, self.encoder, scales, markets)
+            longest = max((len(example.encoded.input_ids) for example in examples), default=0)
+            if targets == 1 or longest <= self.context_tokens:
+                check_lengths([example.encoded for example in examples], self.context_tokens)
+                return examples
+            targets = max(1, int(0.9 * targets * self.context_tokens / longest))
 
     def quantiles(self, examples: Sequence[Example], calibrated: bool = True) -> np.ndarray:
         """(origins, horizon, levels) quantiles of the log return, examples in order."""
@@ -154,16 +176,32 @@ def build_forecaster(
     device: torch.device,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
+    *,
+    fresh: bool = True,
 ) -> Forecaster:
     """Base model, fresh adapters, head at the starting quantiles: a forecaster that has learned nothing yet.
 
+    Args:
+        dtype: what the base computes in. Weights that all train are kept in float32 all the same.
+        fresh: False if ``load_trained_state`` follows: nothing is worked out that the state brings.
+
     Raises:
-        UserError: a base model that cannot be loaded, or adapter targets that it doesn't have.
+        UserError: a base model that cannot be loaded or quantized, or adapter targets that it doesn't have.
     """
     quiet_transformers()
     check_model_folder(model_path)
+    check_quantization(spec.quantization, device)
+    full = spec.method == "full"
     try:
-        backbone = load_backbone(model_path, dtype, spec.backbone_layers, trust_remote_code)
+        with memory_errors():
+            backbone = load_backbone(
+                model_path,
+                torch.float32 if full else dtype,
+                spec.backbone_layers,
+                trust_remote_code,
+                spec.quantization,
+                device,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise _unloadable(model_path, "weights", error) from None
     if not is_causal(backbone):
@@ -173,7 +211,9 @@ def build_forecaster(
         )
     table = torch.tensor(spec.table, dtype=torch.float64)
     model = StockForecaster(backbone, table, torch.tensor(spec.location or [0.0] * spec.horizon))
-    put_on(model, spec.lora)
+    if full and dtype != torch.float32:
+        model.autocast_dtype = dtype
+    put_on(model, spec.method, spec.lora, fresh)
     context = context_tokens_of(model_path, trust_remote_code)
     with memory_errors():
         return Forecaster(model.to(device), spec, encoder, device, context)
@@ -192,27 +232,65 @@ def load_forecaster(
         UserError: damaged weights, a base model other than the one they were trained on.
     """
     content = load_weights(weights_path)
+    return assemble(content, weights_path, model_path, device, dtype, trust_remote_code), content
+
+
+def assemble(
+    content: WeightsFile,
+    weights_path: Path,
+    model_path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+) -> Forecaster:
+    """A trained forecaster from what a weights file holds.
+
+    Args:
+        weights_path: how messages name ``content``.
+
+    Raises:
+        UserError: a base model other than the one it was trained on.
+    """
+    check_base(content.spec, weights_path, model_path)
+    spec = content.spec
+    encoder = load_encoder(model_path, spec.prompt, trust_remote_code, spec.indicators, anonymize=spec.anonymize)
+    forecaster = build_forecaster(spec, model_path, encoder, device, dtype, trust_remote_code, fresh=False)
+    try:
+        load_trained_state(forecaster.model, {"adapters": content.adapters, "head": content.head})
+    except (LoRAError, RuntimeError) as error:
+        raise UserError(f"{weights_path} does not fit {model_path}: {error}") from None
+    forecaster.model.eval()
+    return forecaster
+
+
+def check_base(spec: ForecasterSpec, weights_path: Path, model_path: Path) -> None:
+    """Warn of another revision of the base model than the weights were trained on; refuse another model.
+
+    Raises:
+        UserError: another model, or none.
+    """
     check_model_folder(model_path)
-    trained_on, given = content.spec.base_model, describe_model(model_path)
+    trained_on, given = spec.base_model, describe_model(model_path)
     if trained_on["config_sha256"] != given["config_sha256"]:
         raise UserError(
             f"{weights_path} was trained on {trained_on['name']}, but {model_path} is another model; give --model_path "
             f"the folder of {trained_on['name']}"
         )
-    spec = content.spec
-    encoder = load_encoder(model_path, spec.prompt, trust_remote_code, spec.indicators, anonymize=spec.anonymize)
-    forecaster = build_forecaster(spec, model_path, encoder, device, dtype, trust_remote_code)
-    try:
-        load_trained_state(forecaster.model, {"adapters": content.adapters, "head": content.head})
-    except (LoRAError, RuntimeError) as error:
-        raise UserError(f"{weights_path} does not fit {model_path}: {error}") from None
     if trained_on["revision"] != given["revision"]:
         warn(
             f"{weights_path} was trained on revision {trained_on['revision']} of {trained_on['name']}, but "
             f"{model_path} is {given['revision']}: the forecast may differ"
         )
-    forecaster.model.eval()
-    return forecaster, content
+
+
+def check_quantization(quantization: str, device: torch.device) -> None:
+    """Raise a UserError where a base cannot be quantized at all."""
+    if quantization == "none":
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"--quantization {quantization} needs bitsandbytes; install it: pip install bitsandbytes")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--quantization {quantization} works on cpu and cuda, not on {device.type}; add --device cpu")
 
 
 def _unloadable(model_path: Path, what: str, error: Exception) -> UserError:

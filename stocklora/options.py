@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +12,8 @@ from stocklora.settings import setting
 
 DTYPES = ("auto", "bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+METHODS = ("lora", "peft", "full", "head")
+QUANTIZATIONS = ("none", "8bit", "4bit")
 MOST_DAYS_AHEAD = 20
 
 
@@ -71,11 +74,69 @@ class TrainLoraSettings:
         choices=("auto", "ewma", "har", "harx"),
         section="model",
     )
+    method: str = setting(
+        "lora",
+        "what trains beside the forecast head; lora: adapters of lora.py; peft: adapters of the PEFT library; full: "
+        "every weight of the base; head: nothing, and the base is read only once",
+        choices=METHODS,
+        section="method",
+    )
+    quantization: str = setting(
+        "none",
+        "store the frozen linear layers in less: 8bit: int8 with a scale for each row; 4bit: nf4 with quantized "
+        "scales (QLoRA); needs bitsandbytes, computes on CPUs too",
+        choices=QUANTIZATIONS,
+        section="method",
+    )
+    expand_rank_from: Path | None = setting(
+        None,
+        "start from this weights file's adapters and head, at the larger --lora_rank, with the same forecasts",
+        section="method",
+        metavar="FILE",
+    )
+    teacher: Path | None = setting(
+        None,
+        "weights file whose quantiles are a second target on training days",
+        section="method",
+        metavar="FILE",
+    )
+    teacher_model_path: Path | None = setting(
+        None, "base model folder of --teacher (default: that of --model_path)", section="method", metavar="FOLDER"
+    )
+    distill_weight: float = setting(
+        0.5,
+        "weight of the distance to the teacher's quantiles, beside a loss of weight 1",
+        section="method",
+        metavar="WEIGHT",
+    )
+
     lora_rank: int = setting(8, "rank of the adapters", section="LoRA")
     lora_alpha: float = setting(16.0, "adapters are scaled by alpha / rank", section="LoRA")
     lora_dropout: float = setting(0.0, "dropout on the adapters' input", section="LoRA")
     target_modules: list[str] = setting(
         ["all-linear"], "layers to adapt, by name", section="LoRA", nargs="+", metavar="NAME"
+    )
+    use_rslora: bool = setting(False, "scale by alpha / sqrt(rank), for high ranks (rsLoRA)", section="LoRA")
+    use_dora: bool = setting(
+        False, "train the length of each weight row apart from its direction (DoRA); slower", section="LoRA"
+    )
+    init_lora: str = setting(
+        "kaiming",
+        "how adapters start; pissa: at the weights' leading singular vectors",
+        choices=("kaiming", "pissa"),
+        section="LoRA",
+    )
+    train_bias: str = setting(
+        "none",
+        "biases of the base that train too: of no layer, of the adapted ones, of all",
+        choices=("none", "lora_only", "all"),
+        section="LoRA",
+    )
+    lora_plus_ratio: float | None = setting(
+        None,
+        "learning rate of B over that of A, 16 in the paper (LoRA+; default: the same rate)",
+        section="LoRA",
+        metavar="RATIO",
     )
 
     epochs: int = setting(20, "passes over the training days, at most", section="training")
@@ -96,6 +157,16 @@ class TrainLoraSettings:
         section="training", metavar="ERRORS",
     )  # fmt: skip
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower", section="training")
+    max_tokens_per_batch: int | None = setting(
+        None,
+        "padded tokens of one forward pass, at most: larger batches are cut, with the same gradients (a longer "
+        "sequence goes alone)",
+        section="training",
+        metavar="TOKENS",
+    )
+    compile: bool = setting(
+        False, "compile the base model with torch.compile; needs a C++ compiler", section="training"
+    )
     seed: int = setting(42, "seed of everything random", section="training")
     dtype: str = setting(
         "auto",
@@ -107,16 +178,26 @@ class TrainLoraSettings:
     save_dir: Path = setting(
         Path("checkpoints"), "folder for weights, history and curve", section="output", metavar="FOLDER"
     )
+    checkpoint_every: int | None = setting(
+        None, "save the run's state every N steps and after every epoch (default: after epochs)", section="output",
+        metavar="N",
+    )  # fmt: skip
+    resume: bool = setting(False, "go on with a run that was stopped, exactly", section="output")
+    keep_checkpoints: bool = setting(False, "keep the run's state (last/) when it is finished", section="output")
 
     def __post_init__(self) -> None:
         check_positive(
             self,
+            "checkpoint_every",
             "window_size",
             "horizon",
             "targets_per_sequence",
             "max_tokens_per_sequence",
+            "max_tokens_per_batch",
             "lora_rank",
             "lora_alpha",
+            "lora_plus_ratio",
+            "distill_weight",
             "batch_size",
             "gradient_accumulation_steps",
             "learning_rate",
@@ -137,6 +218,7 @@ class TrainLoraSettings:
         if not self.weight_decay >= 0.0:
             raise UserError(f"--weight_decay must be 0 or more, got {self.weight_decay}")
         check_run(self)
+        check_method(self)
 
 
 @dataclass(frozen=True)
@@ -193,10 +275,11 @@ class ForecastSettings:
     )
     lora_weights: list[Path] = setting(
         [Path("checkpoints/best_lora_weights.pth")],
-        "weights file of train_lora.py; of several, the forecasts are combined",
+        "weights file of train_lora.py, or folder of merge_lora.py; of several, the forecasts are combined; a.pth:0.7 "
+        "b.pth:0.3 averages the weights into one model instead",
         section="model",
         nargs="+",
-        metavar="FILE",
+        metavar="FILE[:WEIGHT]",
     )
     ensemble: str = setting(
         "mean",
@@ -230,6 +313,14 @@ class ForecastSettings:
             raise UserError("--watch waits for new bars, but bundled prices do not grow; leave out --source sample")
         if self.watch is not None and self.watch > 24 * 60:
             raise UserError(f"--watch {self.watch:g}: at most 1440 minutes, a day, between two looks")
+        with_share = [share is not None for _, share in map(split_share, self.lora_weights)]
+        if any(with_share) and not all(with_share):
+            raise UserError(
+                f"--lora_weights {' '.join(map(str, self.lora_weights))}: give all of them a weight, such as a.pth:0.7 "
+                f"b.pth:0.3, to average the models, or none, to combine their forecasts"
+            )
+        if any(with_share) and len(self.model_path) > 1:
+            raise UserError("--lora_weights with weights averages models of one base; give one --model_path")
         if len(self.model_path) not in {1, len(self.lora_weights)}:
             raise UserError(
                 f"--model_path names {len(self.model_path)} base models and --lora_weights {len(self.lora_weights)} "
@@ -245,7 +336,61 @@ class ForecastSettings:
     def members(self) -> list[tuple[Path, Path]]:
         """Each weights file with its base model's folder."""
         models = self.model_path * len(self.lora_weights) if len(self.model_path) == 1 else self.model_path
-        return list(zip(self.lora_weights, models, strict=True))
+        return list(zip([split_share(path)[0] for path in self.lora_weights], models, strict=True))
+
+    @property
+    def shares(self) -> list[float] | None:
+        """The weights that ``a.pth:0.7 b.pth:0.3`` gives; None where the forecasts are to be combined."""
+        shares = [share for _, share in map(split_share, self.lora_weights) if share is not None]
+        return shares or None
+
+
+def split_share(path: Path) -> tuple[Path, float | None]:
+    """``a.pth:0.7`` -> ``a.pth`` and 0.7; a path without a number after a colon has no share."""
+    match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", str(path))
+    return (path, None) if match is None or path.exists() else (Path(match[1]), float(match[2]))
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """Settings of ``merge_lora.py``."""
+
+    lora_weights: Path = setting(
+        Path("checkpoints/best_lora_weights.pth"),
+        "weights file of train_lora.py, or a folder with an adapter in PEFT's format",
+        section="input",
+        metavar="FILE",
+    )
+    model_path: Path = setting(
+        Path("Qwen3-0.6B"), "base model folder that the weights were trained on", section="input", metavar="FOLDER"
+    )
+    trust_remote_code: bool = setting(False, "run Python code that comes with the base model", section="input")
+    output: Path | None = setting(
+        None, "write a plain model with what was trained in its weights, and the forecast head", section="output",
+        metavar="FOLDER",
+    )  # fmt: skip
+    export_peft: Path | None = setting(
+        None, "write the adapter in PEFT's format, and the forecast head", section="output", metavar="FOLDER"
+    )
+    dtype: str = setting(
+        "auto", "number format of the plain model's weights; auto: as the base's", choices=DTYPES, section="output"
+    )
+    verify: bool = setting(
+        False, "forecast with the plain model and with the adapters, and say how far they lie apart", section="check"
+    )
+    data: list[Path] = setting(
+        [], "price CSV file(s) for --verify (default: the bundled year of AAPL)", section="check", nargs="+",
+        metavar="CSV",
+    )  # fmt: skip
+    device: str = setting("auto", "where to compute", choices=DEVICES, section="check")
+
+    def __post_init__(self) -> None:
+        if self.output is None and self.export_peft is None:
+            raise UserError("say what to write: --output FOLDER for a plain model, --export_peft FOLDER for an adapter")
+        if self.verify and self.output is None:
+            raise UserError("--verify looks at a merged model; give --output FOLDER too")
+        if self.data and not self.verify:
+            raise UserError("--data is what --verify forecasts from; give --verify too, or leave it out")
 
 
 BACKTEST_MODELS = (
@@ -347,6 +492,43 @@ class QuickStartSettings:
     seed: int = setting(42, "seed of everything random", section="demo")
     device: str = setting("auto", "where to compute", choices=DEVICES, section="demo")
     output_dir: Path = setting(Path("demo"), "folder for everything it makes", section="demo", metavar="FOLDER")
+
+
+def check_method(settings: TrainLoraSettings) -> None:
+    """Settings that exclude each other, as far as they can be told without looking at any file.
+
+    Raises:
+        UserError: naming the flags.
+    """
+    method, quantized = settings.method, settings.quantization != "none"
+    if method == "full" and quantized:
+        raise UserError(
+            f"--method full trains every weight, and quantized weights cannot train: leave out --quantization "
+            f"{settings.quantization}, or use --method lora"
+        )
+    if method in ("full", "head"):
+        variants = {
+            "--use_rslora": settings.use_rslora,
+            "--use_dora": settings.use_dora,
+            "--init_lora": settings.init_lora != "kaiming",
+            "--train_bias": settings.train_bias != "none",
+            "--lora_plus_ratio": settings.lora_plus_ratio is not None,
+            "--expand_rank_from": settings.expand_rank_from is not None,
+        }
+        for flag, given in variants.items():
+            if given:
+                raise UserError(f"{flag} is for adapters, and --method {method} has none; use --method lora or peft")
+    if settings.init_lora == "pissa" and quantized and method == "peft":
+        raise UserError(
+            "PEFT's PiSSA takes its start away from the weights, and quantized weights cannot be changed: use --method "
+            f"lora, or leave out --quantization {settings.quantization} or --init_lora pissa"
+        )
+    if settings.expand_rank_from is not None and settings.init_lora == "pissa":
+        raise UserError("--expand_rank_from brings its own start: leave out --init_lora pissa")
+    if settings.teacher is None and settings.teacher_model_path is not None:
+        raise UserError("--teacher_model_path is the base model of a --teacher; give that too, or leave it out")
+    if method == "head" and settings.gradient_checkpointing:
+        raise UserError("--method head keeps no activations: leave out --gradient_checkpointing")
 
 
 class RunSettings(Protocol):

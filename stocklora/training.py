@@ -1,24 +1,30 @@
-"""The training loop: from the random walk as epoch 0, away from it only while validation improves."""
+"""Batches, forward passes and optimizer steps: what ``training_loop`` makes epochs of."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llm_model import StockForecaster, pinball_sum
-from stocklora.console import progress, say, warn
+from llm_model import StockForecaster, distance_sum, pinball_sum
 from stocklora.dataset import Example
 from stocklora.methods import load_trained_state, parameter_groups, trained_state
-from stocklora.metrics import BASIS_POINTS, pinball_loss
 from stocklora.options import TrainLoraSettings
+from stocklora.processes import (
+    gathered,
+    is_sharded,
+    load_optimizer_state,
+    prepared,
+    summed,
+    whole_optimizer_state,
+    whole_parameters,
+)
 
 HISTORY_COLUMNS = (
     "epoch", "step", "train_loss", "validation_pinball_bp", "validation_ratio", "learning_rate", "seconds",
@@ -26,18 +32,22 @@ HISTORY_COLUMNS = (
 )  # fmt: skip
 
 
+INTERRUPTED = "interrupted"
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Padded tensors of some examples; ``mask`` is 1 where there is a target."""
+    """Padded tensors of some examples; ``mask`` is 1 where there is a target; ``teacher`` as ``Example.teacher``."""
 
     input_ids: Tensor
     origin_tokens: Tensor
     scale: Tensor
     returns: Tensor
     mask: Tensor
+    teacher: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*[getattr(self, name).to(device) for name in self.__dataclass_fields__])
+        return Batch(*[None if part is None else part.to(device) for part in vars(self).values()])  # type: ignore[arg-type]
 
 
 @dataclass
@@ -62,6 +72,10 @@ class TrainingOutcome:
     gain_in_errors: float = 0.0
 
     @property
+    def interrupted(self) -> bool:
+        return self.stopped == INTERRUPTED
+
+    @property
     def best_ratio(self) -> float:
         return self.history[self.best_epoch]["validation_ratio"]
 
@@ -76,6 +90,9 @@ def collate(examples: Sequence[Example]) -> Batch:
     scale = torch.ones(len(examples), targets, horizon)
     returns = torch.zeros(len(examples), targets, horizon)
     mask = torch.zeros(len(examples), targets)
+    teacher = None
+    if examples[0].teacher is not None:
+        teacher = torch.full((len(examples), targets, *examples[0].teacher.shape[1:]), torch.nan)
     for row, example in enumerate(examples):
         count = len(example.scale)
         input_ids[row, : len(example.encoded.input_ids)] = torch.from_numpy(example.encoded.input_ids)
@@ -83,32 +100,50 @@ def collate(examples: Sequence[Example]) -> Batch:
         scale[row, :count] = torch.from_numpy(example.scale)
         returns[row, :count] = torch.from_numpy(np.nan_to_num(example.returns))
         mask[row, :count] = 1.0
-    return Batch(input_ids, origin_tokens, scale, returns, mask)
+        if teacher is not None and example.teacher is not None:
+            teacher[row, :count] = torch.from_numpy(example.teacher)
+    return Batch(input_ids, origin_tokens, scale, returns, mask, teacher)
 
 
 def predict(
-    model: StockForecaster, examples: Sequence[Example], device: torch.device, tokens_per_batch: int = 8192
+    model: StockForecaster,
+    examples: Sequence[Example],
+    device: torch.device,
+    tokens_per_batch: int = 8192,
+    accelerator: Any = None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Uncalibrated quantiles at every origin of the examples, in their order.
 
     Args:
         tokens_per_batch: padded tokens of one forward pass, at most (a longer sequence goes alone).
+        accelerator: whose processes share the passes, all of them calling this; each gets all quantiles, the same
+            to the last bit as one process alone would.
+        on_batch: called before each forward pass.
 
     Returns:
         (origins, horizon, levels) float64.
     """
+    groups = list(_by_tokens(examples, tokens_per_batch))
+    count, index = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     was_training = model.training
     model.eval()
-    results = []
+    mine: dict[int, list[np.ndarray]] = {}
     try:
-        with torch.inference_mode():
-            for group in _by_tokens(examples, tokens_per_batch):
-                batch = collate(group).to(device)
+        # What FSDP gathers must not become an inference tensor: training uses it again.
+        with torch.no_grad() if is_sharded(model) else torch.inference_mode():
+            for first in range(0, len(groups), count):
+                on_batch()
+                # A process without a group repeats the last: under FSDP every pass is one of all processes.
+                number = min(first + index, len(groups) - 1)
+                batch = collate(groups[number]).to(device)
                 quantiles = model(batch.input_ids, batch.origin_tokens, batch.scale).cpu().double().numpy()
-                results += [quantiles[row, : len(example.scale)] for row, example in enumerate(group)]
+                mine[number] = [quantiles[row, : len(example.scale)] for row, example in enumerate(groups[number])]
     finally:
         model.train(was_training)
-    return np.concatenate(results)
+    if count > 1:
+        mine = {number: rows for part in gathered(accelerator, mine) for number, rows in part.items()}
+    return np.concatenate([row for number in range(len(groups)) for row in mine[number]])
 
 
 def standardize_head(
@@ -142,12 +177,18 @@ def _by_tokens(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[l
 
 
 def accumulate_gradients(
-    model: Any, micro_batches: Sequence[Batch], levels: Tensor, accelerator: Any, total_targets: int
+    model: Any,
+    micro_batches: Sequence[Batch],
+    levels: Tensor,
+    accelerator: Any,
+    total_targets: int,
+    distill_weight: float = 0.0,
 ) -> float:
     """Backward over all micro-batches of one step; gradients are those of the mean over all their targets.
 
     Args:
         total_targets: targets of the step over all micro-batches and processes.
+        distill_weight: of the distance to the teacher's quantiles, where batches have some.
 
     Returns:
         The mean loss over this process's share, in units of the scale.
@@ -160,6 +201,8 @@ def accumulate_gradients(
             batch = batch.to(device)
             quantiles = model(batch.input_ids, batch.origin_tokens, batch.scale)
             loss = pinball_sum(quantiles, batch.returns, batch.scale, levels, batch.mask)
+            if batch.teacher is not None:
+                loss = loss + distill_weight * distance_sum(quantiles, batch.teacher, batch.scale, batch.mask)
             # Processes average their gradients, and we want their sum over the step's targets.
             accelerator.backward(loss * accelerator.num_processes / total_targets)
             loss_sum += float(loss.detach())
@@ -171,11 +214,12 @@ class NotFiniteError(Exception):
 
 
 class Optimization:
-    """Model, optimizer and learning-rate schedule, moved an epoch at a time.
+    """Model, optimizer and learning-rate schedule, moved a step at a time.
 
     Attributes:
         steps: optimizer steps taken so far.
         total_steps: steps of the whole run if nothing stops it.
+        per_step: sequences of a step, over all processes.
     """
 
     def __init__(
@@ -198,7 +242,8 @@ class Optimization:
         self.total_steps = math.ceil(len(training) / self.per_step) * settings.epochs
         warmup = int(settings.warmup_ratio * self.total_steps)
         self.schedule = get_cosine_schedule_with_warmup(optimizer, warmup, self.total_steps)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.forecaster = model
+        self.model, self.optimizer = prepared(accelerator, model, optimizer)
         self.levels = torch.tensor(levels, dtype=torch.float32, device=accelerator.device)
 
     @property
@@ -206,36 +251,34 @@ class Optimization:
         """The adapters' learning rate now."""
         return float(self.schedule.get_last_lr()[0])
 
-    def epoch(self, number: int, on_step: Callable[[float, int], None]) -> float:
-        """One pass over the training sequences, in an order of the seed and the epoch's own.
+    def epoch(self, number: int, done: int = 0) -> Iterator[tuple[float, int]]:
+        """Steps over the training sequences, in an order of the seed and the epoch's own.
 
         Args:
-            on_step: called after each step with its loss and how many targets it had.
+            done: sequences at the order's beginning that were used up before.
 
-        Returns:
-            The mean loss of the steps, in units of the scale.
+        Yields:
+            After each step its mean loss, in units of the scale, and how many targets it had.
 
         Raises:
             NotFiniteError: before the step that would have spoiled the weights.
         """
-        self.model.train()
         order = np.random.default_rng([self.settings.seed, number]).permutation(len(self.training))
-        losses = []
-        for first in range(0, len(order), self.per_step):
+        self.model.train()
+        for first in range(done, len(order), self.per_step):
             group = order[first : first + self.per_step]
             targets = sum(len(self.training[index].scale) for index in group)
-            losses.append(self.step(group, targets))
-            on_step(losses[-1], targets)
-        return float(np.mean(losses))
+            yield self.step(group, targets), targets
 
     def step(self, group: np.ndarray, targets: int) -> float:
         """One optimizer step over the sequences in ``group``, of which this process takes its share."""
-        mine = group[self.accelerator.process_index :: self.accelerator.num_processes]
-        size = self.settings.batch_size
-        micro = [collate([self.training[index] for index in mine[at : at + size]]) for at in range(0, len(mine), size)]
-        loss = accumulate_gradients(self.model, micro, self.levels, self.accelerator, targets)
+        loss = accumulate_gradients(
+            self.model, self.micro_batches(group), self.levels, self.accelerator, targets,
+            self.settings.distill_weight,
+        )  # fmt: skip
+        (loss,) = summed(self.accelerator, loss / self.accelerator.num_processes)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
-        if not (math.isfinite(loss) and (norm is None or math.isfinite(float(norm)))):
+        if not (math.isfinite(loss) and (norm is None or math.isfinite(_number(norm)))):
             raise NotFiniteError(f"the loss was no longer finite at step {self.steps + 1}")
         self.optimizer.step()
         self.schedule.step()
@@ -243,133 +286,51 @@ class Optimization:
         self.steps += 1
         return loss
 
+    def micro_batches(self, group: np.ndarray) -> list[Batch]:
+        """This process's share of a step, cut into batches: as many on every process, since each meets the others.
 
-def train(
-    model: StockForecaster,
-    training: Sequence[Example],
-    validation: Sequence[Example],
-    levels: np.ndarray,
-    settings: TrainLoraSettings,
-    accelerator: Any,
-    validation_dates: np.ndarray,
-) -> TrainingOutcome:
-    """Fine-tune adapters and head; on return the model holds the weights of the best epoch.
+        Where a last step doesn't go round, a process is short of sequences and makes up for them with one that is
+        masked and adds nothing.
+        """
+        count = self.accelerator.num_processes
+        shares = [self._cut(group[index::count]) for index in range(count)]
+        batches = [collate(part) for part in shares[self.accelerator.process_index]]
+        most = max(map(len, shares))
+        if len(batches) < most:
+            blank = collate([min(self.training, key=lambda example: len(example.encoded.input_ids))])
+            batches += [replace(blank, mask=torch.zeros_like(blank.mask))] * (most - len(batches))
+        return batches
 
-    Epoch 0 is the untrained model. Training stops after ``patience`` epochs without a better validation
-    loss, on a loss that is not finite (the best weights so far are kept), and on Ctrl-C (likewise). An epoch
-    whose gain over epoch 0 is less than ``required_gain`` standard errors has not earned its way: the lowest of
-    many noisy losses is lower by chance alone, and costs on days to come.
+    def _cut(self, group: np.ndarray) -> list[list[Example]]:
+        """A process's share of a step in batches of ``batch_size``, cut on where they have too many tokens."""
+        size, most = self.settings.batch_size, self.settings.max_tokens_per_batch
+        batches = [[self.training[i] for i in group[at : at + size]] for at in range(0, len(group), size)]
+        return batches if most is None else [part for batch in batches for part in _by_tokens(batch, most)]
 
-    Args:
-        validation_dates: (n,) dates of the validation origins, in the examples' order.
-    """
-    optimization = Optimization(model, training, levels, settings, accelerator)
-    validation_returns = np.concatenate([example.returns for example in validation])
-    targets_per_epoch = sum(len(example.scale) for example in training)
+    def trained(self) -> dict[str, Any]:
+        """``trained_state``, whole even where the model is in shards; a call of all processes."""
+        with whole_parameters(self.forecaster):
+            return trained_state(self.forecaster)
 
-    def validation_losses() -> np.ndarray:
-        """(n,) quantile loss of every validation origin, basis points."""
-        quantiles = predict(model, validation, accelerator.device)
-        losses = BASIS_POINTS * pinball_loss(validation_returns, quantiles, levels).mean(axis=1)
-        if not np.isfinite(losses).all():
-            raise NotFiniteError(f"forecasts were no longer finite after step {optimization.steps}")
-        return losses
+    def load_trained(self, state: Mapping[str, Any]) -> None:
+        with whole_parameters(self.forecaster, write=True):
+            load_trained_state(self.forecaster, state)
 
-    start_losses = best_losses = validation_losses()
-    start_bp = float(start_losses.mean())
-    history = [_history_row(0, 0, math.nan, start_bp, start_bp, 0.0, 0.0, math.nan)]
-    start_state = trained_state(model)
-    best_epoch, best_bp, best_state = 0, start_bp, start_state
-    stopped: str | None = None
-    started, training_s = time.perf_counter(), 0.0
-    try:
-        with _training_progress(optimization.total_steps) as show:
-            for epoch in range(1, settings.epochs + 1):
-                epoch_started = time.perf_counter()
-                loss = optimization.epoch(epoch, show.step)
-                epoch_s = time.perf_counter() - epoch_started
-                training_s += epoch_s
-                losses = validation_losses()
-                bp = float(losses.mean())
-                rate, elapsed_s = targets_per_epoch / epoch_s, time.perf_counter() - started
-                history.append(
-                    _history_row(
-                        epoch, optimization.steps, loss, bp, start_bp, optimization.learning_rate, elapsed_s, rate
-                    )
-                )
-                show.epoch(f"epoch {epoch}/{settings.epochs}", loss, bp / start_bp, rate)
-                if bp < best_bp:
-                    best_epoch, best_bp, best_state, best_losses = epoch, bp, trained_state(model), losses
-                elif epoch - best_epoch >= settings.patience:
-                    stopped = f"no better validation loss for {settings.patience} epochs"
-                    break
-    except NotFiniteError as error:
-        stopped = f"{error}; lower --learning_rate"
-    except KeyboardInterrupt:
-        stopped = "interrupted"
-        warn(f"interrupted: keeping the weights of epoch {best_epoch}; press Ctrl-C again to leave without saving")
-    gain = gain_in_errors(start_losses - best_losses, validation_dates, validation_returns.shape[1])
-    unproven = best_epoch if best_epoch and gain < settings.required_gain else None
-    load_trained_state(model, start_state if unproven is not None else best_state)
-    finished = len(history) - 1
-    rate = finished * targets_per_epoch / training_s if finished else math.nan
-    kept = 0 if unproven is not None else best_epoch
-    return TrainingOutcome(history, kept, stopped, optimization.steps, rate, unproven, gain)
+    def state_dict(self) -> dict[str, Any]:
+        """Weights that train, moments, schedule and step; a call of all processes."""
+        return {
+            "trained": self.trained(),
+            "optimizer": whole_optimizer_state(self.optimizer),
+            "schedule": self.schedule.state_dict(),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """All of ``state_dict`` but the weights, which the model has to hold already."""
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.steps = int(state["steps"])
 
 
-def gain_in_errors(gains: np.ndarray, dates: np.ndarray, horizon: int) -> float:
-    """Mean gain in units of its standard error.
-
-    Tickers move together, so the days' means are what is counted; neighbouring days share the returns that they
-    forecast, so the standard error is that of means over blocks of days (Carlstein, Annals of Statistics 14, 1986).
-
-    Args:
-        gains: (n,) a gain for each origin. dates: (n,).
-    """
-    _, day = np.unique(dates, return_inverse=True)
-    by_day = np.bincount(day, weights=gains) / np.bincount(day)
-    length = max(horizon, min(10, len(by_day) // 8), 1)
-    count = len(by_day) // length
-    if count < 2 or not gains.any():
-        return 0.0
-    blocks = by_day[: count * length].reshape(count, length).mean(axis=1)
-    error = float(blocks.std(ddof=1)) / math.sqrt(count)
-    return float(gains.mean()) / error if error > 0.0 else math.inf
-
-
-class _TrainingDisplay:
-    """The bar's fields, and a line for each epoch: above the bar in a terminal, alone in a log."""
-
-    def __init__(self, bar: Any, total_steps: int) -> None:
-        self.bar = bar
-        self.task = bar.add_task("training", total=max(total_steps, 1), loss="-", ratio="1.0000", rate="-")
-        self.targets, self.since = 0, time.perf_counter()
-
-    def step(self, loss: float, targets: int) -> None:
-        self.targets += targets
-        rate = self.targets / (time.perf_counter() - self.since)
-        self.bar.update(self.task, advance=1, loss=f"{loss:.4f}", rate=f"{rate:,.1f}")
-
-    def epoch(self, name: str, loss: float, ratio: float, rate: float) -> None:
-        self.bar.update(self.task, ratio=f"{ratio:.4f}")
-        line = f"{name}: loss {loss:.4f}, validation {ratio:.4f} of the random walk, {rate:,.1f} days/s"
-        say(line) if self.bar.disable else self.bar.console.print(line, highlight=False)
-        self.targets, self.since = 0, time.perf_counter()
-
-
-@contextlib.contextmanager
-def _training_progress(total_steps: int) -> Iterator[_TrainingDisplay]:
-    columns = (
-        "loss {task.fields[loss]}",
-        "validation {task.fields[ratio]} of the random walk",
-        "{task.fields[rate]} days/s",
-    )
-    with progress(*columns) as bar:
-        yield _TrainingDisplay(bar, total_steps)
-
-
-def _history_row(
-    epoch: int, step: int, loss: float, bp: float, start_bp: float, rate: float, seconds: float, targets_per_s: float
-) -> dict[str, float]:
-    values = (epoch, step, loss, bp, bp / start_bp, rate, seconds, targets_per_s)
-    return dict(zip(HISTORY_COLUMNS, values, strict=True))
+def _number(norm: Any) -> float:
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

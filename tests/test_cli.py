@@ -17,6 +17,7 @@ INPUTS = {
     "train_lora.py": "--data",
     "framework.py": "--test_csv",
     "framework_llm.py": "--test_csv",
+    "merge_lora.py": "--lora_weights",
     "backtest.py": "--data",
 }
 SLOW_TO_IMPORT = ["torch", "transformers", "pandas", "numpy", "matplotlib", "yfinance", "peft", "rich"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from stocklora.fitting import fit, save_run
 from stocklora.forecasting import load_forecaster
 from stocklora.metrics import QUANTILE_LEVELS, pinball_loss
 from stocklora.options import TrainLoraSettings
+from stocklora.training_loop import gain_in_errors
 from stocklora.windows import SPLITS
 
 LEVELS = np.array(QUANTILE_LEVELS)
@@ -169,13 +172,14 @@ def test_ctrl_c_keeps_the_best_weights_so_far(prices, settings, monkeypatch):
 
     def interrupted_in_the_second_epoch(*arguments):
         calls.append(None)
-        if len(calls) > 8:
-            raise KeyboardInterrupt
+        if len(calls) == 9:
+            os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments)
 
     monkeypatch.setattr(training, "pinball_sum", interrupted_in_the_second_epoch)
     run = fit(prices, changed(settings, epochs=5))
     assert run.outcome.stopped == "interrupted"
+    assert run.outcome.steps == 9
     assert_holds_the_best_epoch(run, prices)
 
 
@@ -183,7 +187,7 @@ def assert_holds_the_best_epoch(run, prices):
     """The saved weights have the validation loss that the history gives the best epoch."""
     settings = load_weights(run.weights_path).training["settings"]
     loaded, _ = load_forecaster(run.weights_path, Path(settings["model_path"]), choose_device("cpu"), torch.float32)
-    examples = loaded.examples(prices, run.data.sequences("validation", 20))
+    examples = loaded.examples(prices, run.data.sequences("validation", loaded.spec.targets_per_sequence))
     loss = (
         1e4
         * pinball_loss(run.data.returns_of("validation"), loaded.quantiles(examples, calibrated=False), LEVELS).mean()
@@ -193,7 +197,7 @@ def assert_holds_the_best_epoch(run, prices):
 
 def test_a_run_that_fails_at_the_end_leaves_the_previous_artefacts(prices, settings, monkeypatch):
     fit(prices, changed(settings, epochs=1))
-    before = {path.name: path.read_bytes() for path in settings.save_dir.iterdir()}
+    before = {path.name: path.read_bytes() for path in settings.save_dir.iterdir() if path.is_file()}
 
     def fails(*arguments):
         raise RuntimeError("no ink")
@@ -201,7 +205,7 @@ def test_a_run_that_fails_at_the_end_leaves_the_previous_artefacts(prices, setti
     monkeypatch.setattr("stocklora.report.plot_training_curve", fails)
     with pytest.raises(RuntimeError, match="no ink"):
         fit(prices, changed(settings, epochs=2, seed=7))
-    assert {path.name: path.read_bytes() for path in settings.save_dir.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in settings.save_dir.iterdir() if path.is_file()} == before
 
 
 def test_a_model_that_learned_nothing_scores_exactly_as_its_start(prices, settings):
@@ -211,14 +215,21 @@ def test_a_model_that_learned_nothing_scores_exactly_as_its_start(prices, settin
     assert model.mae == pytest.approx(start.mae, rel=1e-4)
 
 
-def test_a_gain_that_may_be_chance_is_not_kept(settings):
+def test_a_gain_that_may_be_chance_is_not_kept(settings, tmp_path):
     changes = {"epochs": 2, "horizon": 1, "batch_size": 1, "learning_rate": 2e-3, "head_learning_rate": 3e-4}
     prices = {"X": planted_trend(1500)}
     kept, left = (
-        fit(prices, changed(settings, targets_per_sequence=40, scale="ewma", required_gain=required, **changes))
+        fit(
+            prices,
+            changed(
+                settings, targets_per_sequence=40, scale="ewma", required_gain=required,
+                save_dir=tmp_path / str(required), **changes,
+            ),
+        )
         for required in (0.0, 50.0)
-    )
+    )  # fmt: skip
     assert kept.outcome.best_epoch > 0
+    assert_holds_the_best_epoch(kept, prices)
     assert kept.outcome.unproven_epoch is None
     assert left.outcome.best_epoch == 0
     assert left.outcome.unproven_epoch == kept.outcome.best_epoch
@@ -234,16 +245,14 @@ def test_standard_errors_of_a_gain():
     for _ in range(300):
         # All tickers of a day share one number, which lasts three days: what counts is days, not rows.
         shared = np.convolve(draw.standard_normal(402), np.ones(3) / 3, mode="valid")
-        found.append(training.gain_in_errors(np.repeat(shared, 5), dates, 3))
+        found.append(gain_in_errors(np.repeat(shared, 5), dates, 3))
     assert 0.85 < np.std(found) < 1.2
     assert np.mean(np.array(found) > 1.64) == pytest.approx(0.05, abs=0.04)
     shuffled = draw.permutation(len(dates))
     gains = np.repeat(draw.standard_normal(400), 5)
-    assert training.gain_in_errors(gains[shuffled], dates[shuffled], 3) == pytest.approx(
-        training.gain_in_errors(gains, dates, 3)
-    )
-    assert training.gain_in_errors(np.zeros(50), np.arange(50), 3) == 0.0
-    assert training.gain_in_errors(np.ones(50), np.arange(50), 3) == np.inf
+    assert gain_in_errors(gains[shuffled], dates[shuffled], 3) == pytest.approx(gain_in_errors(gains, dates, 3))
+    assert gain_in_errors(np.zeros(50), np.arange(50), 3) == 0.0
+    assert gain_in_errors(np.ones(50), np.arange(50), 3) == np.inf
 
 
 def test_early_stopping_waits_for_its_patience(prices, settings):
