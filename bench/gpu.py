@@ -35,7 +35,7 @@ TINY = QWEN3_0_6B | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 
 # Dense bf16 peaks from the makers' data sheets, TFLOP/s; the first name found in the card's counts.
 PEAKS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "A10G": 70.0,
          "RTX 4090": 165.0, "RTX 3090": 71.0}  # fmt: skip
-TICKERS = ("AAPL", "IBM", "MSFT")
+TICKERS, FIRST = ("AAPL", "IBM", "MSFT"), "2002-01-02"
 PACKED = {"batch_size": 16, "epochs": 2, "patience": 2}
 QLORA = {"method": "lora", "quantization": "4bit", "gradient_checkpointing": True, "batch_size": 1,
          "gradient_accumulation_steps": 16}  # fmt: skip
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         model = Path(scratch) / "Qwen3-0.6B"
         make_model(model, TINY if arguments.tiny else QWEN3_0_6B)
         shape = shape_of(TrainLoraSettings(model_path=model))
-        years = bundled_days(Path(scratch), TICKERS[:1] if arguments.tiny else TICKERS)
+        years = bundled_days(Path(scratch), *((TICKERS[:1],) if arguments.tiny else (TICKERS, FIRST)))
         for name in arguments.methods:
             settings = METHODS[name] | {"model_path": str(model), "device": device.type}
             if name == "250-days":

@@ -34,8 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"method": "lora", "use_dora": True},
     "lora-checkpointing": {"method": "lora", "gradient_checkpointing": True},
 }
-FIRST, LAST = "2005-06-01", "2010-12-31"
-SPLIT = {"validation_from": "2009-01-02", "test_from": "2010-01-04"}
+FIRST, LAST = "2007-06-01", "2009-12-31"
+SPLIT = {"validation_from": "2009-01-02", "test_from": "2009-07-01"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_path", type=Path, default=ROOT / "models" / "smollm2-135m")
     parser.add_argument("--backbone_layers", type=int, help="layers of the model (default: all)")
     parser.add_argument("--epochs", type=int, default=2, help="passes over the training days (default: %(default)s)")
-    parser.add_argument("--data", type=Path, help="your own prices (default: AAPL from June 2005 to 2010, bundled)")
+    parser.add_argument("--data", type=Path, help="your own prices (default: AAPL from June 2007 to 2009, bundled)")
     parser.add_argument("--validation_from", help="with --data: first validation day")
     parser.add_argument("--test_from", help="with --data: first test day")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -101,14 +101,14 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def bundled_days(folder: Path, tickers: Sequence[str]) -> Path:
-    """Some five years of bundled prices, as a file."""
+def bundled_days(folder: Path, tickers: Sequence[str], first: str = FIRST) -> Path:
+    """Bundled prices until the end of 2009, as a file."""
     from stocklora.prices import read_prices, write_prices
     from stocklora.sources import sample_folder
 
     prices = read_prices(sample_folder() / "us_tech_2000_2013.csv.gz")
     path = folder / "prices.csv"
-    write_prices({ticker: prices[ticker].loc[FIRST:LAST] for ticker in tickers}, path, {"source": "sample"})
+    write_prices({ticker: prices[ticker].loc[first:LAST] for ticker in tickers}, path, {"source": "sample"})
     return path
 
 
