@@ -139,13 +139,18 @@ class StockForecaster(nn.Module):
         Where every batch had a length of its own, memory in use on a CPU grew by 40 MB with each training step.
         """
         tokens = input_ids.shape[1]
-        wider = min(-(-tokens // TOKENS_STEP) * TOKENS_STEP, max(tokens, facts_of(self.backbone.config).context_tokens))
+        wider = min(padded_tokens(tokens), max(tokens, facts_of(self.backbone.config).context_tokens))
         return F.pad(input_ids, (0, wider - tokens))
 
     def _autocast(self, device_type: str) -> contextlib.AbstractContextManager[Any]:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(device_type, dtype=self.autocast_dtype)
+
+
+def padded_tokens(tokens: int) -> int:
+    """The length that a batch whose longest row has so many tokens is padded on to, at most."""
+    return -(-tokens // TOKENS_STEP) * TOKENS_STEP
 
 
 def pinball_sum(quantiles: Tensor, returns: Tensor, scale: Tensor, levels: Tensor, mask: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings, *, alon
     Raises:
         UserError: anything in data, base model or settings that the user can mend; nothing is written then.
     """
+    import rich.style  # noqa: F401 - draws from Python's random numbers when first imported: before they are seeded
     from accelerate.utils import set_seed
 
     check_model_folder(settings.model_path)

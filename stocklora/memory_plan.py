@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from llm_model import backbone_config
+from llm_model import backbone_config, padded_tokens
 from lora import LoRAError, find_targets, linear_layers
 from stocklora.console import UserError, print_table, say, warn
 from stocklora.dataset import Example
@@ -123,7 +123,7 @@ def shape_of(settings: TrainLoraSettings) -> ModelShape:
 def setup_of(
     settings: TrainLoraSettings, shape: ModelShape, examples: Sequence[Example], dtype: torch.dtype, device: Any
 ) -> Setup:
-    longest = max(len(example.encoded.input_ids) for example in examples)
+    longest = padded_tokens(max(len(example.encoded.input_ids) for example in examples))
     tokens = longest * min(settings.batch_size, len(examples))
     if settings.max_tokens_per_batch is not None:
         tokens = min(tokens, max(longest, settings.max_tokens_per_batch))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_model import StockForecaster, distance_sum, pinball_sum
+from llm_model import StockForecaster, distance_sum, padded_tokens, pinball_sum
 from stocklora.dataset import Example
 from stocklora.methods import load_trained_state, parameter_groups, trained_state
 from stocklora.options import TrainLoraSettings
@@ -166,10 +166,11 @@ def _by_tokens(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[l
     group: list[Example] = []
     longest = 0
     for example in examples:
-        longer = max(longest, len(example.encoded.input_ids))
+        tokens = padded_tokens(len(example.encoded.input_ids))
+        longer = max(longest, tokens)
         if group and longer * (len(group) + 1) > tokens_per_batch:
             yield group
-            group, longer = [], len(example.encoded.input_ids)
+            group, longer = [], tokens
         group.append(example)
         longest = longer
     if group:

@@ -18,7 +18,7 @@ from torch import nn
 from tuned_models import CPU, VARIANTS, built, content_of, exact, spec_of, unsettled
 
 import stocklora.forecasting
-from llm_model import load_backbone
+from llm_model import load_backbone, padded_tokens
 from stocklora.checkpoints import load_weights, save_weights
 from stocklora.console import UserError
 from stocklora.dataset import prepare
@@ -559,7 +559,7 @@ def test_batches_are_cut_to_their_tokens_with_the_same_gradients(tiny_model, pri
         optimization = Optimization(forecaster.model, examples, data.levels, settings, Alone(CPU))
         optimization.step(np.arange(5), sum(len(example.scale) for example in examples[:5]))
         results.append(trained_state(forecaster.model))
-        longest = max(len(example.encoded.input_ids) for example in examples[:5])
+        longest = padded_tokens(max(len(example.encoded.input_ids) for example in examples[:5]))
         if most is None:
             assert len(shapes) == 1
         else:
