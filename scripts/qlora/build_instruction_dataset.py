@@ -1,0 +1,76 @@
+"""Make instruction rows for a Chinese financial assistant from a news database.
+
+    python scripts/qlora/build_instruction_dataset.py --db finance_analysis.db \\
+        --output data/qlora/instructions.jsonl --num_samples 300
+    python scripts/qlora/build_instruction_dataset.py --show 3     # the bundled database, and three of its rows
+
+The database is SQLite: `events` (flashes and calendar items) and `event_impacts` (event_id, ticker, window_min, ret).
+It is opened read-only. Without --db it is the bundled one, whose news are invented.
+
+60% of the rows are about news (sentiment with a reason, extraction as JSON, several windows compared), 20% are market
+analysis (priced in or not, wait-and-see, risk level), 20% read economic data (previous, consensus, actual). Answers
+are computed from the measured returns; digests and repeated news are left out; train, validation and test are cut by
+date. The same database, settings and --seed give the same file. Rows are alpaca JSON lines with their origin beside
+them: kind, share, event_id, ticker, windows, returns_bp, date, split, seed, and the label or fields to score by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by path, this file sees only its own folder
+
+from stocklora.console import print_table, run_script, say
+from stocklora.instruct.news import Built, InstructionSettings, build_dataset
+from stocklora.settings import add_settings, resolve_settings
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="build_instruction_dataset.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_settings(parser, InstructionSettings)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    return run_script(lambda: run(resolve_settings(arguments, InstructionSettings)))
+
+
+def run(settings: InstructionSettings) -> int:
+    from stocklora.instruct.records import write_records
+
+    built = build_dataset(settings)
+    write_records(built.records, settings.output, "alpaca")
+    report(built, settings)
+    return 0
+
+
+def report(built: Built, settings: InstructionSettings) -> None:
+    """What was made, what was left out, and a few of the rows."""
+    if settings.show:
+        # evenly over the file, so that several kinds and dates are seen
+        step = max(1, len(built.records) // settings.show)
+        for record in built.records[::step][: settings.show]:
+            say(f"--- {record.meta['kind']}, {record.meta['date']}, {record.meta['split']} ({record.meta['event_id']})")
+            say(f"{record.prompt[-1].content}\n=> {record.answer}\n")
+    print_table(
+        "Instruction rows",
+        ("kind", "asks", "share", "rows", "train", "validation", "test"),
+        built.table(),
+    )
+    for reason, count in sorted(built.left_out.items()):
+        say(f"left out: {count:,} {reason}")
+    for note in built.notes:
+        say(f"note: {note}")
+    say(f"saved: {settings.output}")
+    say(f"next: python -m stocklora.instruct.lint {settings.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,383 @@
+"""Instruction rows from news: every number and label in an answer is checked against the database by other means."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sqlite3
+from collections import Counter
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from conftest import REPO_ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stocklora.console import UserError
+from stocklora.files import sha256_of
+from stocklora.instruct import reactions, releases
+from stocklora.instruct.near_duplicates import first_of_each
+from stocklora.instruct.news import MAKERS, SHARES, InstructionSettings, build_dataset
+from stocklora.instruct.news_database import Event, read_events, sample_database
+from stocklora.instruct.news_texts import cleaned, fitted
+from stocklora.instruct.question_parts import subjects_of
+from stocklora.instruct.reactions import Thresholds
+from stocklora.instruct.records import Record, prompt_key
+
+PERCENT = re.compile(r"[+-]?\d+\.\d{2}%")
+LIMITS = Thresholds()
+MOVES = st.dictionaries(st.sampled_from([5, 15, 30, 60, 120]), st.integers(-400, 400), min_size=1, max_size=5)
+
+
+def event(moves: dict[int, int], content: str = "某国央行官员发表讲话。", **fields: str) -> Event:
+    values = {"name": "", "previous": None, "consensus": None, "actual": None, **fields}
+    return Event(
+        event_id="e1",
+        source="flash",
+        day=date(2024, 1, 2),
+        country="",
+        content=content,
+        moves={"XAUUSD": tuple(sorted(moves.items()))},
+        **values,  # type: ignore[arg-type]
+    )
+
+
+def answers(item: Event, seed: int = 0, limits: Thresholds = LIMITS) -> dict[str, dict[str, object]]:
+    """By kind, the rows that an event gives."""
+    subject = subjects_of(item, limits, 15, 160)[0]
+    rows = {kind: maker(subject, random.Random(seed)) for share in SHARES for kind, maker in MAKERS[share].items()}
+    return {kind: row for kind, row in rows.items() if row is not None}
+
+
+def bp_of(text: str) -> int:
+    return round(float(text.rstrip("%")) * 100)
+
+
+# -- reactions ---------------------------------------------------------------------------------------------------------
+
+
+@given(moves=MOVES, seed=st.integers(0, 30))
+def test_answers_on_reactions_say_what_the_numbers_say(moves: dict[int, int], seed: int) -> None:
+    words = {minutes: "上涨" if bp > 0 else "下跌" if bp < 0 else "持平" for minutes, bp in moves.items()}
+    sizes = {minutes: f"{abs(bp) / 100:.2f}%" for minutes, bp in moves.items()}
+    shown = {minutes: words[minutes] + (sizes[minutes] if bp else "（0.00%）") for minutes, bp in moves.items()}
+    rows = answers(event(moves), seed)
+    largest = max(abs(bp) for bp in moves.values())
+    for row in rows.values():
+        text, output = str(row["input"]), str(row["output"])
+        assert all(f"{minutes}分钟{shown[minutes]}" in text for minutes in row["windows"])  # type: ignore[attr-defined]
+        # "上涨0.27%" and "下跌0.15%" are returns that happened, each with its sign
+        for word, sign in (("上涨", 1), ("下跌", -1)):
+            for number in re.findall(rf"{word}(\d+\.\d\d%)", output):
+                assert sign * bp_of(number) in moves.values(), output
+        # any other percentage is a return, a size of one, or a named threshold
+        known = {abs(bp) for bp in moves.values()} | {LIMITS.neutral_bp, LIMITS.medium_risk_bp, LIMITS.high_risk_bp}
+        assert {abs(bp_of(number)) for number in PERCENT.findall(output)} <= known, output
+    assert ("sentiment" in rows) == (15 in moves) == ("extraction" in rows)
+    if 15 in moves:
+        bp = moves[15]
+        expected = "中性" if abs(bp) <= 5 else "利好" if bp > 0 else "利空"
+        assert rows["sentiment"]["label"] == expected
+        assert str(rows["sentiment"]["output"]).splitlines()[0] == f"情绪：{expected}"
+        fields = json.loads(str(rows["extraction"]["output"]))
+        assert fields == rows["extraction"]["fields"]
+        assert (fields["方向"], fields["幅度"]) == (words[15], sizes[15])
+        assert fields["情绪"] == expected
+    assert rows["risk"]["label"] == ("低" if largest < 10 else "中" if largest < 30 else "高")
+    assert rows["watch"]["label"] == ("观望" if largest <= 5 else "有反应")
+
+
+@given(moves=MOVES.filter(lambda moves: len(moves) > 1), seed=st.integers(0, 30))
+def test_windows_are_compared_rightly(moves: dict[int, int], seed: int) -> None:
+    rows = answers(event(moves), seed)
+    ordered = [moves[minutes] for minutes in sorted(moves)]
+    if not any(ordered):
+        assert "windows" not in rows
+        return
+    output = str(rows["windows"]["output"])
+    largest = max(map(abs, ordered))
+    named = [int(minutes) for minutes in re.findall(r"(\d+)分钟(?=、|窗口)", output)]
+    assert named
+    assert all(abs(moves[minutes]) == largest for minutes in named)
+    assert len(named) == sum(abs(bp) == largest for bp in ordered)
+    both_ways = min(ordered) < 0 < max(ordered)
+    assert ("方向不一致" in output) == both_ways
+    change = ordered[-1] - ordered[0]
+    if change:
+        word = "上行" if change > 0 else "下行"
+        assert f"{word}{abs(change) / 100:.2f}个百分点" in output
+    else:
+        assert "没有变化" in output
+
+
+@given(first=st.integers(-60, 60), last=st.integers(-60, 60))
+def test_priced_in_follows_its_rule(first: int, last: int) -> None:
+    row = answers(event({5: first, 30: last}))["priced_in"]
+    moved, ended = abs(first) > 5, abs(last) > 5
+    if not moved:
+        expected = "反应滞后" if ended else "反应平淡"
+    elif ended and first * last < 0:
+        expected = "预期兑现"
+    elif first * last > 0 and abs(last) * 2 > abs(first):
+        expected = "走势延续"
+    else:
+        expected = "部分回吐"
+    assert row["label"] == expected
+    assert str(row["output"]).startswith(f"判断：{expected}\n")
+
+
+def test_thresholds_are_settable_and_shown_to_the_reader() -> None:
+    limits = Thresholds(neutral_bp=20, medium_risk_bp=40, high_risk_bp=80)
+    rows = answers(event({15: 20}), limits=limits)
+    assert rows["sentiment"]["label"] == "中性"
+    assert rows["risk"]["label"] == "低"
+    assert all("0.20%" in str(rows[kind]["instruction"]) for kind in ("sentiment", "extraction", "watch"))
+
+
+# -- releases ----------------------------------------------------------------------------------------------------------
+
+VALUES = st.decimals(-500, 500, places=2)
+
+
+@given(actual=VALUES, consensus=st.none() | VALUES, previous=st.none() | VALUES, seed=st.integers(0, 20))
+def test_answers_on_releases_are_exact(
+    actual: Decimal, consensus: Decimal | None, previous: Decimal | None, seed: int
+) -> None:
+    item = event(
+        {15: 12},
+        "",
+        name="美国5月未季调CPI年率",
+        actual=str(actual),
+        **{key: str(value) for key, value in (("consensus", consensus), ("previous", previous)) if value is not None},
+    )
+    rows = answers(item, seed)
+    if consensus is None and previous is None:
+        assert not {"indicator", "change", "release_extraction"} & set(rows)
+        return
+    fields = rows["release_extraction"]["fields"]
+    assert isinstance(fields, dict)
+    for key, value in (("公布值", actual), ("预期值", consensus), ("前值", previous)):
+        assert (fields[key] is None) == (value is None)
+        if value is not None:
+            assert Decimal(fields[key].rstrip("%")) == value
+    word = (
+        None
+        if consensus is None
+        else "符合预期"
+        if actual == consensus
+        else "高于预期"
+        if actual > consensus
+        else "低于预期"
+    )
+    assert fields["与预期相比"] == word
+    if previous is not None:
+        answer = "持平" if actual == previous else "上升" if actual > previous else "下降"
+        assert str(rows["change"]["output"]).splitlines()[0] == f"变化：{answer}"
+        for gap in re.findall(r"(?:上升|下降)(\d[\d.]*)个百分点", str(rows["change"]["output"])):
+            assert Decimal(gap) == abs(actual - previous)
+    if previous is not None and consensus is not None:
+        output = str(rows["indicator"]["output"])
+        assert output.startswith(f"结果：{word}\n")
+        gaps = re.findall(r"相差(\d[\d.]*)个百分点", output)
+        assert [Decimal(gap) for gap in gaps] == ([] if actual == consensus else [abs(actual - consensus)])
+        assert ("利空黄金" in output) == (actual > consensus)  # hotter US inflation: fewer rate cuts
+        assert ("利多黄金" in output) == (actual < consensus)
+        assert ("一致" in output.rpartition("XAUUSD")[2]) == (actual < consensus)  # gold rose
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "unit", "result"),
+    [
+        ("美国10月ADP就业人数(万人)", ("4.2", "2.8", "-2.9"), "万人", "高于预期"),
+        ("中国11月M2货币供应年率", ("7.1", "7.5%", "7.50%"), "%", "低于预期"),
+        ("美国至1月28日美联储利率决定(上限)", ("3.75", "3.75%", "3.75"), "%", "符合预期"),
+        ("德国12月制造业PMI终值", ("47", "47.7", "47.7"), "", "低于预期"),
+        ("日本11月贸易帐", ("6,253", "5083", "983"), "亿日元", "高于预期"),
+    ],
+)
+def test_units_come_from_the_name_or_the_values(
+    name: str, values: tuple[str, str, str], unit: str, result: str
+) -> None:
+    release = releases.release_of(event({}, "", name=name, actual=values[0], consensus=values[1], previous=values[2]))
+    assert release is not None
+    assert (release.unit, release.result) == (unit, result)
+
+
+@pytest.mark.parametrize(
+    "values", [("", "1", "1"), ("多云", "1", "1"), ("1", None, None), ("1.2亿", "9000万", "1亿"), ("1%", "2万人", "1%")]
+)
+def test_what_is_no_release_is_left_alone(values: tuple[str | None, ...]) -> None:
+    actual, consensus, previous = values
+    item = event({}, "", name="美国5月零售", actual=actual, consensus=consensus, previous=previous)  # type: ignore[arg-type]
+    assert releases.release_of(item) is None
+
+
+def test_a_flash_that_is_a_release_is_read_as_one() -> None:
+    release = releases.release_of(event({}, "美国3月ADP就业人数 15.5万人，预期11.5万人，前值7.7万人。"))
+    assert release is not None
+    assert (release.name, release.unit, release.actual) == ("美国3月ADP就业人数", "万人", Decimal("15.5"))
+    assert releases.usual_effect_on_gold(release) == -1
+    assert releases.release_of(event({}, "美国总统：失业率只有 4.1%，非常好。")) is None
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_cleaned_and_digests_left_out() -> None:
+    assert (
+        cleaned("【金价走高】金十数据4月4日讯，现货黄金走高。<br/>点击查看更多>>\u200b") == "【金价走高】现货黄金走高。"
+    )
+    assert fitted("【早间要闻汇总】1. 甲。2. 乙。3. 丙。", 160) is None
+    assert fitted("【某国央行宣布降息二十五个基点】" + "细节。" * 100, 160) == "某国央行宣布降息二十五个基点"
+    assert fitted("没有标题。" * 100, 160) is None
+
+
+def test_near_duplicates_are_found_and_numbers_tell_apart() -> None:
+    long = "某国央行周二宣布将基准利率下调二十五个基点，并表示未来将视数据决定政策路径。"
+    texts = [long, long.replace("周二", "周三"), "现货黄金站上3350美元。", "现货黄金跌破2870美元。", long + " ", "，。"]
+    assert first_of_each(texts, 0.8) == [0, 0, 2, 3, 0, 5]
+
+
+# -- the whole ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built() -> list[Record]:
+    return build_dataset(InstructionSettings()).records
+
+
+def test_the_bundled_database_gives_the_shares_and_the_split(built: list[Record]) -> None:
+    assert len(built) == 300
+    assert Counter(r.meta["share"] for r in built) == {"news": 180, "market": 60, "earnings": 60}
+    assert Counter(r.meta["split"] for r in built) == {"train": 210, "validation": 30, "test": 60}
+    assert {r.meta["kind"] for r in built} == {kind for share in SHARES for kind in MAKERS[share]}
+    for kind in ("sentiment", "extraction"):
+        assert sum(r.meta["kind"] == kind and r.meta["split"] == "test" for r in built) >= 8
+    labels = Counter(r.meta["label"] for r in built if r.meta["kind"] == "sentiment")
+    assert min(labels[label] for label in reactions.SENTIMENTS) >= 10
+
+
+def test_parts_are_apart_in_time_and_in_text(built: list[Record]) -> None:
+    days = {
+        part: [r.meta["date"] for r in built if r.meta["split"] == part] for part in ("train", "validation", "test")
+    }
+    assert max(days["train"]) < min(days["validation"]) <= max(days["validation"]) < min(days["test"])
+    assert len({prompt_key(r) for r in built}) == len(built)
+    part_of_text: dict[str, str] = {}
+    for row in built:
+        text = row.prompt[-1].content.split("\n")[1]
+        assert part_of_text.setdefault(text, row.meta["split"]) == row.meta["split"]
+
+
+def test_each_row_leads_back_to_its_event(built: list[Record]) -> None:
+    events = {event.event_id: event for event in read_events(None)[0]}
+    for row in built:
+        origin = events[row.meta["event_id"]]
+        assert row.meta["date"] == origin.day.isoformat()
+        if row.meta["windows"]:
+            moves = dict(origin.moves[row.meta["ticker"]])
+            assert row.meta["returns_bp"] == [moves[minutes] for minutes in row.meta["windows"]]
+
+
+def test_wording_varies(built: list[Record]) -> None:
+    for kind in ("sentiment", "extraction", "risk"):
+        assert len({r.prompt[-1].content.split("\n")[0] for r in built if r.meta["kind"] == kind}) >= 3
+
+
+def test_the_same_seed_gives_the_same_rows_and_another_others(built: list[Record]) -> None:
+    assert build_dataset(InstructionSettings()).records == built
+    other = build_dataset(InstructionSettings(seed=7)).records
+    assert [r.messages for r in other] != [r.messages for r in built]
+
+
+def test_the_real_shape_of_a_database_is_survived(tmp_path: Path) -> None:
+    """Duplicates, NULLs, numbers as text, returns that are none, events without returns, returns without events."""
+    path = tmp_path / "n#ews?.db"
+    connection = sqlite3.connect(path)
+    with sqlite3.connect(sample_database()) as sample:
+        for line in sample.iterdump():
+            connection.execute(line)
+    rows = [
+        ("d1", "flash", "2025-02-03 10:00:00", None, None, None, "两国就停火协议的框架达成一致，细节仍待敲定。"),
+        ("d2", "flash", "2025-06-20 10:00:00", None, None, None, "两国就停火协议的框架达成一致，细节仍待敲定 。"),
+        ("d3", "flash", None, None, None, None, "没有日期的消息。"),
+        ("d4", "flash", "2025-02-03", None, None, None, None),
+        ("d5", "flash", "not a day", "2025/02/03 11:00:00", None, None, "另一条只有世界时的消息。"),
+    ]
+    for row in rows:
+        connection.execute(
+            "INSERT INTO events (event_id,source,ts_local,ts_utc,country,name,content) VALUES (?,?,?,?,?,?,?)", row
+        )
+    impacts = [
+        ("d1", 15, 0.01),
+        ("d2", 15, -0.01),
+        ("d5", 15, "0.25%"),
+        ("gone", 15, 0.01),
+        ("d1", 30, None),
+        ("d1", 5, 9),
+    ]
+    for event_id, window, ret in impacts:
+        connection.execute("INSERT INTO event_impacts VALUES (?, 'XAUUSD', ?, ?)", (event_id, window, ret))
+    connection.commit()
+    connection.close()
+    made = build_dataset(InstructionSettings(db=path, num_samples=2000))
+    assert sum(made.left_out.values()) >= 6
+    used = {r.meta["event_id"]: r for r in made.records}
+    assert not {"d2", "d3", "d4", "gone"} & set(used)  # d2 repeats d1 on another date
+    assert used["d5"].meta["returns_bp"] == [25]
+    assert any("no more questions" in note for note in made.notes)
+
+
+@pytest.mark.parametrize("journal", ["delete", "wal"])
+def test_the_database_is_never_written_to(journal: str, tmp_path: Path) -> None:
+    path = tmp_path / "news.db"
+    path.write_bytes(sample_database().read_bytes())
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"PRAGMA journal_mode={journal}")
+    connection.close()
+    before, there = sha256_of(path), sorted(tmp_path.iterdir())
+    path.chmod(0o444)
+    assert build_dataset(InstructionSettings(db=path, num_samples=30)).records
+    assert (sha256_of(path), sorted(tmp_path.iterdir())) == (before, there)
+
+
+def test_too_little_data_fills_up_or_stops() -> None:
+    made = build_dataset(InstructionSettings(num_samples=1500))
+    assert any(note.startswith("earnings:") for note in made.notes)
+    assert any("filled up" in note for note in made.notes)
+    with pytest.raises(UserError, match="too little data"):
+        build_dataset(InstructionSettings(num_samples=1500, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_samples": 0}, "--num_samples"),
+        ({"shares": [0.5, 0.5]}, "--shares"),
+        ({"split": [0.5, 0.6, 0.1]}, "three shares"),
+        ({"neutral_band_bp": 40}, "must grow"),
+        ({"near_duplicate": 0.0}, "--near_duplicate"),
+        ({"output": Path("rows.csv")}, ".jsonl"),
+        ({"reference_minutes": 7}, None),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], says: str | None) -> None:
+    settings = InstructionSettings(**changes)  # type: ignore[arg-type]
+    if says is None:  # no such window: other kinds take over
+        assert "sentiment" not in {r.meta["kind"] for r in build_dataset(settings).records}
+        return
+    with pytest.raises(UserError, match=re.escape(says)):
+        build_dataset(settings)
+
+
+def test_the_readme_counts_the_bundled_news() -> None:
+    events, left_out = read_events(None)
+    text = (REPO_ROOT / "data" / "sample" / "README.md").read_text(encoding="utf-8")
+    sources = Counter(item.source for item in events)
+    assert not left_out
+    assert (
+        f"{len(events)} news items in Chinese ({sources['flash']} flashes, {sources['calendar']} calendar items" in text
+    )
