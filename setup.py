@@ -19,6 +19,8 @@ SCRIPTS = [
     "framework_llm",
     "merge_lora",
     "backtest",
+    "fine_tune_qwen",
+    "inference_lora",
     "quick_start",
 ]
 LEAVES = ["lora", "llm_model"]

@@ -14,6 +14,7 @@ HEAVY = {
     "accelerate", "akshare", "arch", "bitsandbytes", "exchange_calendars", "fracast", "gguf", "huggingface_hub",
     "matplotlib", "modelscope", "numpy", "pandas", "peft", "psutil", "pyarrow", "rich", "safetensors", "scipy",
     "statsforecast", "statsmodels", "tokenizers", "torch", "transformers", "yaml", "yfinance",
+    "datasets", "fastapi", "pydantic", "rouge_chinese", "sacrebleu", "starlette", "tensorboard", "trl", "uvicorn",
 }  # fmt: skip
 # Who may import which of our own modules; every other file may import the library and the leaves.
 ALLOWED = {"lora": set(), "llm_model": {"lora"}, "setup": set()}

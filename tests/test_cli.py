@@ -19,6 +19,8 @@ INPUTS = {
     "framework_llm.py": "--test_csv",
     "merge_lora.py": "--lora_weights",
     "backtest.py": "--data",
+    "fine_tune_qwen.py": "--data_path",
+    "inference_lora.py": "--lora_model",
 }
 SLOW_TO_IMPORT = ["torch", "transformers", "pandas", "numpy", "matplotlib", "yfinance", "peft", "rich"]
 
