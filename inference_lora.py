@@ -1,0 +1,104 @@
+"""Use a tuned chat model: a chat, single prompts, whole files, a merged model, or an OpenAI-compatible server.
+
+    python inference_lora.py --base_model ./models/Qwen2.5-0.5B-Instruct --lora_model ./output_qwen_lora
+    python inference_lora.py --base_model ./models/Qwen2.5-0.5B-Instruct --lora_model ./output_qwen_qlora --load_in_4bit
+    python inference_lora.py --base_model ./models/Qwen2.5-0.5B-Instruct --lora_model ./output_qwen_lora --chat
+    python inference_lora.py --lora_model news=./output_news reports=./output_reports --chat
+    python inference_lora.py --lora_model ./output_qwen_lora --prompt "美联储宣布加息25个基点，影响如何？"
+    python inference_lora.py --lora_model ./output_qwen_lora --batch prompts.jsonl --output answers.jsonl
+    python inference_lora.py --lora_model ./output_qwen_lora --merge ./merged
+    python inference_lora.py --lora_model ./output_qwen_lora --serve --port 8000
+
+Without --chat, --prompt, --batch, --merge or --serve it answers a few questions of its own, or what comes through a
+pipe. --base_model may be left out: an adapter names the base that it was trained over. Folders of fully tuned models
+are given to --lora_model as well. In a chat /adapter NAME changes the adapter, and /adapter none asks the base.
+Answers are greedy, so the same each time, unless --temperature is above 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from stocklora.console import UserError, run_script, say
+from stocklora.instruct.use_options import InferenceSettings
+from stocklora.settings import add_settings, resolve_settings
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="inference_lora.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_settings(parser, InferenceSettings)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    return run_script(lambda: run(resolve_settings(arguments, InferenceSettings)))
+
+
+def run(settings: InferenceSettings) -> int:
+    settings.check()
+    from stocklora.instruct.model_sources import find_sources, quantization_note
+
+    sources = find_sources(settings.base_model, settings.lora_model, settings.any_base)  # before seconds of imports
+    if settings.batch is not None and not settings.batch.is_file():
+        raise UserError(f"no file {settings.batch} with prompts; write one a line, or JSON lines with a prompt each")
+    if settings.merge is not None:
+        from stocklora.instruct.merging import merge_adapter
+
+        merge_adapter(sources, settings)
+        return 0
+    if note := quantization_note(sources, settings.quantization):
+        say(note)
+
+    from stocklora.instruct.extras import SERVER, check_installed
+    from stocklora.instruct.listening import listen
+
+    if settings.serve:
+        check_installed(SERVER, "--serve")
+    listener = listen(settings.port) if settings.serve else None
+
+    from stocklora.instruct.chat import Sampling, load_sources
+
+    model = load_sources(sources, settings)
+    adapter, sampling = model.adapter_or_base(settings.adapter), Sampling.of(settings)
+    if listener is not None:
+        from stocklora.instruct.serve import serve
+
+        serve(model, listener, sampling, adapter)
+        return 0
+    if settings.batch is not None:
+        from stocklora.instruct.batch import run_batch
+
+        run_batch(
+            model,
+            settings.batch,
+            settings.output or settings.batch.with_name(f"{settings.batch.stem}.answers.jsonl"),
+            adapter=adapter,
+            sampling=sampling,
+            batch_size=settings.batch_size,
+            system=settings.system,
+        )
+        return 0
+
+    from stocklora.instruct.conversation import QUESTIONS, ask, ask_all, chat, piped_text, read_stdin
+
+    if settings.chat:
+        chat(model, adapter=adapter, sampling=sampling, system=settings.system)
+        return 0
+    prompt = (read_stdin() or "") if settings.prompt == "-" else settings.prompt
+    if prompt is None:
+        prompt = piped_text()
+    if prompt is None:
+        ask_all(model, QUESTIONS, adapter=adapter, sampling=sampling, system=settings.system)
+        return 0
+    if not prompt.strip():
+        raise UserError("the prompt is empty; give some text after --prompt")
+    ask(model, prompt, adapter=adapter, sampling=sampling, system=settings.system)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

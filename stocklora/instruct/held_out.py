@@ -1,0 +1,148 @@
+"""The rows that a model is scored on: what its own training kept aside, or a file of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stocklora.console import UserError, warn
+from stocklora.files import sha256_of
+from stocklora.instruct.intervals import spread
+from stocklora.instruct.model_sources import TRAINING_INFO, training_info
+from stocklora.instruct.records import PARTS, Record, prompt_key, read_records, read_with_faults, split_records
+from stocklora.instruct.use_options import EvaluateSettings
+
+DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to score.
+
+    Attributes:
+        files: path and sha256 of each. split: which part of them. note: the same in words.
+        available: rows before ``--num_samples``.
+    """
+
+    records: list[Record]
+    files: list[dict[str, str]]
+    split: str
+    note: str
+    available: int
+
+
+def held_out_rows(settings: EvaluateSettings) -> HeldOut:
+    """The rows that ``settings`` ask for.
+
+    Raises:
+        UserError: training data that is gone or was changed since, or no rows.
+    """
+    info = training_info(settings.model_path)
+    if settings.data:
+        found = _of_files(settings, info)
+    else:
+        found = _of_training(settings, info)
+    if not found.records:
+        raise UserError(f"no rows to score: {found.note} is empty; give --data FILE, or another --split")
+    if settings.num_samples is None or settings.num_samples >= len(found.records):
+        return found
+    kinds = [str(record.meta.get("kind", "")) for record in found.records]
+    # By their text, so that the same rows are chosen whatever their order in the file.
+    order = {index: prompt_key(record)[::-1] for index, record in enumerate(found.records)}
+    chosen = [found.records[index] for index in spread(kinds, order, settings.num_samples)]
+    return HeldOut(chosen, found.files, found.split, found.note, found.available)
+
+
+def _of_files(settings: EvaluateSettings, info: dict[str, Any]) -> HeldOut:
+    records = read_records(settings.data)
+    split = "all" if settings.split == "auto" else settings.split
+    if split != "all":
+        records = split_records(records, *_how(info))[split]
+    names = ", ".join(map(str, settings.data))
+    note = f"all rows of {names}" if split == "all" else f"the {split} rows of {names}"
+    _warn_of_training_rows(records, settings.data, info)
+    return HeldOut(records, _described(settings.data), split, note, len(records))
+
+
+def _of_training(settings: EvaluateSettings, info: dict[str, Any]) -> HeldOut:
+    """A part of the files that the model was trained on, split as training split them."""
+    data = info.get("data")
+    files = data.get("files") if isinstance(data, dict) else None
+    if not isinstance(files, list) or not files:
+        raise UserError(
+            f"{settings.model_path} has no {TRAINING_INFO} that names its data; give the rows to score: --data FILE"
+        )
+    paths: list[Path] = []
+    judged_by: list[Path] = []
+    for entry in files:
+        path = Path(str(entry.get("path") if isinstance(entry, dict) else entry))
+        if not path.is_file():
+            raise UserError(f"{path}, which the model was trained on, is not here; give the rows to score: --data FILE")
+        if isinstance(entry, dict) and entry.get("sha256") not in (None, sha256_of(path)):
+            raise UserError(
+                f"{path} has changed since the model was trained on it, so which rows it never saw is unknown; give "
+                f"--data FILE"
+            )
+        (judged_by if isinstance(entry, dict) and entry.get("validation_only") else paths).append(path)
+    records, faults = read_with_faults(paths)
+    skipped = data.get("skipped") if isinstance(data, dict) else None
+    if faults and not skipped:
+        raise UserError(f"{faults[0]}; give --data FILE")
+    left_out = isinstance(skipped, dict) and "with faults" in skipped
+    parts = split_records(_sound(records, settings.model_path) if left_out else records, *_how(info))
+    if judged_by:
+        parts["validation"] = read_with_faults(judged_by)[0]
+    split = settings.split
+    if split == "auto":
+        split = "test" if parts["test"] else "validation"
+        if split == "validation":
+            warn("training kept no test rows; scoring the validation rows, by which its best step was chosen")
+    elif split in ("train", "all"):
+        warn("the model was trained on these rows: the scores say nothing about new ones")
+    rows = [record for part in parts.values() for record in part] if split == "all" else parts[split]
+    recorded = data.get("split", {}).get(split) if isinstance(data, dict) else None
+    if isinstance(recorded, int) and recorded != len(rows):
+        warn(f"training counted {recorded} {split} rows, and {len(rows)} are found now")
+    used = judged_by if split == "validation" and judged_by else paths
+    note = f"the {split} rows of {', '.join(map(str, used))}, as training split them"
+    return HeldOut(rows, _described(used), split, note, len(rows))
+
+
+def _sound(records: Sequence[Record], folder: Path) -> list[Record]:
+    """Without the rows that training left out: the split depends on which rows there are."""
+    from stocklora.instruct.lint import check_records
+    from stocklora.instruct.tokens import prepare_tokenizer
+
+    report = check_records(records, prepare_tokenizer(folder))  # rows cut by --max_length were trained all the same
+    bad = {(fault.file, fault.row) for fault in report.faults}
+    return [record for record in records if (record.file, record.row) not in bad]
+
+
+def _how(info: dict[str, Any]) -> tuple[Sequence[float], int]:
+    """Fractions and seed with which training split."""
+    data = info.get("data")
+    split = data.get("split") if isinstance(data, dict) else None
+    if not isinstance(split, dict):
+        return DEFAULT_FRACTIONS, 42
+    return split.get("fractions", DEFAULT_FRACTIONS), int(split.get("seed", 42))
+
+
+def _warn_of_training_rows(records: Sequence[Record], paths: Sequence[Path], info: dict[str, Any]) -> None:
+    """Say so if the model may have been trained on what it is scored on."""
+    data = info.get("data")
+    files = data.get("files") if isinstance(data, dict) else None
+    for entry in files if isinstance(files, list) else []:
+        path = Path(str(entry.get("path"))) if isinstance(entry, dict) else Path(str(entry))
+        if isinstance(entry, dict) and entry.get("sha256") in {sha256_of(other) for other in paths}:
+            parts = split_records(read_with_faults([path] if path.is_file() else paths)[0], *_how(info))
+            seen = {prompt_key(record) for part in PARTS[:2] for record in parts[part]}
+            count = sum(prompt_key(record) in seen for record in records)
+            if count:
+                warn(f"the model was trained on, or judged by, {count} of these {len(records)} rows; add --split test")
+            return
+
+
+def _described(paths: Sequence[Path]) -> list[dict[str, str]]:
+    return [{"path": str(path), "sha256": sha256_of(path)} for path in paths]
