@@ -42,11 +42,12 @@ MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "mo
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
-def run_training(resolved: Resolved[Any], script: str) -> int:
+def run_training(resolved: Resolved[Any], script: str, arguments: Sequence[str] | None = None) -> int:
     """Train as ``resolved`` says; the script's exit code.
 
     Args:
         script: path of the script as the user wrote it, for the command that goes on with a stopped run.
+        arguments: of that command (default: those of this one).
 
     Raises:
         UserError: anything that the user can mend.
@@ -64,7 +65,7 @@ def run_training(resolved: Resolved[Any], script: str) -> int:
         resolved = Resolved(settings, resolved.sources)
         resolved.print()
         with full_memory_or_disk(settings.output_dir), quiet_libraries():
-            return _train(resolved, checkpoint, script)
+            return _train(resolved, checkpoint, script, sys.argv[1:] if arguments is None else arguments)
 
 
 @contextlib.contextmanager
@@ -139,7 +140,7 @@ def full_memory_or_disk(output_dir: Path) -> Iterator[None]:
         raise
 
 
-def _train(resolved: Resolved[Any], checkpoint: Path | None, script: str) -> int:
+def _train(resolved: Resolved[Any], checkpoint: Path | None, script: str, arguments: Sequence[str]) -> int:
     import transformers
 
     from stocklora.instruct.preflight import print_preflight
@@ -190,7 +191,7 @@ def _train(resolved: Resolved[Any], checkpoint: Path | None, script: str) -> int
     if stop.asked and trainer.state.global_step < trainer.state.max_steps:
         where = settings.output_dir / f"checkpoint-{trainer.state.global_step}"
         say(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; go on with:")
-        say(f"  {resume_command(script, sys.argv[1:], where)}")
+        say(f"  {resume_command(script, arguments, where)}")
         return EXIT_INTERRUPTED
     _finish(Resolved(settings, resolved.sources), prepared, trainer, page, facts, checkpoint)
     return 0
