@@ -293,7 +293,7 @@ def test_base_and_tuned_stand_side_by_side(chat_model, adapters, repo_root, in_f
     out = capsys.readouterr().out
     assert "[1/2] 美联储宣布加息25个基点" in out
     assert "base: qwen3" in out
-    assert "tuned: " in out
+    assert "tuned:" in out
     answers = json.loads((in_folder / "answers.json").read_text(encoding="utf-8"))["answers"]
     asked = [user("分析以下财经快讯对市场的影响\n美联储宣布加息25个基点"), user("什么是CPI")]
     for answer, conversation in zip(answers, asked, strict=True):
