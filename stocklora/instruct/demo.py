@@ -91,7 +91,7 @@ def train(data: Path, model_path: Path, adapter: Path, settings: QuickStartSetti
 
     chosen: dict[str, Any] = TRAINING | {
         "data_path": [data], "model_path": model_path, "output_dir": adapter, "seed": settings.seed,
-        "device": settings.device, "num_epochs": settings.epochs or (1 if settings.fast else 2),
+        "device": settings.device, "num_epochs": settings.epochs or (1 if settings.fast else 3),
     }  # fmt: skip
     sources = {
         field.name: "quick_start.py" if field.name in chosen else "default" for field in dataclasses.fields(SftSettings)
