@@ -93,6 +93,10 @@ def test_a_file_that_is_no_database(run_script: RunScript, tmp_path: Path) -> No
     assert "notes.db is not an SQLite database" in one_error(run_script, tmp_path, "--db", "notes.db")
 
 
+def test_a_name_too_long_for_any_file(run_script: RunScript, tmp_path: Path) -> None:
+    assert "cannot read" in one_error(run_script, tmp_path, "--db", "n" * 300)
+
+
 def test_a_wrong_config_key_names_the_nearest(run_script: RunScript, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("num_sample: 3\n", encoding="utf-8")
     assert "did you mean 'num_samples'?" in one_error(run_script, tmp_path, "--config", "c.yaml")

@@ -90,6 +90,22 @@ def test_a_question_in_two_parts_is_a_leak() -> None:
     assert "'test'" in report.faults[0].message
 
 
+def test_an_event_in_two_parts_is_a_leak_and_a_part_has_a_known_name() -> None:
+    rows = [
+        record("q1", "a", 1, event_id="e1", split="train"),
+        record("q2", "a", 2, event_id="e1", split="test"),
+        record("q3", "a", 3, event_id="e2", split="dev"),
+        record("q4", "a", 4, event_id="e2", split="validation"),  # another name of the same part
+        record("q5", "a", 5, event_id="e1"),  # goes where its event is
+        record("q6", "a", 6, split="holdout"),
+        record("q7", "a", 7, split=["train"]),
+    ]
+    report = check_records(rows)
+    assert faults_of(report) == [(2, "split"), (6, "split"), (7, "split")]
+    assert "row 1 is of the same event in 'train'" in report.faults[0].message
+    assert report.faults[1].message == "must be one of train, validation, test; got 'holdout'"
+
+
 @pytest.mark.parametrize(
     ("answer", "meta", "field"),
     [
@@ -98,6 +114,7 @@ def test_a_question_in_two_parts_is_a_leak() -> None:
         ('{"a": 1}', {"fields": {"a": 1}}, None),
         ('{"a": 2}', {"fields": {"a": 1}}, "fields"),
         ("not json", {"fields": {"a": 1}}, "fields"),
+        ("[" * 100_000, {"fields": {"a": 1}}, "fields"),
     ],
 )
 def test_labels_and_fields_agree_with_the_answer(answer: str, meta: dict[str, Any], field: str | None) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
 import sqlite3
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -18,8 +20,8 @@ from hypothesis import strategies as st
 
 from stocklora.console import UserError
 from stocklora.files import sha256_of
-from stocklora.instruct import reactions, releases
-from stocklora.instruct.near_duplicates import first_of_each
+from stocklora.instruct import news_database, reactions, releases
+from stocklora.instruct.near_duplicates import first_of_each, shingles, similarity
 from stocklora.instruct.news import MAKERS, SHARES, InstructionSettings, build_dataset
 from stocklora.instruct.news_database import Event, read_events, sample_database
 from stocklora.instruct.news_texts import cleaned, fitted
@@ -129,6 +131,21 @@ def test_priced_in_follows_its_rule(first: int, last: int) -> None:
     assert str(row["output"]).startswith(f"判断：{expected}\n")
 
 
+@given(moves=st.lists(st.integers(-40, 40), min_size=3, max_size=5), seed=st.integers(0, 20))
+def test_what_is_said_of_a_pattern_holds_for_the_windows_in_between(moves: list[int], seed: int) -> None:
+    """A reader sees them too: nothing was kept that was lost halfway, nothing stayed calm that had moved."""
+    row = answers(event(dict(zip((5, 15, 30, 60, 120), moves, strict=False))), seed)["priced_in"]
+    text = str(row["output"])
+    if row["label"] == "走势延续":
+        lost = any(bp * moves[0] <= 0 for bp in moves[1:-1])
+        assert ("中途" in text) == lost
+        assert ("得以保持" in text or "没有抹去" in text) != lost
+    if row["label"] == "反应平淡":
+        moved = any(abs(bp) > 5 for bp in moves[1:-1])
+        assert ("中途" in text) == moved
+        assert ("没有走出" in text or "没有明显反应" in text) != moved
+
+
 def test_thresholds_are_settable_and_shown_to_the_reader() -> None:
     limits = Thresholds(neutral_bp=20, medium_risk_bp=40, high_risk_bp=80)
     rows = answers(event({15: 20}), limits=limits)
@@ -223,6 +240,55 @@ def test_a_flash_that_is_a_release_is_read_as_one() -> None:
     assert releases.release_of(event({}, "美国总统：失业率只有 4.1%，非常好。")) is None
 
 
+def test_a_flash_that_corrects_the_value_before_is_read_as_a_release() -> None:
+    """Else it stands beside the calendar's item of the same release, in another part."""
+    release = releases.release_of(
+        event({}, "美国1月季调后非农就业人口 14.3万人，预期17万人，前值由25.6万人修正为30.7万人。")
+    )
+    assert release is not None
+    assert (release.name, release.actual, release.previous) == (
+        "美国1月季调后非农就业人口",
+        Decimal("14.3"),
+        Decimal("30.7"),
+    )
+
+
+@pytest.mark.parametrize("actual", ["0,3%", "0,25%", "1,5", "12,34"])
+def test_a_decimal_comma_is_no_thousand(actual: str) -> None:
+    """0,3% is 0.3% to some and nothing to others; 3% it is to nobody."""
+    item = event({}, "", name="德国5月CPI月率", actual=actual, consensus="0.2%", previous="0.1%")
+    assert releases.release_of(item) is None
+    assert news_database._number(actual) is None
+    assert news_database._number("1,234.5") == 1234.5
+
+
+def test_a_release_names_its_country_and_only_an_index_has_points() -> None:
+    values = {"actual": "1200", "consensus": "900", "previous": "-0.0"}
+    item = dataclasses.replace(event({}, "", name="12月 新增贷款\n余额", **values), country="中国")
+    rows = answers(item)
+    assert "中国12月 新增贷款 余额公布值1200，预期900，前值0。" in str(rows["release_extraction"]["input"])
+    assert json.loads(str(rows["release_extraction"]["output"]))["国家"] == "中国"
+    assert "相差300；" in str(rows["indicator"]["output"])
+    rows = answers(dataclasses.replace(item, name="12月制造业PMI"))
+    assert "相差300点；" in str(rows["indicator"]["output"])
+
+
+def test_a_rate_that_surprises_names_the_direction_it_is_compared_with() -> None:
+    values = {"actual": "4.50%", "consensus": "4.25%", "previous": "4.25%"}
+    row = answers(event({15: -20}, "", name="美国至1月28日美联储利率决定(上限)", **values))["indicator"]
+    assert "利多美元、利空黄金。" in str(row["output"])
+    assert str(row["output"]).endswith("与上述常见方向一致。")
+
+
+def test_us_data_is_said_to_reach_gold_wherever_it_is_asked_about() -> None:
+    for name in ("美国6月NAHB房产市场指数", "美国11月成屋签约销售指数月率", "美国1月密歇根大学消费者信心指数终值"):
+        rows = answers(event({15: -20}, "", name=name, actual="36", consensus="32", previous="34"))
+        assert "利空黄金" in str(rows["indicator"]["output"])
+        assert "较为间接" not in str(rows["sentiment"]["output"])
+    row = answers(event({15: 0}, "中国人民银行行长出席二十国集团财长和央行行长会议"))["sentiment"]
+    assert "没有直接的传导关系" not in str(row["output"])  # that is for companies
+
+
 # -- texts -------------------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +305,24 @@ def test_near_duplicates_are_found_and_numbers_tell_apart() -> None:
     long = "某国央行周二宣布将基准利率下调二十五个基点，并表示未来将视数据决定政策路径。"
     texts = [long, long.replace("周二", "周三"), "现货黄金站上3350美元。", "现货黄金跌破2870美元。", long + " ", "，。"]
     assert first_of_each(texts, 0.8) == [0, 0, 2, 3, 0, 5]
+
+
+@pytest.mark.parametrize(("threshold", "cut"), [(0.8, 18), (0.6, 38), (0.4, 58), (0.2, 78)])
+def test_near_duplicates_are_found_at_any_threshold(threshold: float, cut: int) -> None:
+    """Pairs that share their first part; long bands would pass over most of those that are only a little alike."""
+    draw = random.Random(5)
+    for _ in range(40):
+        whole = "".join(chr(draw.randrange(0x4E00, 0x9FA5)) for _ in range(102))
+        ours, other = shingles(whole), shingles(whole[:-cut])
+        assert similarity(ours, other) >= threshold
+        assert first_of_each([whole, whole[:-cut]], threshold) == [0, 0]
+
+
+def test_a_book_among_the_news_does_not_stop_the_clock() -> None:
+    started = time.perf_counter()
+    assert fitted("【要闻】" + "1. 甲乙丙。" * 200_000, 160) is None
+    assert fitted("【某国央行宣布降息】" + "一" * 1_000_000, 160) == "某国央行宣布降息"
+    assert time.perf_counter() - started < 10
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------
@@ -280,6 +364,18 @@ def test_each_row_leads_back_to_its_event(built: list[Record]) -> None:
         if row.meta["windows"]:
             moves = dict(origin.moves[row.meta["ticker"]])
             assert row.meta["returns_bp"] == [moves[minutes] for minutes in row.meta["windows"]]
+
+
+def test_a_release_is_asked_about_once_whatever_moved_after_it() -> None:
+    """Gold and silver were measured after it; a question that shows neither is one question."""
+    made = build_dataset(InstructionSettings(num_samples=5000)).records
+    rows: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for row in made:
+        if not row.meta["windows"]:
+            rows[row.meta["kind"], row.meta["event_id"]].append(row)
+            assert row.meta["ticker"] is None
+    assert {kind for kind, _ in rows} >= {"change", "release_extraction"}
+    assert max(map(len, rows.values())) == 1
 
 
 def test_wording_varies(built: list[Record]) -> None:
@@ -342,6 +438,112 @@ def test_the_database_is_never_written_to(journal: str, tmp_path: Path) -> None:
     path.chmod(0o444)
     assert build_dataset(InstructionSettings(db=path, num_samples=30)).records
     assert (sha256_of(path), sorted(tmp_path.iterdir())) == (before, there)
+
+
+def changed(path: Path, *statements: str) -> Path:
+    """A copy of the bundled database, changed."""
+    path.write_bytes(sample_database().read_bytes())
+    with sqlite3.connect(path) as connection:
+        for statement in statements:
+            connection.executescript(statement)
+    connection.close()
+    return path
+
+
+EVENT_COLUMNS = "event_id, source, ts_local, ts_utc, country, name, content, star, previous, consensus, actual"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        f"ALTER TABLE events RENAME TO e; CREATE TABLE events ({EVENT_COLUMNS}, PRIMARY KEY (event_id)) WITHOUT ROWID;"
+        "INSERT INTO events SELECT * FROM e",
+        "ALTER TABLE events RENAME TO e; CREATE VIEW events AS SELECT * FROM e",
+        f"ALTER TABLE events RENAME TO e; CREATE TABLE EVENTS ({EVENT_COLUMNS.upper()});"
+        "INSERT INTO events SELECT * FROM e",
+    ],
+    ids=["without rowid", "a view", "capitals"],
+)
+def test_the_same_events_in_another_table(statement: str, tmp_path: Path) -> None:
+    assert read_events(changed(tmp_path / "news.db", statement)) == read_events(None)
+
+
+def test_numbers_as_pandas_writes_them(tmp_path: Path) -> None:
+    """Ids that are whole numbers in one table and 7.0 in the other, as a column with gaps is written."""
+    path = changed(
+        tmp_path / "news.db",
+        "ALTER TABLE events RENAME TO e; ALTER TABLE event_impacts RENAME TO i;"
+        "CREATE TABLE events AS SELECT CAST(substr(event_id, 2) AS INTEGER) AS event_id, source, ts_local, ts_utc,"
+        " country, name, content, previous, consensus, actual FROM e;"
+        "CREATE TABLE event_impacts AS SELECT CAST(substr(event_id, 2) AS REAL) AS event_id, ticker,"
+        " CAST(window_min AS REAL) AS window_min, ret FROM i",
+    )
+    events, left_out = read_events(path)
+    assert not left_out
+    assert [item.moves for item in events] == [item.moves for item in read_events(None)[0]]
+
+
+def test_a_return_given_twice_counts_once(tmp_path: Path) -> None:
+    path = changed(
+        tmp_path / "news.db",
+        "ALTER TABLE event_impacts RENAME TO i; CREATE TABLE event_impacts AS SELECT * FROM i;"
+        "INSERT INTO event_impacts SELECT event_id, ticker, window_min, -ret FROM i",
+    )
+    events, left_out = read_events(path)
+    assert [item.moves for item in events] == [item.moves for item in read_events(None)[0]]
+    assert left_out == {"return given twice for one window": 502}
+
+
+@pytest.mark.parametrize(
+    ("written", "day"),
+    [
+        ("2025-01-03 09:30:00", date(2025, 1, 3)),
+        ("2025-01-03T01:30:00.123Z", date(2025, 1, 3)),
+        ("2025/1/3 9:30", date(2025, 1, 3)),
+        ("2025年1月3日 09:30", date(2025, 1, 3)),
+        ("20250103", date(2025, 1, 3)),
+        (20250103, date(2025, 1, 3)),
+        (1735867800, None),
+        (1712012300123, None),  # milliseconds: read as digits it would be a day of 1712
+        ("2025-02-30", None),
+        ("3/1/2025", None),
+        ("", None),
+    ],
+)
+def test_days_as_people_write_them(written: object, day: date | None) -> None:
+    assert news_database._day(written) == day
+
+
+def test_what_another_program_is_writing_is_not_read_halfway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locked while it writes; and what it leaves when it dies, half a change and the journal to undo it, is refused."""
+    monkeypatch.setattr(news_database, "LOCK_TIMEOUT_S", 0.05)
+    path, dead = changed(tmp_path / "news.db"), tmp_path / "dead.db"
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("PRAGMA cache_size = 1")  # changes go to the file before the transaction ends
+    writer.execute("BEGIN EXCLUSIVE")
+    writer.execute("UPDATE events SET content = 'half'")
+    with pytest.raises(UserError, match=r"news.db is locked by another program"):
+        read_events(path)
+    for suffix in ("", "-journal"):
+        (tmp_path / f"dead.db{suffix}").write_bytes((tmp_path / f"news.db{suffix}").read_bytes())
+    writer.execute("ROLLBACK")
+    writer.close()
+    with pytest.raises(UserError, match=r"cannot open .*dead.db.*dead.db-journal holds changes"):
+        read_events(dead)
+    assert read_events(path) == read_events(None)
+
+
+def test_what_is_left_out_is_called_what_it_is(tmp_path: Path) -> None:
+    path = changed(
+        tmp_path / "news.db",
+        "UPDATE events SET actual = NULL WHERE event_id = (SELECT min(event_id) FROM events WHERE source = 'calendar');"
+        "DELETE FROM event_impacts WHERE event_id = (SELECT min(event_id) FROM events WHERE source = 'flash')",
+    )
+    before, after = build_dataset(InstructionSettings()).left_out, build_dataset(InstructionSettings(db=path)).left_out
+    more = after - before
+    assert more["calendar item without an actual value, or nothing to compare it with"] == 1
+    assert more["news without a return in event_impacts"] == 1
+    assert sum(more.values()) == 2
 
 
 def test_too_little_data_fills_up_or_stops() -> None:

@@ -143,7 +143,14 @@ def test_bad_rows_are_skipped_and_counted(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"\xff\xfe", "not UTF-8"), (b"[1,", "not valid JSON"), (b"", "no usable row"), (b'{"a": 1}', "neither alpaca")],
+    [
+        (b"\xff\xfe", "not UTF-8"),
+        (b"[1,", "not valid JSON"),
+        (b"", "no usable row"),
+        (b'{"a": 1}', "neither alpaca"),
+        (b'[{"instruction": "q", "output": "a", "n": NaN}]', "not valid JSON"),  # as in JSON lines
+        (b'[{"instruction": "q", "output": "a", "output": "b"}]', "twice"),
+    ],
 )
 def test_unreadable_files_say_so(content: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / "f.json").write_bytes(content)
@@ -151,6 +158,15 @@ def test_unreadable_files_say_so(content: bytes, says: str, tmp_path: Path) -> N
         read_records(tmp_path / "f.json")
     with pytest.raises(UserError, match="no file"):
         read_records(tmp_path / "none.json")
+
+
+def test_what_is_nested_too_deeply_is_not_written(tmp_path: Path) -> None:
+    note: list[Any] = []
+    for _ in range(2_000):
+        note = [note]
+    with pytest.raises(UserError, match="nested too deeply"):
+        write_records([asked("q", note=note)], tmp_path / "out.jsonl")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_byte_order_mark_and_a_list_in_jsonl_are_read(tmp_path: Path) -> None:
@@ -247,6 +263,10 @@ def test_prepare_data_converts_and_splits(run_script: RunScript, tmp_path: Path)
     parts = {name: read_records(tmp_path / "parts" / f"{name}.jsonl") for name in PARTS}
     assert [len(parts[name]) for name in PARTS] == [16, 2, 2]
     assert all(record.form == "sharegpt" for part in parts.values() for record in part)
+    (tmp_path / "afile").write_text("", encoding="utf-8")
+    write_lines(tmp_path / "tests.jsonl", [{**ALPACA, "split": "test"}])  # no row for the first part
+    blocked = run_script("data/prepare_data.py", "--split", "tests.jsonl", "--output", "afile", cwd=tmp_path)
+    assert (blocked.returncode, len(blocked.stderr.splitlines())) == (2, 1), blocked.stderr
     missing = run_script("data/prepare_data.py", "--convert", "in.jsonl", cwd=tmp_path)
     assert missing.returncode == 2
     assert "--output" in missing.stderr

@@ -4,9 +4,9 @@
     python -m stocklora.instruct.lint data/*.json --model_path models/smollm2-135m --max_length 512
 
 Every fault is a line: file, row, field, what is wrong. Without a model the rows are checked as text: form, roles and
-their order, empty answers, repeated rows, one question in two parts of the split, labels and JSON that do not agree
-with the answer. With --model_path they are also rendered by the model's chat template: rows that lose tokens to
---max_length, rows without a supervised token, and the share of tokens that the loss is taken on.
+their order, empty answers, repeated rows, a question or an event in two parts of the split, labels and JSON that do
+not agree with the answer. With --model_path they are also rendered by the model's chat template: rows that lose
+tokens to --max_length, rows without a supervised token, and the share of tokens that the loss is taken on.
 
 Exit code: 0 without faults, 1 with faults, 2 where a file or the model cannot be read.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from stocklora.console import UserError, print_table, run_script, say
-from stocklora.instruct.records import Fault, Record, prompt_key, read_with_faults
+from stocklora.instruct.records import Fault, Record, given_part, prompt_key, read_with_faults
 
 EXIT_FAULTS = 1
 
@@ -71,7 +71,7 @@ def check_records(records: Sequence[Record], tokenizer: Any = None, max_length: 
     supervised: list[int] = []
     first_row: dict[tuple[str, str], Record] = {}
     first_answer: dict[str, Record] = {}
-    first_part: dict[str, Record] = {}
+    first_part: dict[tuple[str, str], Record] = {}
     for record in records:
         question = prompt_key(record)
         earlier = first_row.setdefault((question, record.answer.strip()), record)
@@ -79,15 +79,31 @@ def check_records(records: Sequence[Record], tokenizer: Any = None, max_length: 
             faults.append(_fault(record, "", f"repeats {_place(earlier, record)}"))
         elif (other := first_answer.setdefault(question, record)) is not record:
             warnings.append(_fault(record, "", f"the question of {_place(other, record)} with another answer"))
-        if record.meta.get("split"):
-            same = first_part.setdefault(question, record)
-            if same.meta["split"] != record.meta["split"]:
-                text = f"'{record.meta['split']}', but {_place(same, record)} asks the same in '{same.meta['split']}'"
-                faults.append(_fault(record, "split", text))
+        faults.extend(_split_faults(record, question, first_part))
         faults.extend(_text_faults(record))
         if tokenizer is not None:
             faults.extend(_token_faults(record, tokenizer, max_length, lengths, supervised))
     return Report(faults, warnings, len(records), lengths, supervised)
+
+
+def _split_faults(record: Record, question: str, first: dict[tuple[str, str], Record]) -> Iterator[Fault]:
+    """A part that is none, and a question or an event that stands in two: the test would be known from training."""
+    try:
+        part = given_part(record)
+    except UserError as error:
+        yield _fault(record, "split", str(error).removeprefix(f"{record.where}, split: "))
+        return
+    if part is None:
+        return
+    keys = {("question", question): "asks the same"}
+    if record.meta.get("event_id") not in (None, ""):
+        keys["event", str(record.meta["event_id"])] = "is of the same event"
+    for key, words in keys.items():
+        same = first.setdefault(key, record)
+        if given_part(same) != part:
+            text = f"'{record.meta['split']}', but {_place(same, record)} {words} in '{same.meta['split']}'"
+            yield _fault(record, "split", text)
+            return
 
 
 def _text_faults(record: Record) -> Iterator[Fault]:
@@ -102,7 +118,7 @@ def _text_faults(record: Record) -> Iterator[Fault]:
     if isinstance(fields, dict):
         try:
             agrees = json.loads(record.answer) == fields
-        except ValueError:
+        except (ValueError, RecursionError):
             agrees = False
         if not agrees:
             yield _fault(record, "fields", "the answer is not this JSON object")

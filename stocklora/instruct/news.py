@@ -150,9 +150,6 @@ def build_dataset(settings: InstructionSettings) -> Built:
         for event in kept
         for subject in subjects_of(event, settings.thresholds, settings.reference_minutes, settings.max_characters)
     ]
-    digests = sum(1 for s in subjects if s.text is None and s.release is None)
-    if digests:
-        left_out[f"digest, or longer than {settings.max_characters} characters without a headline"] += digests
     records, notes = _chosen(subjects, settings)
     if not records:
         raise UserError(
@@ -164,23 +161,35 @@ def build_dataset(settings: InstructionSettings) -> Built:
 
 
 def _without_repeats(events: Sequence[Event], settings: InstructionSettings, left_out: Counter[str]) -> list[Event]:
-    """Events of which no other says the same; of equals one with returns is kept, else the earliest."""
+    """Events of which no other says the same; of equals one with returns is kept, else the earliest.
+
+    What carries no question is counted, and stays: the days are cut by all that was measured on them.
+    """
     best_first = sorted(events, key=lambda event: (not event.moves, event.day, event.event_id))
     by_release: dict[Any, Event] = {}
     texts: list[tuple[Event, str]] = []
+    silent: list[Event] = []
     for event in best_first:
         subject = subjects_of(event, settings.thresholds, settings.reference_minutes, settings.max_characters)[0]
         if subject.release is not None:
             key = (subject.release.name, subject.release.actual)  # the same release, once with and once without units
             if by_release.setdefault(key, event) is not event:
                 left_out["repeats an earlier release"] += 1
+        elif subject.text is not None and event.moves and not event.name:
+            texts.append((event, subject.text))
         else:
-            texts.append((event, subject.text or event.content or event.name))
+            silent.append(event)
+            if event.name:
+                left_out["calendar item without an actual value, or nothing to compare it with"] += 1
+            elif subject.text is None:
+                left_out[f"digest, or longer than {settings.max_characters} characters without a headline"] += 1
+            else:
+                left_out["news without a return in event_impacts"] += 1
     first = first_of_each([text for _, text in texts], settings.near_duplicate)
     kept = [event for index, (event, _) in enumerate(texts) if first[index] == index]
     if len(kept) < len(texts):
         left_out["repeats earlier news in the same or nearly the same words"] += len(texts) - len(kept)
-    return sorted([*kept, *by_release.values()], key=lambda event: (event.day, event.event_id))
+    return sorted([*kept, *silent, *by_release.values()], key=lambda event: (event.day, event.event_id))
 
 
 class _Source:
@@ -191,11 +200,14 @@ class _Source:
         self.queues: dict[str, deque[tuple[Subject, Row]]] = {}
         for kind, maker in MAKERS[share].items():
             by_label: dict[str, list[tuple[Subject, Row]]] = {}
+            asked: set[str] = set()  # events with a question that shows no return: one, however many tickers moved
             for subject in subjects:
                 # A generator for each row: what one says does not depend on which others there are.
                 key = f"{seed}|{kind}|{subject.event.event_id}|{subject.ticker}"
                 row = maker(subject, random.Random(key))
-                if row is not None:
+                if row is not None and (row["windows"] or subject.event.event_id not in asked):
+                    if not row["windows"]:
+                        asked.add(subject.event.event_id)
                     label = str(row.get("label") or (row.get("fields") or {}).get("情绪", ""))
                     by_label.setdefault(label, []).append((subject, row))
             for label, items in sorted(by_label.items()):
@@ -310,7 +322,8 @@ def _record(share: str, part: str, seed: int, kind: str, subject: Subject, row: 
     scored = {key: row.pop(key) for key in list(row) if key not in ("instruction", "input", "output")}
     meta = {
         "kind": kind, "share": share, "event_id": event.event_id, "source": event.source,
-        "ticker": subject.ticker or None, "windows": windows, "returns_bp": [moves[minutes] for minutes in windows],
+        "ticker": subject.ticker if windows else None, "windows": windows,
+        "returns_bp": [moves[minutes] for minutes in windows],
         "date": event.day.isoformat(), "split": part, "seed": seed, **scored,
     }  # fmt: skip
     record, faults = parse_row({**row, **meta})

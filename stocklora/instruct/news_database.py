@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import date, datetime
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ SAMPLE_DATABASE = "finance_news.db"
 MISSING = {"", "none", "null", "nan", "n/a", "-", "--"}
 LARGEST_RETURN = 0.5  # a window of minutes or hours with more than this is a fault of the data
 WRITE_AHEAD = b"\x02"  # at byte 18 of a database in WAL mode
+LOCK_TIMEOUT_S = 5.0
+NUMBER = r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"  # a comma parts thousands; "0,3" is not read as 3
+DAY = re.compile(r"(\d{4})[-/.年](\d{1,2})[-/.月](\d{1,2})(?!\d)|(\d{4})(\d{2})(\d{2})(?!\d)")
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,9 @@ def read_events(path: Path | None) -> tuple[list[Event], Counter[str]]:
     with _opened(path) as connection:
         _check_tables(connection, path)
         moves = _moves(connection, left_out)
-        columns = ", ".join(COLUMNS["events"])
-        rows = [dict(row) for row in connection.execute(f"SELECT {columns} FROM events ORDER BY rowid")]
+        # Named anew, for a table may spell them in capitals; not by rowid, which not every table has.
+        columns = ", ".join(f"{name} AS {name}" for name in COLUMNS["events"])
+        rows = [dict(row) for row in connection.execute(f"SELECT {columns} FROM events")]
     events = []
     seen = set()
     for row in rows:
@@ -103,27 +108,36 @@ def read_events(path: Path | None) -> tuple[list[Event], Counter[str]]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[sqlite3.Connection]:
-    if not path.is_file():
-        raise UserError(
-            f"no database {path}; give --db FILE; the bundled one is --db data/sample/{SAMPLE_DATABASE}, the default"
-        )
+    try:
+        if not path.is_file():
+            bundled = f"the bundled one is --db data/sample/{SAMPLE_DATABASE}, the default"
+            raise UserError(f"no database {path}; give --db FILE; {bundled}")
+        with path.open("rb") as stream:
+            in_wal_mode = stream.read(100)[18:19] == WRITE_AHEAD
+        logs = {end: path.with_name(path.name + end) for end in ("-wal", "-journal")}
+        unfinished = [log.name for log in logs.values() if log.is_file() and log.stat().st_size]
+        alone = in_wal_mode and not logs["-wal"].exists()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     # A database in WAL mode wants to make files beside itself even for reading; without a log there is nothing to
-    # share with a writer, and `immutable` reads it as it lies. The same helps where locks cannot be had.
-    with path.open("rb") as stream:
-        in_wal_mode = stream.read(100)[18:19] == WRITE_AHEAD
-    alone = in_wal_mode and not path.with_name(path.name + "-wal").exists()
-    modes = ("mode=ro&immutable=1",) if alone else ("mode=ro", "mode=ro&immutable=1")
+    # share with a writer, and `immutable` reads it as it lies. The same helps where locks cannot be had, but not
+    # beside a log or a writer: then what lies there is not the whole of it.
+    modes = [] if alone else ["mode=ro"]
+    if not unfinished:
+        modes.append("mode=ro&immutable=1")
     problem: Exception | None = None
     for mode in modes:
         connection = None
         try:
-            connection = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)
+            connection = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, timeout=LOCK_TIMEOUT_S)
             connection.row_factory = sqlite3.Row
             connection.execute("SELECT name FROM sqlite_master LIMIT 1").fetchone()
         except sqlite3.OperationalError as error:
             problem = error
             if connection is not None:
                 connection.close()
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                raise UserError(f"{path} is locked by another program that writes to it; try again later") from None
             continue
         except sqlite3.DatabaseError as error:
             if connection is not None:
@@ -136,7 +150,10 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
         finally:
             connection.close()
         return
-    raise UserError(f"cannot open {path}: {problem}")
+    open_changes = (
+        f"; {', '.join(unfinished)} holds changes to it: open and close it once in sqlite3" if unfinished else ""
+    )
+    raise UserError(f"cannot open {path}: {problem}{open_changes}")
 
 
 def _check_tables(connection: sqlite3.Connection, path: Path) -> None:
@@ -164,7 +181,10 @@ def _moves(connection: sqlite3.Connection, left_out: Counter[str]) -> dict[str, 
         elif ret is None or abs(ret) > LARGEST_RETURN:
             left_out["return that is empty, no number or beyond 50%"] += 1
         else:
-            found.setdefault(event_id, {}).setdefault(ticker, {})[int(minutes)] = round(ret * 10_000)
+            windows = found.setdefault(event_id, {}).setdefault(ticker, {})
+            if int(minutes) in windows:
+                left_out["return given twice for one window"] += 1
+            windows.setdefault(int(minutes), round(ret * 10_000))
     return {
         event_id: {ticker: tuple(sorted(windows.items())) for ticker, windows in sorted(tickers.items())}
         for event_id, tickers in found.items()
@@ -175,6 +195,8 @@ def _text(value: Any) -> str | None:
     """Text of a cell; what stands for nothing is None."""
     if value is None or isinstance(value, bytes):
         return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas makes 7 a 7.0 where a column has gaps; an id must stay the same
     text = str(value).strip()
     return None if text.lower() in MISSING else text
 
@@ -184,18 +206,22 @@ def _number(value: Any) -> float | None:
     text = _text(value)
     if text is None:
         return None
+    digits = text.removesuffix("%").strip()
+    if "," in digits and not re.fullmatch(NUMBER, digits):
+        return None
     try:
-        number = float(text.removesuffix("%").replace(",", "")) / (100 if text.endswith("%") else 1)
+        number = float(digits.replace(",", "")) / (100 if text.endswith("%") else 1)
     except ValueError:
         return None
     return number if math.isfinite(number) else None
 
 
 def _day(value: Any) -> date | None:
-    text = _text(value)
-    if text is None:
+    """The day that a time begins with: ``2025-01-03 09:30:00``, ``2025/1/3``, ``20250103``; none in Unix seconds."""
+    match = DAY.match(_text(value) or "")
+    if match is None:
         return None
     try:
-        return datetime.fromisoformat(text.replace("/", "-")).date()
+        return date(*(int(part) for part in match.groups() if part))
     except ValueError:
         return None

@@ -17,7 +17,7 @@ NOISE = re.compile(
 DIGEST = re.compile(
     r"整理[：:]|汇总|要闻速递|一览|重点关注|[①②③]|(?:^|[^\d.])1[.、](?!\d).*[^\d.]2[.、](?!\d)", re.DOTALL
 )
-NAMED_DAY = re.compile(r"\d{1,2}月\d{1,2}日")
+DIGEST_WITHIN = 2_000  # characters in which a digest shows itself; the pattern is slow on more
 
 GOLD = {"XAUUSD"}
 # The first pattern that is found names the topic; the order runs from the most to the least particular.
@@ -34,11 +34,12 @@ TOPICS = (
     ),
     (
         "company",
-        r"\(\w{1,6}\.[A-Z]{1,3}\)|股份|净利润|科创板|IPO|上市|公告|集团|CEO|董事长|特斯拉|英伟达|苹果公司|华为|证券：",
+        r"\(\w{1,6}\.[A-Z]{1,3}\)|股份|净利润|科创板|IPO|上市|公告|(?<!国)集团|CEO|董事长|特斯拉|英伟达|苹果公司|华为|证券：",
     ),
     (
         "data",
-        r"^(?:【)?美国.{0,20}(CPI|PPI|PCE|非农|失业|初请|GDP|零售|PMI|就业人数|通胀)|GDPNow|劳工统计局",
+        r"^(?:【)?美国.{0,20}(CPI|PPI|PCE|非农|失业|初请|GDP|零售|PMI|就业人数|通胀|职位空缺|裁员人数|消费者信心|NFIB|NAHB|成屋|新屋|"
+        r"耐用品|工厂订单|个人支出|进口物价|商业活动指数|制造业指数)|GDPNow|劳工统计局",
     ),
     ("rates", r"美联储|FOMC|鲍威尔|降息|加息|利率决议|日本央行|欧洲央行|英国央行|瑞士央行|加拿大央行|澳洲联储"),
     (
@@ -101,7 +102,7 @@ def cleaned(content: str) -> str:
 def fitted(content: str, most_characters: int) -> str | None:
     """The text for a question: whole, or its headline where it is too long; None for digests and what does not fit."""
     text = cleaned(content)
-    if DIGEST.search(text) or not text:
+    if not text or DIGEST.search(text[:DIGEST_WITHIN]):
         return None
     if len(text) <= most_characters:
         return text

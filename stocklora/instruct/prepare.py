@@ -121,7 +121,14 @@ def split(path: Path, settings: PrepareSettings) -> None:
         if parts[name]:
             write_records(parts[name], target, form)
         else:
-            target.unlink(missing_ok=True)  # an older run's part would pass for one of this
+            _remove(target)  # an older run's part would pass for one of this
         days = sorted(str(record.meta["date"])[:10] for record in parts[name] if record.meta.get("date"))
         rows.append((name, f"{len(parts[name]):,}", f"{days[0]} to {days[-1]}" if days else "-", str(target)))
     print_table("", ("part", "rows", "dates", "file"), rows)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot remove {path}: {error.strerror or error}") from None

@@ -123,6 +123,17 @@ PATTERN_WORDS = {
         "价格首尾都没有明显反应，市场很可能已有预期，或并不看重这条消息。",
     ),
 }
+# What the windows in between took back, or did, which the first and the last alone do not show.
+PATTERN_BETWEEN = {
+    price.EXTENDED: (
+        "首尾方向一致，但中途一度回到起点或转向，追随时要留意反复。",
+        "从首尾看初始方向仍在，不过中途曾被完全抹去，走势并不稳固。",
+    ),
+    price.FLAT: (
+        "首尾都在中性区间内，中途虽有波动，但未能保持。",
+        "中途曾走出中性区间，最后又回到其中，这一反应没有留下来。",
+    ),
+}
 
 
 def make_priced_in(subject: Subject, rng: random.Random) -> Row | None:
@@ -143,7 +154,13 @@ def make_priced_in(subject: Subject, rng: random.Random) -> Row | None:
         f"{subject.ticker}在{first_minutes}分钟时{price.moved(first)}，到{last_minutes}分钟时累计{price.moved(last)}。",
         f"公布后{first_minutes}分钟{subject.ticker}{price.moved(first)}，{last_minutes}分钟累计{price.moved(last)}。",
     ))  # fmt: skip
-    output = f"判断：{label}\n说明：{facts}{rng.choice(PATTERN_WORDS[label])}"
+    between = [bp for _, bp in moves[1:-1]]
+    unsteady = {
+        price.EXTENDED: any(bp * first <= 0 for bp in between),
+        price.FLAT: any(abs(bp) > subject.limits.neutral_bp for bp in between),
+    }
+    words = (PATTERN_BETWEEN if unsteady.get(label) else PATTERN_WORDS)[label]
+    output = f"判断：{label}\n说明：{facts}{rng.choice(words)}"
     return row_of_fields(instruction, shown(subject, moves, rng), output, moves, label=label)
 
 

@@ -20,8 +20,8 @@ from stocklora.instruct.forms import FORMS, ROLES, Fault, Message, Record, parse
 from stocklora.settings import parse_json
 
 __all__ = [
-    "FORMS", "PARTS", "ROLES", "Fault", "Message", "Record", "cut_days", "parse_row", "prompt_key", "read_records",
-    "read_with_faults", "row_of", "split_records", "write_records",
+    "FORMS", "PARTS", "ROLES", "Fault", "Message", "Record", "cut_days", "given_part", "parse_row", "prompt_key",
+    "read_records", "read_with_faults", "row_of", "split_records", "write_records",
 ]  # fmt: skip
 
 PARTS = ("train", "validation", "test")
@@ -87,7 +87,7 @@ def _rows_of(path: Path) -> Iterator[tuple[int, Any, str]]:
         raise UserError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from None
     if text.lstrip().startswith("["):
         try:
-            rows = json.loads(text)
+            rows = parse_json(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON: {error}") from None
         yield from ((number, content, "") for number, content in enumerate(rows, start=1))
@@ -113,7 +113,10 @@ def write_records(records: Iterable[Record], path: Path, form: str = "messages")
     path = Path(path)
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
-    rows = [plain(row_of(record, form)) for record in records]
+    try:
+        rows = [plain(row_of(record, form)) for record in records]
+    except RecursionError:
+        raise UserError(f"cannot write {path}: a row holds lists or objects that are nested too deeply") from None
     if path.suffix.lower() == ".json":
         write_text(path, json.dumps(rows, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
     elif path.suffix.lower() == ".jsonl":
@@ -151,11 +154,11 @@ def split_records(
     part_of: dict[int, str] = {}
     open_groups: list[list[int]] = []
     for group in _groups(records):
-        given = {_given_part(records[index]) for index in group} - {None}
+        given = {given_part(records[index]) for index in group} - {None}
         # Two parts in one group is the file's own doing, which the linter reports; each row then keeps its part.
         for index in group:
             if given:
-                part_of[index] = _given_part(records[index]) or min(str(name) for name in given)
+                part_of[index] = given_part(records[index]) or min(str(name) for name in given)
         if not given:
             open_groups.append(group)
     part_of.update(_cut_by_date(records, open_groups, fractions) or _cut_by_hash(records, open_groups, fractions, seed))
@@ -188,7 +191,12 @@ def _groups(records: Sequence[Record]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _given_part(record: Record) -> str | None:
+def given_part(record: Record) -> str | None:
+    """The part that a row's own ``split`` names.
+
+    Raises:
+        UserError: it names none.
+    """
     name = record.meta.get("split")
     if name in (None, ""):
         return None

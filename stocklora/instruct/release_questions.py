@@ -62,7 +62,7 @@ def _compared(label: str, usual: int, subject: Subject) -> str:
     if usual == 0 or subject.ticker != GOLD_TICKER:
         return "这一变动未必由该数据引起。"
     agrees = (label == price.POSITIVE) == (usual > 0)
-    return "与上述常见方向一致。" if agrees else "与上述常见方向相反，说明当时还有其他因素主导。"
+    return "与上述常见方向一致。" if agrees else "与上述常见方向相反，当时可能另有因素主导。"
 
 
 def make_release_extraction(subject: Subject, rng: random.Random) -> Row | None:

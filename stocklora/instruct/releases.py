@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
-from stocklora.instruct.news_database import Event
+from stocklora.instruct.news_database import NUMBER, Event
 
 COUNTRIES = (
     "美国", "中国香港", "中国台湾", "中国", "英国", "德国", "法国", "意大利", "西班牙", "欧元区", "日本", "韩国",
@@ -24,7 +24,6 @@ CURRENCIES = {
 ABOVE, BELOW, EQUAL = "高于预期", "低于预期", "符合预期"
 RESULTS = (ABOVE, BELOW, EQUAL)
 
-NUMBER = r"[-+−]?\d[\d,]*(?:\.\d+)?"
 UNITS = (
     "%", "万亿元", "亿美元", "亿欧元", "亿日元", "亿英镑", "亿瑞郎", "亿加元", "亿澳元", "亿元", "亿立方英尺", "万桶",
     "万人", "万户", "万千瓦", "万件", "万套", "亿", "万", "口", "点",
@@ -33,13 +32,15 @@ _UNIT = "|".join(UNITS)
 VALUE = re.compile(rf"({NUMBER})\s*({_UNIT})?")
 FLASH = re.compile(
     rf"^(?P<name>[^，。,；;：:【】]{{4,40}}?)\s*(?:录得|为|公布值)?\s*(?P<actual>{NUMBER}(?:{_UNIT})?)"
-    rf"(?:[，,]\s*预期(?:为)?\s*(?P<consensus>{NUMBER}(?:{_UNIT})?))?[，,]\s*前值(?:为)?\s*(?P<previous>{NUMBER}(?:{_UNIT})?)。?$"
+    rf"(?:[，,]\s*预期(?:为)?\s*(?P<consensus>{NUMBER}(?:{_UNIT})?))?[，,]\s*前值(?:为|由{NUMBER}(?:{_UNIT})?(?:修正|上修|下修)(?:为|至))?"
+    rf"\s*(?P<previous>{NUMBER}(?:{_UNIT})?)。?$"
 )
+INDEX = re.compile(r"PMI|指数|差值|指标")
 # The unit that the agencies leave out of a calendar's numbers; the first pattern that is found decides.
 UNIT_OF = (
     (r"利率|年率|月率|季率|同比|环比|增速|失业率|通胀率|占比|通胀预期|比例", "%"),
     (r"GDP总量", "万亿元"),
-    (r"PMI|指数|差值|指标", ""),
+    (INDEX.pattern, ""),
     (r"外汇储备", "亿美元"),
     (r"天然气库存", "亿立方英尺"),
     (r"原油库存|汽油库存|精炼油库存|石油储备", "万桶"),
@@ -111,7 +112,8 @@ class Release:
 
     def gap(self, value: Decimal) -> str:
         """How far the actual is from ``value``: ``4.0万人``, ``0.2个百分点``, ``0.7点``."""
-        unit = {"%": "个百分点", "": "点"}.get(self.unit, self.unit)
+        points = "点" if INDEX.search(self.name) else ""  # of an index; of anything else the unit is not known
+        unit = {"%": "个百分点", "": points}.get(self.unit, self.unit)
         return f"{abs(self.actual - value):.{self.decimals}f}{unit}"
 
     @property
@@ -144,14 +146,16 @@ def release_of(event: Event) -> Release | None:
     if actual is None or (consensus is None and previous is None):
         return None
     country = next((c for c in COUNTRIES if name.startswith(c)), event.country)
+    name = name if name.startswith(country) else country + name  # a question must say what its answer is asked for
     topic, stronger = next(((t, s) for pattern, t, s in TOPIC_OF if re.search(pattern, name)), ("", True))
     return Release(country, name, unit, actual, consensus, previous, topic, stronger)
 
 
 def _without_unit(name: str) -> tuple[str, str]:
     """``美国10月ADP就业人数(万人)`` -> (``美国10月ADP就业人数``, ``万人``); other brackets stay."""
-    match = re.fullmatch(r"(.+?)\s*[(（](.+?)[)）]", name.strip())
-    return (match[1], match[2]) if match and match[2] in UNITS else (name.strip(), "")
+    name = " ".join(name.split())
+    match = re.fullmatch(r"(.+?)\s*[(（](.+?)[)）]", name)
+    return (match[1], match[2]) if match and match[2] in UNITS else (name, "")
 
 
 def _value(text: str | None) -> tuple[Decimal, str] | None:
@@ -159,9 +163,10 @@ def _value(text: str | None) -> tuple[Decimal, str] | None:
     if match is None:
         return None
     try:
-        return Decimal(match[1].replace(",", "").replace("−", "-").replace("+", "")), match[2] or ""
+        number = Decimal(match[1].replace(",", "").replace("−", "-").replace("+", ""))
     except InvalidOperation:
         return None
+    return (number if number else abs(number)), match[2] or ""  # "-0.0" is no number below 0
 
 
 def meaning(release: Release) -> str:
@@ -184,6 +189,8 @@ def meaning(release: Release) -> str:
         return f"{words}，通常{'支持' if above else '压制'}{currency}。"
     if release.topic == "rate":
         words = f"利率水平{result}，属于偏{'紧' if above else '松'}的意外"
+        if release.country == "美国":
+            return f"{words}，一般{_us_effect(above)}。"
         return f"{words}，通常{'支持' if above else '压制'}{currency or '本币'}。"
     strong = above == release.higher_is_stronger
     words = f"{'就业' if release.topic == 'labour' else '经济活动'}表现{'强' if strong else '弱'}于预期"
