@@ -1,6 +1,6 @@
 """Every way to fine-tune on the same days: trainable parameters, step time, memory, file size, validation loss.
 
-    python bench/methods.py                                    # SmolLM2-135M, some 20 minutes on two cores
+    python bench/methods.py                                    # SmolLM2-135M; the first six: 11 minutes, two cores
     python bench/methods.py --methods lora peft --backbone_layers 8 --epochs 3
     python bench/methods.py --data prices.csv --validation_from 2022-01-03 --test_from 2023-01-03
 
