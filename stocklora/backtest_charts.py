@@ -23,9 +23,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from stocklora.backtest_results import INTERVALS, PIT_BINS, BacktestResult
 from stocklora.backtest_words import as_float, formatted, iso_date, name_of
+from stocklora.figures import DOWN, GRID, INK, MODEL, MUTED, WALK
 from stocklora.metrics import median_index
 from stocklora.predictions import INTERVAL_COLUMNS
-from stocklora.report import BANDS, DOWN, GRID, INK, MODEL, MUTED, WALK
+from stocklora.report import BANDS
 from stocklora.significance import long_run_variance
 
 MOST_POINTS = 400  # of a line: more than a panel has pixels to show

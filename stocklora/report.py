@@ -6,58 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.collections import LineCollection, PolyCollection
 
-from stocklora.files import replacing
+from stocklora.figures import DOWN, INK, MODEL, MUTED, UP, WALK, new_figure, save_figure, set_title
 from stocklora.predictions import INTERVAL_COLUMNS
 
 if TYPE_CHECKING:
     from stocklora.training import TrainingOutcome
 
-INK, MUTED, GRID = "#1f2933", "#697586", "#e4e7eb"
-UP, DOWN, MODEL, WALK = "#2a9d6f", "#d1495b", "#2f5d9b", "#9aa5b1"
 BANDS = (("P05", "P95", 0.14, "90%"), ("P10", "P90", 0.22, "80%"), ("P25", "P75", 0.34, "50%"))
-DPI = 150
-
-
-def _figure(rows: int = 1, height: float = 5.0, ratios: Sequence[float] | None = None) -> tuple[Any, Any]:
-    figure, axes = plt.subplots(
-        rows, 1, figsize=(10, height), sharex=rows > 1, height_ratios=ratios, layout="constrained"
-    )
-    for axis in np.atleast_1d(axes):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color(WALK)
-        axis.tick_params(colors=MUTED, labelsize=9)
-        axis.grid(axis="y", color=GRID, linewidth=0.8)
-        axis.set_axisbelow(True)
-    return figure, axes
-
-
-def _title(axis: Any, title: str, subtitle: str = "") -> None:
-    axis.set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=26 if subtitle else 8)
-    if subtitle:
-        axis.text(0, 1.025, subtitle, transform=axis.transAxes, color=MUTED, fontsize=9.5)
-
-
-def _save(figure: Any, path: Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, format="png")
-    plt.close(figure)
 
 
 def plot_training_curve(outcome: TrainingOutcome, path: Path) -> None:
     """Validation loss against the untrained model's, epoch by epoch, and the training loss below it."""
     epochs = [row["epoch"] for row in outcome.history]
     ratios = [row["validation_ratio"] for row in outcome.history]
-    figure, (top, bottom) = _figure(2, 6.0, (3, 2))
-    _title(
+    figure, (top, bottom) = new_figure(2, 6.0, (3, 2))
+    set_title(
         top,
         "Validation loss relative to the random walk",
         "below 1: the model has learned something that holds on days it was not trained on",
@@ -82,7 +49,7 @@ def plot_training_curve(outcome: TrainingOutcome, path: Path) -> None:
     bottom.set_ylabel("training loss\n(units of the scale)", color=MUTED)
     bottom.set_xlabel("epoch", color=MUTED)
     bottom.xaxis.get_major_locator().set_params(integer=True)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_forecast(
@@ -94,10 +61,10 @@ def plot_forecast(
         rows: one ticker's rows of ``predictions.csv``.
     """
     recent = frame.iloc[-days:]
-    figure, axis = _figure(height=5.2)
+    figure, axis = new_figure(height=5.2)
     first, last = rows[0], rows[-1]
     low, high = last["P10"], last["P90"]
-    _title(
+    set_title(
         axis,
         f"{first['Ticker']}: next {len(rows)} closes from {first['Origin']:%Y-%m-%d}",
         subtitle
@@ -128,7 +95,7 @@ def plot_forecast(
     axis.set_xlim(-1, at[-1] + 1)
     axis.set_ylabel("price", color=MUTED)
     _legend(axis)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _legend(axis: Any, columns: int = 1) -> None:
@@ -187,8 +154,8 @@ def plot_backtest(
     came = close[rows + 1]
     forecast = close[rows][:, None] * np.exp(quantiles[:, 0, :])
     column = {name: forecast[:, int(np.argmin(np.abs(levels - level)))] for level, name in INTERVAL_COLUMNS.items()}
-    figure, axis = _figure(height=5.0)
-    _title(axis, f"{ticker}: every close of the test days, forecast the day before", subtitle)
+    figure, axis = new_figure(height=5.0)
+    set_title(axis, f"{ticker}: every close of the test days, forecast the day before", subtitle)
     # Days are drawn one step apart, so that a Friday's interval is as wide as any other day's.
     at = np.arange(len(rows))
     for lower, upper, alpha, label in BANDS:
@@ -211,4 +178,4 @@ def plot_backtest(
     axis.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
     axis.set_ylabel("price", color=MUTED)
     _legend(axis, columns=2)
-    _save(figure, path)
+    save_figure(figure, path)

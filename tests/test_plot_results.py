@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from matplotlib import font_manager, text
 from PIL import Image
 
 from stocklora.console import UserError
-from stocklora.instruct import plots
+from stocklora.instruct import loss_curve, plots
 from stocklora.instruct.evaluation import FORMAT, summarize
 from stocklora.instruct.fonts import Font, find_font, latin_font
 from stocklora.instruct.measures import MEASURES, Prediction
@@ -125,6 +126,9 @@ def test_a_font_file_can_be_given(outputs: Path, in_folder: Path) -> None:
 def test_every_measure_and_picture_has_its_words_in_both_languages() -> None:
     assert {measure.name for measure in MEASURES} <= set(WORDS)
     assert all(len(words) == 2 and all(words) for words in WORDS.values())
+    for words in WORDS.values():
+        fields = [{part[1:3] for part in Formatter().parse(text) if part[1]} for text in words]
+        assert fields[0] == fields[1]
     assert not latin_font().lacks("".join(words[ENGLISH] for words in WORDS.values()))
 
 
@@ -152,6 +156,51 @@ def test_a_log_that_was_cut_short_is_drawn_and_a_damaged_one_is_told(outputs: Pa
     log.write_text("nonsense\n" + whole, encoding="utf-8")
     with pytest.raises(UserError, match="line 1"):
         plots.read_log(log)
-    (outputs / "evaluation_results.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(UserError, match="run it again"):
-        plots.read_results(outputs / "evaluation_results.json")
+    for line in ("[1]", '{"loss": 1.0}', '{"step": 1, "loss": "high"}', "\ufffd"):
+        log.write_bytes(line.encode().replace("\ufffd".encode(), b"\xff") + b"\n" + whole.encode())
+        with pytest.raises(UserError, match="line 1 is no entry"):
+            plots.read_log(log)
+
+
+def test_a_damaged_results_file_is_told(outputs: Path) -> None:
+    path = outputs / "evaluation_results.json"
+    whole = results()
+    without = {**whole, "systems": {"tuned": {"chrf": None}}}
+    for content in ({}, [], {"format": FORMAT, "systems": {}}, {**whole, "systems": {}}, {**whole, "data": 6}, without):
+        path.write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(UserError, match="run it again"):
+            plots.read_results(path)
+
+
+@pytest.mark.filterwarnings("error:.*[Gg]lyph.*")
+def test_a_single_step_is_a_dot_over_whole_steps(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    for module in (plots, loss_curve):
+        monkeypatch.setattr(module, "save_figure", lambda figure, path: drawn.append(figure))
+    log = [{"step": 1, "epoch": 0.1, "loss": 3.0, "learning_rate": 1e-4}]
+    write_jsonl(outputs / "training_log.jsonl", log)
+    (outputs / "evaluation_results.json").unlink()
+    plot_results(PlotSettings(model_path=outputs, language="en"))
+    loss_curve.plot_loss_curve(log, outputs / "loss_curve.png", "小模型, lora")
+    assert len(drawn) == 3
+    for figure in drawn:
+        figure.canvas.draw()
+        for axis in figure.axes:
+            assert [line.get_marker() for line in axis.lines] == ["o"]
+            assert all(float(tick).is_integer() for tick in axis.get_xticks())
+    assert any("???, lora" in words.get_text() for words in drawn[-1].axes[0].texts)
+
+
+def test_no_words_are_covered(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    plot_results(PlotSettings(model_path=outputs, language="en"))
+    scores, generation = drawn[-2:]
+    scores.canvas.draw()
+    axis = scores.axes[0]
+    radius = max(points.get_sizes()[0] for points in axis.collections) ** 0.5 / 2 * scores.dpi / 72
+    at_zero = axis.transData.transform((0, 0))[0]  # a dot at 0% stands half outside the axes
+    assert all(label.get_window_extent().x1 < at_zero - 2 * radius for label in axis.get_yticklabels())
+    values = [words for axis in generation.axes for words in axis.texts]
+    assert len(values) == 6
+    assert all(words.get_bbox_patch() is not None for words in values)  # the dashed line may pass there

@@ -44,7 +44,12 @@ def evaluate(settings: EvaluateSettings) -> Path:
     Raises:
         UserError: no model, no rows, or rows that do not fit the model.
     """
+    from stocklora.fitting import check_writable
+
     check_installed(SCORES, "scoring")
+    folder = settings.output_dir or settings.model_path
+    if settings.output_dir or settings.model_path.is_dir():
+        check_writable(folder, "--output_dir" if settings.output_dir else "--model_path")
     tuned = [str(settings.model_path)]
     base = settings.base_model if settings.model_path.is_dir() and is_adapter(settings.model_path) else None
     sources = find_sources(base, tuned, settings.any_base)
@@ -56,7 +61,6 @@ def evaluate(settings: EvaluateSettings) -> Path:
         say(note)
     predictions, base_name = _predictions(settings, sources, held_out.records)
     results = summarize(held_out.records, predictions, settings.resamples, settings.seed)
-    folder = settings.output_dir or settings.model_path
     content = {
         "format": FORMAT,
         "model_path": str(settings.model_path),
@@ -134,12 +138,14 @@ def predict(
     lengths = [sum(len(message.content) for message in record.prompt) for record in records]
     order = sorted(range(len(records)), key=lambda index: lengths[index])
     answers: dict[int, Answer] = {}
+    batches: dict[int, int] = {}
     with progress() as bar:
         task = bar.add_task(f"answers, {name}", total=len(records))
         for start in range(0, len(order), settings.batch_size):
             part = order[start : start + settings.batch_size]
             found = model.answers([records[index].prompt for index in part], adapter=adapter, sampling=sampling)
             answers.update(zip(part, found, strict=True))
+            batches.update(dict.fromkeys(part, start))
             bar.advance(task, len(part))
     if any(answer.dropped_messages for answer in answers.values()):
         warn("some conversations were longer than the model's context; their oldest turns were left out")
@@ -151,6 +157,7 @@ def predict(
             answers[index].new_tokens,
             answers[index].seconds,
             score(record, answers[index].text, answers[index].finish, labels[kind_of(record)]),
+            batches[index],
         )
         for index, record in enumerate(records)
     ]
@@ -181,19 +188,28 @@ def summarize(
     Args:
         predictions: of each model, one for each of ``records``. The last model's are summarized in ``summary``.
     """
-    draws = Resampler([_group(record, index) for index, record in enumerate(records)], resamples, seed)
+    by_event = Resampler([_group(record, index) for index, record in enumerate(records)], resamples, seed)
+    # Rows that were answered at once have one time between them.
+    answered = next(iter(predictions.values()))
+    by_batch = Resampler(
+        [("row", index) if item.batch is None else item.batch for index, item in enumerate(answered)], resamples, seed
+    )
     systems: dict[str, dict[str, Any]] = {name: {} for name in predictions}
     difference: dict[str, Any] = {}
     for measure in MEASURES:
+        draws = by_batch if measure.name == "generation_time_s" else by_event
         values = {name: measure.values(draws, items, records) for name, items in predictions.items()}
-        for name, items in predictions.items():
-            rows = sum(measure.applies(item, record) for item, record in zip(items, records, strict=True))
-            estimate = draws.estimate(values[name], rows, (0.0, 1.0) if measure.unit == "%" else None)
+        used = {
+            name: [measure.applies(item, record) for item, record in zip(items, records, strict=True)]
+            for name, items in predictions.items()
+        }
+        for name in predictions:
+            estimate = draws.estimate(values[name], used[name], (0.0, 1.0) if measure.unit == "%" else None)
             systems[name][measure.name] = estimate.as_dict() if estimate else None
         if BASE_SYSTEM in values and TUNED_SYSTEM in values:
-            rows = min(entry["rows"] if (entry := systems[name][measure.name]) else 0 for name in systems)
+            fewer = min(used.values(), key=sum)
             estimate = draws.estimate(
-                values[TUNED_SYSTEM] - values[BASE_SYSTEM], rows, (-1.0, 1.0) if measure.unit == "%" else None
+                values[TUNED_SYSTEM] - values[BASE_SYSTEM], fewer, (-1.0, 1.0) if measure.unit == "%" else None
             )
             difference[measure.name] = estimate.as_dict() if estimate else None
     tuned = systems[list(predictions)[-1]]
@@ -207,7 +223,7 @@ def summarize(
         "systems": systems,
         "difference": difference,
         "by_kind": _by_kind(records, predictions),
-        "expected": _of_expected(records, draws),
+        "expected": _of_expected(records, by_event),
     }
 
 
@@ -275,6 +291,15 @@ def check_results(content: Any, path: Path) -> Mapping[str, Any]:
     Raises:
         UserError: it is something else, or of another version.
     """
-    if not isinstance(content, Mapping) or content.get("format") != FORMAT or "systems" not in content:
+    if not isinstance(content, Mapping) or content.get("format") != FORMAT or not _is_whole(content):
         raise UserError(f"{path} is not what training/evaluate.py of this version writes; run it again")
     return content
+
+
+def _is_whole(content: Mapping[str, Any]) -> bool:
+    """Whether the tables are there, with every measure of every model."""
+    if not all(isinstance(content.get(name), Mapping) for name in ("data", "systems", "difference", "expected")):
+        return False
+    names = {measure.name for measure in MEASURES}
+    tables = list(content["systems"].values())
+    return TUNED_SYSTEM in content["systems"] and all(isinstance(it, Mapping) and set(it) >= names for it in tables)

@@ -62,38 +62,17 @@ def _of_files(settings: EvaluateSettings, info: dict[str, Any]) -> HeldOut:
         records = split_records(records, *_how(info))[split]
     names = ", ".join(map(str, settings.data))
     note = f"all rows of {names}" if split == "all" else f"the {split} rows of {names}"
-    _warn_of_training_rows(records, settings.data, info)
+    _warn_of_training_rows(records, settings, info)
     return HeldOut(records, _described(settings.data), split, note, len(records))
 
 
 def _of_training(settings: EvaluateSettings, info: dict[str, Any]) -> HeldOut:
     """A part of the files that the model was trained on, split as training split them."""
-    data = info.get("data")
-    files = data.get("files") if isinstance(data, dict) else None
-    if not isinstance(files, list) or not files:
+    if not _files_of(info):
         raise UserError(
             f"{settings.model_path} has no {TRAINING_INFO} that names its data; give the rows to score: --data FILE"
         )
-    paths: list[Path] = []
-    judged_by: list[Path] = []
-    for entry in files:
-        path = Path(str(entry.get("path") if isinstance(entry, dict) else entry))
-        if not path.is_file():
-            raise UserError(f"{path}, which the model was trained on, is not here; give the rows to score: --data FILE")
-        if isinstance(entry, dict) and entry.get("sha256") not in (None, sha256_of(path)):
-            raise UserError(
-                f"{path} has changed since the model was trained on it, so which rows it never saw is unknown; give "
-                f"--data FILE"
-            )
-        (judged_by if isinstance(entry, dict) and entry.get("validation_only") else paths).append(path)
-    records, faults = read_with_faults(paths)
-    skipped = data.get("skipped") if isinstance(data, dict) else None
-    if faults and not skipped:
-        raise UserError(f"{faults[0]}; give --data FILE")
-    left_out = isinstance(skipped, dict) and "with faults" in skipped
-    parts = split_records(_sound(records, settings.model_path) if left_out else records, *_how(info))
-    if judged_by:
-        parts["validation"] = read_with_faults(judged_by)[0]
+    parts, paths, judged_by = _parts_of_training(settings.model_path, info)
     split = settings.split
     if split == "auto":
         split = "test" if parts["test"] else "validation"
@@ -102,12 +81,57 @@ def _of_training(settings: EvaluateSettings, info: dict[str, Any]) -> HeldOut:
     elif split in ("train", "all"):
         warn("the model was trained on these rows: the scores say nothing about new ones")
     rows = [record for part in parts.values() for record in part] if split == "all" else parts[split]
-    recorded = data.get("split", {}).get(split) if isinstance(data, dict) else None
+    recorded = info["data"].get("split", {}).get(split)
     if isinstance(recorded, int) and recorded != len(rows):
         warn(f"training counted {recorded} {split} rows, and {len(rows)} are found now")
     used = judged_by if split == "validation" and judged_by else paths
     note = f"the {split} rows of {', '.join(map(str, used))}, as training split them"
     return HeldOut(rows, _described(used), split, note, len(rows))
+
+
+def _files_of(info: dict[str, Any]) -> list[dict[str, Any]]:
+    """Path, sha256 and ``validation_only`` of each file that the model was trained on."""
+    data = info.get("data")
+    files = data.get("files") if isinstance(data, dict) else None
+    entries = files if isinstance(files, list) else []
+    return [entry if isinstance(entry, dict) else {"path": entry} for entry in entries]
+
+
+def _parts_of_training(
+    folder: Path, info: dict[str, Any], given: Sequence[Path] = ()
+) -> tuple[dict[str, list[Record]], list[Path], list[Path]]:
+    """The rows of each part as training split all its files together; its files; those that only validate.
+
+    Args:
+        given: files that may take the place of one that is gone, if their bytes are the same.
+
+    Raises:
+        UserError: a file that is gone, was changed since, or has faults that training did not know.
+    """
+    others = {sha256_of(path): path for path in given}
+    paths: list[Path] = []
+    judged_by: list[Path] = []
+    for entry in _files_of(info):
+        path, digest = Path(str(entry.get("path"))), entry.get("sha256")
+        if digest in others:
+            path = others[str(digest)]
+        elif not path.is_file():
+            raise UserError(f"{path}, which the model was trained on, is not here; give the rows to score: --data FILE")
+        elif digest not in (None, sha256_of(path)):
+            raise UserError(
+                f"{path} has changed since the model was trained on it, so which rows it never saw is unknown; give "
+                f"--data FILE"
+            )
+        (judged_by if entry.get("validation_only") else paths).append(path)
+    records, faults = read_with_faults(paths)
+    skipped = info["data"].get("skipped")
+    if faults and not skipped:
+        raise UserError(f"{faults[0]}; give --data FILE")
+    left_out = isinstance(skipped, dict) and "with faults" in skipped
+    parts = split_records(_sound(records, folder) if left_out else records, *_how(info))
+    if judged_by:
+        parts["validation"] = read_with_faults(judged_by)[0]
+    return parts, paths, judged_by
 
 
 def _sound(records: Sequence[Record], folder: Path) -> list[Record]:
@@ -129,19 +153,22 @@ def _how(info: dict[str, Any]) -> tuple[Sequence[float], int]:
     return split.get("fractions", DEFAULT_FRACTIONS), int(split.get("seed", 42))
 
 
-def _warn_of_training_rows(records: Sequence[Record], paths: Sequence[Path], info: dict[str, Any]) -> None:
-    """Say so if the model may have been trained on what it is scored on."""
-    data = info.get("data")
-    files = data.get("files") if isinstance(data, dict) else None
-    for entry in files if isinstance(files, list) else []:
-        path = Path(str(entry.get("path"))) if isinstance(entry, dict) else Path(str(entry))
-        if isinstance(entry, dict) and entry.get("sha256") in {sha256_of(other) for other in paths}:
-            parts = split_records(read_with_faults([path] if path.is_file() else paths)[0], *_how(info))
-            seen = {prompt_key(record) for part in PARTS[:2] for record in parts[part]}
-            count = sum(prompt_key(record) in seen for record in records)
-            if count:
-                warn(f"the model was trained on, or judged by, {count} of these {len(records)} rows; add --split test")
-            return
+def _warn_of_training_rows(records: Sequence[Record], settings: EvaluateSettings, info: dict[str, Any]) -> None:
+    """Say so if the model was trained on what it is scored on, or if that cannot be known."""
+    if not _files_of(info):
+        return
+    try:
+        parts = _parts_of_training(settings.model_path, info, settings.data)[0]
+    except UserError as error:
+        warn(f"whether training saw any of these rows is unknown: {str(error).partition(';')[0]}")
+        return
+    seen = {prompt_key(record) for part in PARTS[:2] for record in parts[part]}
+    count = sum(prompt_key(record) in seen for record in records)
+    if count:
+        trained = {entry.get("sha256") for entry in _files_of(info) if not entry.get("validation_only")}
+        same = trained == {sha256_of(path) for path in settings.data}
+        advice = "add --split test" if same else "leave out --data to score the rows that training kept aside"
+        warn(f"the model was trained on, or judged by, {count} of these {len(records)} rows; {advice}")
 
 
 def _described(paths: Sequence[Path]) -> list[dict[str, str]]:

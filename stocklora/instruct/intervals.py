@@ -17,10 +17,10 @@ LOW, HIGH = 2.5, 97.5  # percentiles of a 95% interval
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% interval; without one where there are fewer than two groups of rows.
+    """A number with its 95% interval; without one where its rows are of fewer than two groups.
 
     Attributes:
-        rows: that it is computed from.
+        rows: how many it is computed from.
     """
 
     value: float
@@ -78,23 +78,27 @@ class Resampler:
             present += there
         return _quotient(total, present)
 
-    def estimate(self, values: np.ndarray, rows: int, share: tuple[float, float] | None = None) -> Estimate | None:
+    def estimate(
+        self, values: np.ndarray, used: Sequence[bool], share: tuple[float, float] | None = None
+    ) -> Estimate | None:
         """The data's value with the interval of the resamples' values; None where there is none.
 
         Args:
+            used: of each row, whether it counts. Other rows' groups tell nothing of the value's chance.
             share: the least and the largest value that there can be, of shares and their differences. Where all rows
                 agree, so do all resamples; then the interval is the exact binomial one (Clopper and Pearson 1934): of
                 four rows out of four, from 40% to 100%.
         """
         if not np.isfinite(values[0]):
             return None
-        value = float(values[0])
+        value, rows = float(values[0]), sum(used)
+        groups = len(set(self._group[np.array(used, dtype=bool)]))
         drawn = values[1:][np.isfinite(values[1:])]
-        if self._groups < 2 or not len(drawn):
+        if groups < 2 or not len(drawn):
             return Estimate(value, None, None, rows)
         low, high = (float(side) for side in np.percentile(drawn, [LOW, HIGH]))
-        if share is not None and high - low < 1e-9 and rows:
-            width = 1.0 - (LOW / 100.0) ** (1.0 / min(rows, self._groups))
+        if share is not None and high - low < 1e-9:
+            width = 1.0 - (LOW / 100.0) ** (1.0 / groups)
             low, high = max(share[0], value - width), min(share[1], value + width)
         return Estimate(value, low, high, rows)
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stocklora.report import INK, MODEL, MUTED, UP, WALK, _figure, _save, _title
+from stocklora.figures import INK, MODEL, MUTED, UP, WALK, dot_of, new_figure, save_figure, set_step_axis, set_title
+from stocklora.instruct.fonts import latin_font
 
 
 def plot_loss_curve(log: Sequence[Mapping[str, Any]], path: Path, subtitle: str = "") -> None:
@@ -15,12 +16,12 @@ def plot_loss_curve(log: Sequence[Mapping[str, Any]], path: Path, subtitle: str 
     Args:
         log: entries with ``step`` and any of ``loss``, ``eval_loss``, ``learning_rate``.
     """
-    figure, (top, bottom) = _figure(2, 6.5, (3, 1))
-    _title(top, "Loss per supervised token", subtitle or "answers and their end tokens only")
+    figure, (top, bottom) = new_figure(2, 6.5, (3, 1))
+    set_title(top, "Loss per supervised token", latin_font().drawable(subtitle) or "answers and their end tokens only")
     train = [(entry["step"], entry["loss"]) for entry in log if entry.get("loss") is not None]
     held_out = [(entry["step"], entry["eval_loss"]) for entry in log if entry.get("eval_loss") is not None]
     if train:
-        top.plot(*zip(*train, strict=True), color=MODEL, linewidth=1.6, label="training rows")
+        top.plot(*zip(*train, strict=True), color=MODEL, linewidth=1.6, label="training rows", marker=dot_of(train))
     if held_out:
         top.plot(*zip(*held_out, strict=True), color=INK, marker="o", markersize=4, label="validation rows")
         best = min(held_out, key=lambda point: point[1])
@@ -35,8 +36,7 @@ def plot_loss_curve(log: Sequence[Mapping[str, Any]], path: Path, subtitle: str 
     top.set_ylabel("nats", color=MUTED)
     rate = [(entry["step"], entry["learning_rate"]) for entry in log if entry.get("learning_rate") is not None]
     if rate:
-        bottom.plot(*zip(*rate, strict=True), color=WALK, linewidth=1.6)
+        bottom.plot(*zip(*rate, strict=True), color=WALK, linewidth=1.6, marker=dot_of(rate))
     bottom.set_ylabel("learning rate", color=MUTED)
-    bottom.set_xlabel("step", color=MUTED)
-    bottom.xaxis.get_major_locator().set_params(integer=True)
-    _save(figure, path)
+    set_step_axis(bottom, "step", [entry["step"] for entry in log])
+    save_figure(figure, path)

@@ -19,13 +19,18 @@ SENTIMENTS = ("利好", "利空", "中性")
 
 @dataclass(frozen=True)
 class Prediction:
-    """One model's answer to one row, and its scores."""
+    """One model's answer to one row, and its scores.
+
+    Attributes:
+        seconds: of its batch, divided by its rows. batch: the rows of one number were answered at once; None: alone.
+    """
 
     text: str
     finish: str
     new_tokens: int
     seconds: float
     scores: Scores
+    batch: int | None = None
 
 
 Values = Callable[["Resampler", Sequence[Prediction], Sequence[Record]], Any]

@@ -12,22 +12,35 @@ from typing import Any
 import matplotlib
 
 from stocklora.console import UserError, say, warn
+from stocklora.figures import (
+    GRID,
+    INK,
+    MODEL,
+    MUTED,
+    UP,
+    WALK,
+    dot_of,
+    new_figure,
+    save_figure,
+    set_step_axis,
+    set_title,
+)
 from stocklora.instruct.fonts import Font, families, find_font, latin_font, quiet_fonts
 from stocklora.instruct.measures import BASE_SYSTEM, MEASURES, TUNED_SYSTEM, number, shown
 from stocklora.instruct.model_sources import TRAINING_INFO, last_part, training_info
 from stocklora.instruct.use_options import PlotSettings
 from stocklora.model_folders import read_json
-from stocklora.report import GRID, INK, MODEL, MUTED, UP, WALK, _figure, _save, _title
 
 LOG, RESULTS = "training_log.jsonl", "evaluation_results.json"
 PICTURES = {name: f"plot_{name}.png" for name in ("loss", "learning_rate", "scores", "generation")}
+DRAWN = ("loss", "eval_loss", "learning_rate")  # of an entry of the log
 ENGLISH, CHINESE = 0, 1
 WORDS = {
     "loss": ("Loss per supervised token", "每个监督词元的损失"),
     "loss_note": ("answers and their end tokens only", "只计算回答及其结束符"),
     "train": ("training rows", "训练集"),
     "validation": ("validation rows", "验证集"),
-    "lowest": ("lowest", "最低"),
+    "lowest": ("lowest: {loss:.4f} (step {step:.0f})", "最低：{loss:.4f}（第 {step:.0f} 步）"),
     "step": ("step", "步数"),
     "nats": ("loss (nats)", "损失（nats）"),
     "learning_rate": ("Learning rate", "学习率"),
@@ -36,10 +49,11 @@ WORDS = {
     "vertical_interval": ("bars: 95% bootstrap interval", "竖线：95% 自助法置信区间"),
     "rows": ("rows", "条样本"),
     "base": ("base", "基座"),
+    "base_name": ("base ({name})", "基座（{name}）"),
     "tuned": ("tuned", "微调"),
     "difference": ("difference, points", "差值（百分点）"),
     "generation": ("Time and length of answers", "生成时间与长度"),
-    "expected": ("dashed: expected answers", "虚线：参考答案"),
+    "expected": ("dashed: expected answers ({count:.0f})", "虚线：参考答案（{count:.0f}）"),
     "success_rate": ("ends by itself", "成功率"),
     "chrf": ("likeness, chrF", "相似度 chrF"),
     "rouge_l": ("likeness, ROUGE-L", "相似度 ROUGE-L"),
@@ -137,13 +151,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     entries = []
     for index, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
             entries.append({name: value for name, value in entry.items() if value is not None})
-            entry["step"] + 0
+            entry["step"] + sum(entry.get(name) or 0 for name in DRAWN)
         except (ValueError, AttributeError, KeyError, TypeError):
             if index == len(lines):
                 return entries[: index - 1]
@@ -198,34 +212,34 @@ def _drawing_with(words: Words) -> Iterator[None]:
 
 
 def _plot_loss(log: Sequence[Mapping[str, Any]], words: Words, about: str, path: Path) -> Path:
-    figure, axis = _figure(1, 5.0)
-    _title(axis, words("loss"), words.of_file(" · ".join(part for part in (about, words("loss_note")) if part)))
+    figure, axis = new_figure(1, 5.0)
+    set_title(axis, words("loss"), words.of_file(" · ".join(part for part in (about, words("loss_note")) if part)))
     train = _series(log, "loss")
     held_out = _series(log, "eval_loss")
     if train:
-        axis.plot(*zip(*train, strict=True), color=MODEL, linewidth=1.6, label=words("train"), marker=_dot(train))
+        axis.plot(*zip(*train, strict=True), color=MODEL, linewidth=1.6, label=words("train"), marker=dot_of(train))
     if held_out:
         axis.plot(*zip(*held_out, strict=True), color=INK, linewidth=1.4, marker="o", markersize=4,
                   label=words("validation"))  # fmt: skip
         best = min(held_out, key=lambda point: point[1])
-        label = f"{words('lowest')}: {best[1]:.4f} ({words('step')} {best[0]})"
+        label = words("lowest").format(loss=best[1], step=best[0])
         axis.plot(*best, "o", color=UP, markersize=9, zorder=3, label=label)
     axis.legend(frameon=False, labelcolor=MUTED, fontsize=9)
-    _steps(axis, words)
+    set_step_axis(axis, words("step"), [entry["step"] for entry in log])
     axis.set_ylabel(words("nats"), color=MUTED)
-    _save(figure, path)
+    save_figure(figure, path)
     return path
 
 
 def _plot_learning_rate(log: Sequence[Mapping[str, Any]], words: Words, about: str, path: Path) -> Path:
-    figure, axis = _figure(1, 3.6)
-    _title(axis, words("learning_rate"), words.of_file(about))
+    figure, axis = new_figure(1, 3.6)
+    set_title(axis, words("learning_rate"), words.of_file(about))
     rates = _series(log, "learning_rate")
-    axis.plot(*zip(*rates, strict=True), color=MODEL, linewidth=1.6, marker=_dot(rates))
+    axis.plot(*zip(*rates, strict=True), color=MODEL, linewidth=1.6, marker=dot_of(rates))
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
-    _steps(axis, words)
-    _save(figure, path)
+    set_step_axis(axis, words("step"), [entry["step"] for entry in log])
+    save_figure(figure, path)
     return path
 
 
@@ -233,13 +247,13 @@ def _plot_scores(results: Mapping[str, Any], words: Words, path: Path) -> Path:
     """A row for each share: base and tuned with their intervals, and the difference at the right."""
     systems = results["systems"]
     measures = [m for m in MEASURES if m.unit == "%" and any(systems[name].get(m.name) for name in systems)]
-    figure, axis = _figure(1, 1.9 + 0.46 * len(measures))
+    figure, axis = new_figure(1, 1.9 + 0.46 * len(measures))
     rows = f"{results['data']['rows']} {words('rows')}"
-    _title(axis, words("scores"), f"{rows} · {words('interval')}")
+    set_title(axis, words("scores"), f"{rows} · {words('interval')}")
     axis.grid(axis="y", visible=False)
     axis.grid(axis="x", color=GRID, linewidth=0.8)
     axis.spines["left"].set_visible(False)
-    axis.tick_params(axis="y", length=0)
+    axis.tick_params(axis="y", length=0, pad=9)  # room for a dot at 0%
     shifts = {BASE_SYSTEM: -0.14, TUNED_SYSTEM: 0.14} if len(systems) > 1 else dict.fromkeys(systems, 0.0)
     for name in systems:
         color = MODEL if name == TUNED_SYSTEM else WALK
@@ -249,9 +263,9 @@ def _plot_scores(results: Mapping[str, Any], words: Words, path: Path) -> Path:
                 axis.plot([100 * entry["low"], 100 * entry["high"]], [place + shifts[name]] * 2, color=color,
                           linewidth=2.6, alpha=0.55, solid_capstyle="round", clip_on=False)  # fmt: skip
         points = [(100 * entry["value"], place + shifts[name]) for place, entry in entries if entry]
-        label = words(name) + (
-            f" ({words.of_file(last_part(str(results['base_model'])))})" if name == BASE_SYSTEM else ""
-        )
+        label = words(name)
+        if name == BASE_SYSTEM:
+            label = words("base_name").format(name=words.of_file(last_part(str(results["base_model"]))))
         axis.scatter(*zip(*points, strict=True), s=42, color=color, zorder=3, label=label, clip_on=False)
     axis.set_yticks(range(len(measures)), [words(m.name) for m in measures], color=INK, fontsize=10)
     axis.set_ylim(len(measures) - 0.5, -0.5)
@@ -267,7 +281,7 @@ def _plot_scores(results: Mapping[str, Any], words: Words, path: Path) -> Path:
             axis.text(1.02, place, text, transform=transform, va="center", fontsize=9.5,
                       color=INK if settled else MUTED, fontweight="bold" if settled else "normal")  # fmt: skip
     axis.legend(frameon=False, labelcolor=MUTED, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
-    _save(figure, path)
+    save_figure(figure, path)
     return path
 
 
@@ -294,29 +308,21 @@ def _plot_generation(results: Mapping[str, Any], words: Words, path: Path) -> Pa
             if entry["low"] is not None:
                 axis.plot([place, place], [entry["low"], entry["high"]], color=INK, linewidth=1.4)
                 top = entry["high"]
+            # On a ground of its own: the dashed line of the expected answers may run behind it.
             axis.annotate(number(entry["value"], by_name[name]), (place, top), (0, 4), textcoords="offset points",
-                          ha="center", color=INK, fontsize=10)  # fmt: skip
+                          ha="center", color=INK, fontsize=10,
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
         if name == "answer_characters":
             expected = results["expected"]["answer_characters"]
             axis.axhline(expected, color=UP, linewidth=1.2, linestyle="--")
-            title = f"{words(name)}\n{words('expected')}: {expected:.0f}"
+            title = f"{words(name)}\n{words('expected').format(count=expected)}"
             axis.set_title(title, loc="left", color=INK, fontsize=10.5)
         axis.set_xticks(range(len(systems)), [words(system) for system in systems])
         axis.set_xlim(-0.6, len(systems) - 0.4)
         axis.margins(y=0.18)
-    _save(figure, path)
+    save_figure(figure, path)
     return path
 
 
 def _series(log: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
     return [(entry["step"], entry[name]) for entry in log if name in entry]
-
-
-def _dot(points: Sequence[Any]) -> str | None:
-    """A single point makes no line."""
-    return "o" if len(points) == 1 else None
-
-
-def _steps(axis: Any, words: Words) -> None:
-    axis.set_xlabel(words("step"), color=MUTED)
-    axis.xaxis.get_major_locator().set_params(integer=True)

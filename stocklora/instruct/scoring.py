@@ -8,12 +8,13 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from stocklora.instruct.measures import SENTIMENTS
 from stocklora.instruct.records import Record
-from stocklora.instruct.text_stream import without_reasoning
+from stocklora.instruct.text_stream import UNFINISHED, without_reasoning
+from stocklora.settings import parse_json
 
 # What models say that were not taught our words; a base model is not to lose for its choice of words.
 LABEL_WORDS = {
@@ -21,15 +22,23 @@ LABEL_WORDS = {
     "利空": ("利空", "负面", "消极", "看空", "偏空", "negative", "bearish"),
     "中性": ("中性", "中立", "neutral"),
 }
-HEAD = r"(?m)^[\W_]{0,4}[\u4e00-\u9fffa-z ]{1,10}[\W_]{0,3}:[\s\"'“”*【\[]*"
+# A line that begins so talks about the question or gives reasons, in which labels are no answer.
+TALK = "分析|解释|解读|[^:\n]*(?:理由|原因|说明|依据|快讯|消息|新闻|资讯|reason|news)"
+HEAD = rf"(?m)^[\W_]{{0,4}}(?!{TALK})[\u4e00-\u9fffa-z ]{{1,10}}[\W_]{{0,3}}:[\s\"'“”*【\[]*"
 SAID = (
-    r"(?:情绪|倾向|判断|结论|影响|标签|评级|sentiment|label)\s*(?:判断|倾向|方向)?\s*(?:为|是|is|属于|:)+"
-    r"[\s\"'“”*【\[]*"
+    r"(?:情绪|倾向|判断|结论|影响|标签|评级|等级|风险|信号|结果|变化|sentiment|label)"
+    r"\s*(?:判断|倾向|方向|分析)?\s*(?:为|是|is|属于|:)+[\s\"'“”*【\[]*"
 )
-LIST_MARK = re.compile(r"^\s*[(（]?\d{1,2}[.、)）](?!\d)", re.MULTILINE)
-# A dash between two digits joins a date or a range and is no sign.
-NUMBER = re.compile(r"(?:(?<![\d.])[-+])?\d[\d,]*(?:\.\d+)?")
-PLAIN_NUMBER = re.compile(r"([-+]?\d[\d,]*(?:\.\d+)?)(%?)")
+TAIL = "(?:等|级|风险)*"  # of a label of one character: 中, 中等, 中等风险
+NOT = r"(?:不(?:是|为|算|属于|构成|能算|代表|意味着)?|非|没|未|无|\bnot?\b|n't)\s*(?:an?\s)?[\"'“”*【\[]*"
+OR = "(?:[、/,|]|或者?|还是|和|与|及|or|and)?"
+CLAUSE_END = re.compile(r"[\n。？！；，?!;,]")
+LEAST_ECHO = 6  # characters of the question that are not said again by chance
+LIST_MARK = re.compile(r"^[\s*#>]*[(（]?\d{1,2}[.、)）](?!\d)", re.MULTILINE)
+CIRCLED = re.compile("[①-⒛]")  # numbers of a list, which NFKC would make digits
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+NUMBER = re.compile(rf"({DIGITS})\s*(%|个?百分点|个?基点|bps?(?![a-z]))?", re.IGNORECASE)
+PLAIN_NUMBER = re.compile(rf"([-+]?{DIGITS})(%?)")
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,8 @@ class Scores:
         label: what it says, of the labels that there are; None if nothing clear. label_correct: 0 or 1.
         json_valid: the answer is one JSON object and nothing else, 0 or 1. field_accuracy: share of the expected fields
             that have the expected value, also where words stand around the object. fields_exact: all of them, 0 or 1.
-        numbers, numbers_supported: different numbers in the answer, and those of them that stand in the question.
+        numbers, numbers_supported: different numbers in the answer, and those of them that stand in the question, where
+            15 minutes are no source of 15%.
     """
 
     success: float
@@ -65,12 +75,14 @@ def score(record: Record, text: str, finish: str, labels: Sequence[str] = SENTIM
     text = without_reasoning(text)
     expected = record.answer.strip()
     wanted_label, wanted_fields = record.meta.get("label"), record.meta.get("fields")
-    label = predicted_label(text, labels) if isinstance(wanted_label, str) else None
+    question = "\n".join(message.content for message in record.prompt)
+    label: str | None = None
+    if isinstance(wanted_label, str):
+        label = predicted_label(text, labels, question, cut=finish != "stop")
     shares: tuple[float, float, float] | None = None
     if isinstance(wanted_fields, Mapping) and wanted_fields:
         shares = json_scores(text, wanted_fields)
-    asked = numbers_in("\n".join(message.content for message in record.prompt))
-    said = numbers_in(text)
+    said, asked = numbers_in(text), numbers_in(question)
     return Scores(
         success=float(bool(text) and finish == "stop"),
         chrf=chrf(text, expected),
@@ -81,7 +93,7 @@ def score(record: Record, text: str, finish: str, labels: Sequence[str] = SENTIM
         field_accuracy=shares[1] if shares else None,
         fields_exact=shares[2] if shares else None,
         numbers=len(said),
-        numbers_supported=len(said & asked),
+        numbers_supported=sum(number in asked or (number[0], True) in asked for number in said),
     )
 
 
@@ -119,29 +131,49 @@ def _rouge() -> Any:
 # ------------------------------------------------------------------------------------------------------- labels
 
 
-def predicted_label(text: str, labels: Sequence[str] = SENTIMENTS) -> str | None:
+def predicted_label(text: str, labels: Sequence[str] = SENTIMENTS, question: str = "", cut: bool = False) -> str | None:
     """The label that an answer gives, one of ``labels``.
 
-    What stands behind ``情绪：`` or the like at the head of a line decides, the first time; else behind ``判断为`` and
-    its kin; else the only label that occurs at all. An answer that names several, and not which is meant, gives none.
+    A first line that is a label decides; else what stands behind ``情绪：`` or the like at the head of a line, the
+    first time; else behind ``判断为`` and its kin; else the only label that occurs at all, is not denied and is not
+    repeated from ``question``. An answer that names several, and not which is meant, gives none.
     """
-    words = {word: label for label in labels for word in LABEL_WORDS.get(label, (label,))}
+    words = {_text_of(word): label for label in labels for word in LABEL_WORDS.get(label, (label,))}
     if not words:
         return None
     # The longest first, so that a label may begin as another does. One character alone is part of many words.
     any_word = "|".join(
-        re.escape(word) if len(word) > 1 else f"{re.escape(word)}(?=(?:等|级|风险)?(?![\u4e00-\u9fff]))"
+        re.escape(word) if len(word) > 1 else f"{re.escape(word)}(?={TAIL}(?!\\w))"
         for word in sorted(words, key=len, reverse=True)
     )
-    text = unicodedata.normalize("NFKC", text).lower().strip()
+    whole, text = text, _text_of(text)
+    if alone := re.match(rf"[\W_]*({any_word}){TAIL}[^\w\n]*(?:\n|$)", text):
+        return words[alone[1]]
     if said := re.search(HEAD + f"({any_word})", text) or re.search(SAID + f"({any_word})", text):
-        several = re.match(rf"\s*(?:[、/,或|]|or)\s*({any_word})", text[said.end() :])
-        return None if several else words[said[1]]
-    if whole := re.fullmatch(f"({any_word})(?:等|级|风险)?[\\W]*", text):
-        return words[whole[1]]
+        other = re.match(rf"[^\S\n]*{OR}[^\S\n]*({any_word})", text[said.end() :])
+        return None if other and words[other[1]] != words[said[1]] else words[said[1]]
     long = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True) if len(word) > 1)
-    found = {words[word] for word in re.findall(long, text)} if long else set()
+    if not long:
+        return None
+    own = _text_of(without_echo(whole, question, cut))
+    found = {words[word] for denied, word in re.findall(f"({NOT})?({long})", own) if not denied}
     return found.pop() if len(found) == 1 else None
+
+
+def without_echo(text: str, question: str, cut: bool = False) -> str:
+    """``text`` without the clauses that it repeats from the question: labels that stand there are no answer.
+
+    Args:
+        cut: the answer was cut, and so may be the last clause that it repeats.
+    """
+    clauses = [clause for part in CLAUSE_END.split(question) if len(clause := part.strip()) >= LEAST_ECHO]
+    for clause in sorted(clauses, key=len, reverse=True):
+        text = text.replace(clause, " ")
+    text = text.rstrip(UNFINISHED)
+    last = CLAUSE_END.split(text)[-1].lstrip()
+    if cut and len(last) >= LEAST_ECHO and any(clause.startswith(last) for clause in clauses):
+        text = text.removesuffix(last)
+    return text
 
 
 # --------------------------------------------------------------------------------------------------------- JSON
@@ -158,7 +190,7 @@ def json_scores(text: str, expected: Mapping[str, Any]) -> tuple[float, float, f
 def parse_object(text: str) -> dict[str, Any] | None:
     """``text`` as a JSON object, if it is one and nothing else."""
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except (ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
@@ -211,14 +243,17 @@ def _text_of(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------------ numbers
 
 
-def numbers_in(text: str) -> set[Decimal]:
-    """The different numbers in a text, without sign (a fall of 3% is -3%) and without marks of lists."""
-    text = LIST_MARK.sub(" ", unicodedata.normalize("NFKC", text))
-    return {abs(number) for found in NUMBER.findall(text) if (number := decimal_of(found)) is not None}
+def numbers_in(text: str) -> set[tuple[Decimal, bool]]:
+    """The different numbers in a text, without signs and marks of lists, each with whether it is a percentage.
+
+    A fall of 3% is -3%, 25 basis points are 0.25%, and percentage points count as percent.
+    """
+    text = LIST_MARK.sub(" ", unicodedata.normalize("NFKC", CIRCLED.sub(" ", text)))
+    return {
+        (decimal_of(digits) / (100 if "基点" in unit or "bp" in unit.lower() else 1), bool(unit))
+        for digits, unit in NUMBER.findall(text)
+    }
 
 
-def decimal_of(text: str) -> Decimal | None:
-    try:
-        return Decimal(text.replace(",", "").rstrip("."))
-    except InvalidOperation:
-        return None
+def decimal_of(digits: str) -> Decimal:
+    return Decimal(digits.replace(",", ""))
