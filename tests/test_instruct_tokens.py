@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from stocklora.console import UserError
 from stocklora.instruct.records import Message, Record
 from stocklora.instruct.tokens import (
     IGNORED,
+    Encoded,
     encode,
+    encode_answers,
     end_token_id,
     end_token_ids,
     fit_embeddings,
@@ -90,6 +93,66 @@ def test_the_answer_and_its_end_are_supervised_and_nothing_else(tokenizer: Any, 
     assert "你是分析师。" in tokenizer.decode(asked)
     assert encoded.labels[-1] in end_token_ids(tokenizer)
     assert end_token_id(tokenizer) == encoded.labels[-1]
+
+
+TALK = ("央行降准", "利好。", "那金价呢？", "也是利好。", "油价？", "中性。")
+
+
+def supervised_runs(tokenizer: Any, encoded: Encoded) -> list[str]:
+    """The texts that the loss is taken on, one for each run of tokens."""
+    pairs = zip(encoded.labels, encoded.input_ids, strict=True)
+    runs = [list(run) for kept, run in itertools.groupby(pairs, lambda pair: pair[0] != IGNORED) if kept]
+    assert all(label == token for run in runs for label, token in run)
+    return [tokenizer.decode([token for _, token in run]) for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(CHATML, "<|im_end|>"), (PLAIN_ROLES, "<|im_end|>"), (NO_SYSTEM, "<|im_end|>"), (OTHER_END, "<|turn_end|>")],
+)
+def test_every_answer_of_a_conversation_is_learned_in_one_sequence(tokenizer: Any, template: str, end: str) -> None:
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|turn_end|>"]})
+    tokenizer.chat_template = template
+    row = record(*TALK, system="你是分析师。")
+    (whole,) = encode_answers(tokenizer, row, None)
+    assert whole.input_ids == encode(tokenizer, row, None).input_ids
+    assert [text.strip(" ") for text in supervised_runs(tokenizer, whole)] == [answer + end for answer in TALK[1::2]]
+    # Each stands behind exactly what the model will have been asked with.
+    for place in (2, 4, 6):
+        asked = prompt_ids(tokenizer, row.messages[:place])
+        assert whole.input_ids[: len(asked)] == asked
+        assert whole.labels[len(asked) - 1] == IGNORED
+        assert whole.labels[len(asked)] == whole.input_ids[len(asked)]
+
+
+@pytest.mark.parametrize("template", [THINKING, NO_END])
+def test_an_answer_that_is_written_otherwise_once_others_follow_gets_a_sequence_of_its_own(
+    tokenizer: Any, template: str
+) -> None:
+    tokenizer.chat_template = template
+    row = record(*TALK)
+    sequences = encode_answers(tokenizer, row, None)
+    thought = "<think>\n\n</think>\n\n" if template == THINKING else ""
+    expected = [[f"{thought}{answer}<|im_end|>"] for answer in TALK[1::2]]
+    assert [supervised_runs(tokenizer, sequence) for sequence in sequences] == expected
+    for place, sequence in zip((1, 3, 5), sequences, strict=True):
+        asked = prompt_ids(tokenizer, row.messages[:place])
+        assert sequence.input_ids[: len(asked)] == asked
+
+
+def test_a_row_of_one_answer_is_one_sequence(tokenizer: Any) -> None:
+    row = record("问", "答")
+    assert encode_answers(tokenizer, row, 9) == [encode(tokenizer, row, 9)]
+
+
+def test_a_long_conversation_is_cut_and_what_is_left_of_it_is_learned(tokenizer: Any) -> None:
+    row = record(*TALK)
+    (whole,) = encode_answers(tokenizer, row, None)
+    before_the_last = len(prompt_ids(tokenizer, row.prompt))
+    (cut,) = encode_answers(tokenizer, row, before_the_last)
+    assert cut.lost_tokens == len(whole.input_ids) - before_the_last
+    assert supervised_runs(tokenizer, cut) == [f"{answer}<|im_end|>" for answer in TALK[1:4:2]]
+    assert encode(tokenizer, row, before_the_last).supervised == 0
 
 
 def test_a_model_asked_without_thinking_finds_itself_where_it_was_trained(tokenizer: Any) -> None:

@@ -300,6 +300,42 @@ def test_bad_rows_stop_the_run_or_are_counted(
     assert info_of(tmp_path / "out")["data"]["skipped"] == {"with faults": 2}
 
 
+def test_a_run_that_cannot_begin_leaves_the_finished_one_as_it_was(tune: Tune, rows: Path, tmp_path: Path) -> None:
+    assert tune(num_epochs=2) == 0
+    folder = tmp_path / "out"
+    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert any(path.parts[0].startswith("checkpoint-") for path in before)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"instruction": "问", "output": ""}\n', encoding="utf-8")
+    for wrong in ({"data_path": [bad]}, {"lora_target_modules": ["nothing"]}):
+        with pytest.raises(UserError):
+            tune(**wrong)
+    assert {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    # A run that does begin takes none of it for its own.
+    assert tune(num_epochs=1) == 0
+    assert len(list(folder.glob("checkpoint-*"))) == 1
+
+
+def test_earlier_answers_of_a_conversation_are_learned_unless_masked(
+    tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "talks.json"
+    talks = [{"instruction": "再说", "output": DOWN, "history": [[f"公司{n}", UP]]} for n in range(8)]
+    path.write_text(json.dumps(talks, ensure_ascii=False), encoding="utf-8")
+    same: dict[str, Any] = {"data_path": [path], "validation_fraction": 0.25, "test_fraction": 0.0, "num_epochs": 1}
+    assert tune(**same) == 0
+    page = capsys.readouterr().out
+    assert f"⟦{UP}<|im_end|>⟧" in page
+    assert f"⟦{DOWN}<|im_end|>⟧" in page
+    supervised = [info_of(tmp_path / "out")["model"]["tokens"]["train"]["supervised"]]
+    assert tune(**same, mask_history=True) == 0
+    page = capsys.readouterr().out
+    assert f"⟦{UP}" not in page
+    assert f"⟦{DOWN}<|im_end|>⟧" in page
+    supervised.append(info_of(tmp_path / "out")["model"]["tokens"]["train"]["supervised"])
+    assert supervised[0] == 2 * supervised[1]
+
+
 def test_a_padding_token_that_had_to_be_added_is_saved_and_loads(tune: Tune, tiny_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "no_spare"
     shutil.copytree(tiny_model, folder)

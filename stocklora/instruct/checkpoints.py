@@ -81,14 +81,13 @@ def find_checkpoint(given: str | None, output_dir: Path) -> Path | None:
     return folder
 
 
-def make_room(output_dir: Path) -> None:
-    """Remove a finished run's checkpoints, which a new run there would take for its own.
+def check_room(output_dir: Path) -> None:
+    """Refuse a folder with checkpoints of a run that has not finished: they may be worth hours.
 
     Raises:
-        UserError: they are of a run that has not finished, and may be worth hours.
+        UserError: it has some.
     """
-    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and _step(path) is not None]
-    if not found:
+    if not _all_checkpoints(output_dir):
         return
     try:
         finished = json.loads((output_dir / RUN_NAME).read_text(encoding="utf-8")).get("finished") is True
@@ -99,8 +98,17 @@ def make_room(output_dir: Path) -> None:
             f"{output_dir} holds checkpoints of a run that has not finished; go on with --resume_from_checkpoint last, "
             f"give another --output_dir, or remove {output_dir}"
         )
-    for path in found:
+
+
+def make_room(output_dir: Path) -> None:
+    """Remove a finished run's checkpoints, which a new run there would take for its own."""
+    for path in _all_checkpoints(output_dir):
         shutil.rmtree(path)
+
+
+def _all_checkpoints(output_dir: Path) -> list[Path]:
+    """Whole or not."""
+    return [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and _step(path) is not None]
 
 
 def check_same_run(checkpoint: Path, facts: Mapping[str, Any]) -> None:

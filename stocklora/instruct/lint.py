@@ -37,8 +37,8 @@ class Report:
         faults: rows that must not be trained on as they are.
         warnings: what deserves a look and may be meant.
         rows: rows that could be read.
-        lengths, supervised: tokens of each row before cutting, and those the loss is taken on; empty without a
-            tokenizer.
+        lengths, supervised: tokens of each sequence before cutting, and those the loss is taken on; empty without a
+            tokenizer. A conversation of several answers may be several sequences, see ``tokens.encode_answers``.
     """
 
     faults: list[Fault]
@@ -127,15 +127,17 @@ def _text_faults(record: Record) -> Iterator[Fault]:
 def _token_faults(
     record: Record, tokenizer: Any, max_length: int | None, lengths: list[int], supervised: list[int]
 ) -> Iterator[Fault]:
-    from stocklora.instruct.tokens import encode
+    from stocklora.instruct.tokens import encode_answers
 
     try:
-        encoded = encode(tokenizer, record, max_length)
+        sequences = encode_answers(tokenizer, record, max_length)
     except UserError as error:
         yield _fault(record, "", str(error).removeprefix(f"{record.where}: "))
         return
-    lengths.append(len(encoded.input_ids) + encoded.lost_tokens)
-    supervised.append(encoded.supervised)
+    for encoded in sequences:
+        lengths.append(len(encoded.input_ids) + encoded.lost_tokens)
+        supervised.append(encoded.supervised)
+    # The last sequence is the whole conversation, and so the longest one.
     if encoded.lost_tokens:
         lost = f"{encoded.lost_tokens:,} of {lengths[-1]:,} tokens lie beyond max_length {max_length:,}"
         rest = "its end token among them" if encoded.supervised else "no supervised token is left"

@@ -6,6 +6,7 @@ tokens, memory that is not there.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import sys
 from collections import Counter
@@ -19,7 +20,7 @@ import torch
 from stocklora.console import print_table, say, warn
 from stocklora.instruct.sft_data import EncodedRow, InstructionData
 from stocklora.instruct.sft_settings import SftSettings
-from stocklora.instruct.tokens import IGNORED
+from stocklora.instruct.tokens import IGNORED, end_token_id
 from stocklora.memory_plan import FLOAT_BYTES, INT8_BYTES, NF4_BYTES, PROGRAM_MB, WARN_AT, free_memory_mb
 
 HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768  # TRL computes the output head in tiles of so many tokens and tokens' scores
@@ -171,10 +172,14 @@ def print_preflight(
     if modules:
         _fact("adapted layers", f"{sum(modules.values())}: " + ", ".join(f"{k} x{n}" for k, n in modules.items()))
     _fact("trainable", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)")
-    end = tokenizer.convert_ids_to_tokens(data.train[0].encoded.labels[-1:]) if data.train else []
-    _fact("tokens", f"end {' '.join(map(str, end))}, padding {tokenizer.pad_token}")
+    end = tokenizer.convert_ids_to_tokens(end_token_id(tokenizer))
+    _fact("tokens", f"end {end}, padding {tokenizer.pad_token}")
+    rows = len({(row.record.file, row.record.row) for row in data.train})
     packed = f", packed into {sequences:,} sequences" if settings.packing else ""
-    _fact("steps", f"{steps:,} at most, {settings.num_epochs} epochs of {len(data.train):,} rows{packed}")
+    if rows < len(data.train):
+        # See tokens.encode_answers.
+        packed = f", {len(data.train):,} sequences as the chat template writes their earlier answers otherwise{packed}"
+    _fact("steps", f"{steps:,} at most, {settings.num_epochs} epochs of {rows:,} rows{packed}")
     counts = {name: count_tokens(rows) for name, rows in data.parts.items()}
     print_table(
         "Tokens",
@@ -226,20 +231,29 @@ def print_preflight(
 
 def print_example(tokenizer: Any, row: EncodedRow) -> None:
     """One row as the model sees it, with what is supervised marked: green on a terminal, in brackets elsewhere."""
-    labels = row.encoded.labels
-    first = next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
-    prompt = _shortened(tokenizer.decode(row.encoded.input_ids[:first]), SHOWN_PROMPT)
-    answer = _shortened(tokenizer.decode(row.encoded.input_ids[first:]), SHOWN_ANSWER)
+    spans = [
+        (supervised, _shortened(tokenizer.decode(ids), SHOWN_ANSWER if supervised else SHOWN_PROMPT))
+        for supervised, ids in _spans(row)
+    ]
     cut = f" (cut: {row.encoded.lost_tokens} tokens lost)" if row.encoded.lost_tokens else ""
     say(f"Example: {row.record.where}{cut}; the loss is taken on what is marked")
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.text import Text
 
-        Console().print(Text(prompt, style="dim") + Text(answer, style="bold green"))
+        Console().print(Text.assemble(*((text, "bold green" if marked else "dim") for marked, text in spans)))
     else:
-        say(f"{prompt}{OPEN}{answer}{CLOSE}")
+        say("".join(f"{OPEN}{text}{CLOSE}" if marked else text for marked, text in spans))
     say()
+
+
+def _spans(row: EncodedRow) -> list[tuple[bool, list[int]]]:
+    """Token ids in runs: whether the loss is taken on them, and they."""
+    pairs = zip(row.encoded.labels, row.encoded.input_ids, strict=True)
+    return [
+        (supervised, [token for _, token in run])
+        for supervised, run in itertools.groupby(pairs, lambda pair: pair[0] != IGNORED)
+    ]
 
 
 def _shortened(text: str, most: int) -> str:

@@ -20,7 +20,14 @@ from typing import Any
 
 from stocklora.console import EXIT_INTERRUPTED, UserError, say, warn
 from stocklora.files import plain, write_json
-from stocklora.instruct.checkpoints import RUN_NAME, check_same_run, drop_later, find_checkpoint, make_room
+from stocklora.instruct.checkpoints import (
+    RUN_NAME,
+    check_room,
+    check_same_run,
+    drop_later,
+    find_checkpoint,
+    make_room,
+)
 from stocklora.instruct.sft_settings import Resolved, effective
 from stocklora.instruct.sft_setup import (
     Prepared,
@@ -61,7 +68,7 @@ def run_training(resolved: Resolved[Any], script: str, arguments: Sequence[str] 
     with alone_in(settings.output_dir, needed=not settings.preflight_only):
         checkpoint = find_checkpoint(settings.resume_from_checkpoint, settings.output_dir)
         if checkpoint is None and not settings.preflight_only:
-            make_room(settings.output_dir)
+            check_room(settings.output_dir)
         resolved = Resolved(settings, resolved.sources)
         resolved.print()
         with full_memory_or_disk(settings.output_dir), quiet_libraries():
@@ -166,6 +173,8 @@ def _train(resolved: Resolved[Any], checkpoint: Path | None, script: str, argume
         return 0
     if checkpoint is not None:
         drop_later(checkpoint, settings.output_dir)
+    else:
+        make_room(settings.output_dir)  # not before: what fails until here leaves the finished run as it was
     write_json(settings.output_dir / RUN_NAME, facts | {"sources": resolved.sources, "finished": False})
     keep_freed_memory()
     log, stop = TrainingLog(settings.output_dir), StopGently()

@@ -11,14 +11,14 @@ from stocklora.console import UserError, progress, warn
 from stocklora.files import sha256_of
 from stocklora.instruct.records import PARTS, Record, read_with_faults, split_records
 from stocklora.instruct.sft_settings import SftSettings
-from stocklora.instruct.tokens import Encoded, encode
+from stocklora.instruct.tokens import Encoded, encode, encode_answers
 
 MOST_FAULTS_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A conversation and its tokens."""
+    """A conversation and its tokens. One of several answers may need several; see ``tokens.encode_answers``."""
 
     record: Record
     encoded: Encoded
@@ -110,13 +110,17 @@ def _encoded(
     with progress() as bar:
         task = bar.add_task("tokens", total=len(records))
         for record in records:
-            encoded = encode(tokenizer, record, settings.max_length)
+            if settings.mask_history:
+                sequences = [encode(tokenizer, record, settings.max_length)]
+            else:
+                sequences = encode_answers(tokenizer, record, settings.max_length)
             bar.advance(task)
-            if encoded.supervised:
-                rows.append(EncodedRow(record, encoded))
-                continue
-            # The prompt alone fills max_length: there is nothing to learn from the row.
-            skipped["without supervised token"] = skipped.get("without supervised token", 0) + 1
+            for encoded in sequences:
+                if encoded.supervised:
+                    rows.append(EncodedRow(record, encoded))
+                    continue
+                # The prompt alone fills max_length: there is nothing to learn from it.
+                skipped["without supervised token"] = skipped.get("without supervised token", 0) + 1
     return rows
 
 

@@ -70,6 +70,9 @@ class SftSettings:
     packing: bool = setting(
         False, "lay several rows into one sequence of max_length tokens; they do not see each other", section="data"
     )
+    mask_history: bool = setting(
+        False, "take the loss on the last answer of a conversation alone (default: on every answer)", section="data"
+    )
     skip_bad_rows: bool = setting(False, "leave out rows with faults and count them, instead of stopping",
                                   section="data")  # fmt: skip
 

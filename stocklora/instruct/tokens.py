@@ -1,6 +1,6 @@
 """From a conversation to token ids and labels, by the model's own chat template.
 
-The loss is taken on the answer and the token that ends it, nothing else. What precedes the answer is exactly what the
+The loss is taken on answers and the tokens that end them, nothing else. What precedes an answer is exactly what the
 model is asked with later: the template's rendering of the conversation so far with its invitation to answer. That it
 is a beginning of the whole conversation's rendering is checked for every row, so that no template need mark its
 answers (``{% generation %}``).
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ PROBE = "0123456789"
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row as tokens.
+    """A conversation as tokens.
 
     Attributes:
         input_ids: prompt, answer and end token, cut to ``max_length``.
@@ -47,6 +47,12 @@ class Encoded:
     def supervised(self) -> int:
         """Tokens that the loss is taken on. The first token of a sequence is never predicted."""
         return sum(label != IGNORED for label in self.labels[1:])
+
+    def cut(self, max_length: int | None) -> Encoded:
+        """Its first ``max_length`` tokens; None keeps all."""
+        whole = len(self.input_ids)
+        kept = whole if max_length is None else min(whole, max_length)
+        return Encoded(self.input_ids[:kept], self.labels[:kept], self.lost_tokens + whole - kept)
 
 
 def prepare_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> Any:
@@ -148,8 +154,40 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, thinking: bool | 
     return _ids(tokenizer, render_prompt(tokenizer, messages, thinking=thinking))
 
 
+def encode_answers(tokenizer: Any, record: Record, max_length: int | None) -> list[Encoded]:
+    """Sequences in which every answer of a conversation is supervised, mostly a single one.
+
+    An answer that the template writes otherwise once others follow it (Qwen3 puts an empty chain of thought before the
+    last one alone) gets a sequence that ends with it, since only there does it stand as it will be generated.
+
+    Args:
+        tokenizer, max_length: as ``encode`` takes them.
+
+    Returns:
+        Sequences in the order of their last answers; the last one is the whole conversation.
+
+    Raises:
+        UserError: as ``encode`` does.
+    """
+    whole = encode(tokenizer, record, None)
+    labels = list(whole.labels)
+    apart = []
+    for place, message in enumerate(record.messages[:-1]):
+        if message.role != "assistant":
+            continue
+        part = encode(tokenizer, replace(record, messages=record.messages[: place + 1]), None)
+        length = len(part.input_ids)
+        if whole.input_ids[:length] == part.input_ids:
+            labels[:length] = [
+                label if label != IGNORED else other for label, other in zip(part.labels, labels[:length], strict=True)
+            ]
+        else:
+            apart.append(part)
+    return [sequence.cut(max_length) for sequence in (*apart, Encoded(whole.input_ids, labels, 0))]
+
+
 def encode(tokenizer: Any, record: Record, max_length: int | None) -> Encoded:
-    """Token ids of a conversation, and labels on its answer and the token that ends it.
+    """Token ids of a conversation, and labels on its last answer and the token that ends it.
 
     Args:
         tokenizer: of ``prepare_tokenizer``.
@@ -179,9 +217,7 @@ def encode(tokenizer: Any, record: Record, max_length: int | None) -> Encoded:
             )
     answer = _ended(tokenizer, ids[len(before) :])
     ids = before + answer
-    labels = [IGNORED] * len(before) + answer
-    kept = len(ids) if max_length is None else min(len(ids), max_length)
-    return Encoded(ids[:kept], labels[:kept], len(ids) - kept)
+    return Encoded(ids, [IGNORED] * len(before) + answer, 0).cut(max_length)
 
 
 def _ended(tokenizer: Any, answer: list[int]) -> list[int]:
