@@ -80,6 +80,8 @@ setup(
         # statsforecast 2.1 wants pandas below 3
         "peers": ["statsforecast>=2.0,<3", "pyarrow>=18"],
         "fracast": ["fracast>=0.1"],
+        "tensorboard": ["tensorboard>=2.18"],
+        "wandb": ["wandb>=0.20"],
         "dev": requirements("requirements-dev.txt"),
     },
     zip_safe=False,

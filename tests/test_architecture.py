@@ -15,6 +15,7 @@ HEAVY = {
     "matplotlib", "modelscope", "numpy", "pandas", "peft", "psutil", "pyarrow", "rich", "safetensors", "scipy",
     "statsforecast", "statsmodels", "tokenizers", "torch", "transformers", "yaml", "yfinance",
     "datasets", "fastapi", "pydantic", "rouge_chinese", "sacrebleu", "starlette", "tensorboard", "trl", "uvicorn",
+    "wandb",
 }  # fmt: skip
 # Who may import which of our own modules; every other file may import the library and the leaves.
 ALLOWED = {"lora": set(), "llm_model": {"lora"}, "setup": set()}

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import RunScript
 
 from stocklora.console import UserError
 from stocklora.instruct.records import read_records
@@ -393,6 +394,26 @@ def test_tensorboard_gets_the_log(tune: Tune, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     assert tune(num_epochs=1, report_to="tensorboard") == 0
     assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
+
+
+def test_weights_and_biases_gets_the_log(
+    tune: Tune, rows: Path, tiny_model: Path, run_script: RunScript, tmp_path: Path
+) -> None:
+    """In a process of its own: it leaves a service running and settings of its own in the process."""
+    pytest.importorskip("wandb")
+    command = ["fine_tune_qwen.py", "--use_lora", "--model_path", str(tiny_model), "--data_path", str(rows)]
+    command += ["--max_steps", "2", "--report_to", "wandb", "--output_dir"]
+    keyless = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path / "config")}
+    done = run_script(*command, "alone", cwd=tmp_path, env={**keyless, "WANDB_MODE": "offline"})
+    assert done.returncode == 0, done.stderr
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert log.stat().st_size > 1000
+    # Without a key there is nobody to ask here: one line, before any work.
+    done = run_script(*command, "online", cwd=tmp_path, env={**keyless, "WANDB_MODE": "online"})
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "set WANDB_MODE=offline to keep its log here" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "online").exists()
 
 
 def test_a_tracker_that_is_not_installed_is_one_line(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:

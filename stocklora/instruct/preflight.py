@@ -224,6 +224,7 @@ def print_preflight(
         "parameters": total,
         "trainable": trainable,
         "adapted_layers": dict(modules),
+        "sequences": sequences,
         "expected_memory_mb": round(memory.total_mb),
         "tokens": {name: c.__dict__ | {"share_supervised": round(c.share, 4)} for name, c in counts.items()},
     }

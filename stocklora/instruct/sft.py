@@ -38,6 +38,7 @@ from stocklora.instruct.sft_setup import (
     prepare,
     run_facts,
     steps_of,
+    tracker_advice,
 )
 from stocklora.model_folders import describe_model
 
@@ -71,7 +72,7 @@ def run_training(resolved: Resolved[Any], script: str, arguments: Sequence[str] 
             check_room(settings.output_dir)
         resolved = Resolved(settings, resolved.sources)
         resolved.print()
-        with full_memory_or_disk(settings.output_dir), quiet_libraries():
+        with advice_on_failures(settings.output_dir), quiet_libraries():
             return _train(resolved, checkpoint, script, sys.argv[1:] if arguments is None else arguments)
 
 
@@ -124,11 +125,13 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def full_memory_or_disk(output_dir: Path) -> Iterator[None]:
-    """Turn a full memory or disk into advice. Each library has its own error for them, so their words are read.
+def advice_on_failures(output_dir: Path) -> Iterator[None]:
+    """Turn a full memory or disk, and a tracker that fails, into advice.
+
+    Each library has its own error for the first two, so their words are read.
 
     Raises:
-        UserError: naming the flags that need less.
+        UserError: naming the flags that help.
     """
     try:
         yield
@@ -144,6 +147,8 @@ def full_memory_or_disk(output_dir: Path) -> Iterator[None]:
                 f"the disk of {output_dir} is full; free some space or give another --output_dir, and go on with "
                 f"--resume_from_checkpoint last"
             ) from error
+        if type(error).__module__.startswith("wandb."):  # no network, a key that is no longer good
+            raise UserError(tracker_advice(error)) from None
         raise
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stocklora.console import UserError, say
+from stocklora.console import UserError, one_line, say
 from stocklora.files import plain
 from stocklora.instruct.sft_settings import DEEPSEEK, SftSettings
 from stocklora.model_folders import check_model_folder, command_for, describe_model
@@ -74,9 +75,29 @@ def check_files(settings: SftSettings) -> None:
 
 
 def check_tracker(name: str) -> None:
-    """Raise a UserError where ``--report_to`` names what is not installed."""
-    if name != "none" and importlib.util.find_spec(name) is None:
+    """Raise a UserError where ``--report_to`` names what is not installed, or asks for an account that is not there."""
+    if name == "none":
+        return
+    if importlib.util.find_spec(name) is None:
         raise UserError(f"--report_to {name}: it is not installed; pip install {name}, or leave the flag out")
+    if name == "wandb":
+        import wandb
+
+        os.environ.setdefault("WANDB_PROJECT", "stocklora")
+        if wandb.setup().settings.mode in ("offline", "disabled", "dryrun"):
+            return
+        try:
+            wandb.login()  # on a terminal it asks for a key
+        except Exception as error:
+            raise UserError(tracker_advice(error)) from None
+
+
+def tracker_advice(error: Exception) -> str:
+    """What to do where Weights & Biases refuses."""
+    return (
+        f"--report_to wandb: {one_line(str(error)).rstrip('.')}; run: wandb login, set WANDB_MODE=offline to keep its "
+        f"log here, or leave the flag out"
+    )
 
 
 def prepare(settings: SftSettings) -> Prepared:
