@@ -252,18 +252,19 @@ def load_backbone(
     options: dict[str, Any] = {}
     if quantization != "none":
         options = {
-            "quantization_config": _quantization_config(quantization, dtype),
+            "quantization_config": quantization_config(quantization, dtype),
             "device_map": {"": device or torch.device("cpu")},
         }
     backbone = AutoModel.from_pretrained(
         model_path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, **options
     )
     if quantization != "none":
-        _steady_quantized_layers(backbone)
+        steady_quantized_layers(backbone)
     return backbone.requires_grad_(False)
 
 
-def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
+def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
+    """What ``from_pretrained`` takes for ``8bit`` or ``4bit``; ``dtype`` is what 4-bit layers compute in."""
     from transformers import BitsAndBytesConfig
 
     if quantization == "8bit":
@@ -275,7 +276,7 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
     )
 
 
-def _steady_quantized_layers(model: nn.Module) -> None:
+def steady_quantized_layers(model: nn.Module) -> None:
     """Make bitsandbytes' layers one causal function, the same in training and in use.
 
     Its int8 layers quantize what they read as well, unless they train on a CPU: the function that is used is then

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging as stdlib_logging
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from stocklora.market import Markets, markets_of
 from stocklora.methods import load_trained_state, put_on
 from stocklora.predictions import prediction_rows
 from stocklora.prompts import DayEncoder, check_lengths
+from stocklora.quiet import quiet_transformers
 from stocklora.training import predict
 from stocklora.volatility import VolatilityScale
 from stocklora.windows import DaySequence, last_origin, pack
@@ -129,17 +128,6 @@ class Forecaster:
                 check_lengths([example.encoded], self.context_tokens)
                 return example
             targets = max(1, targets - 5)
-
-
-def quiet_transformers() -> None:
-    """Its loading bars and reports; ours say what matters."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # bitsandbytes advises a package that speeds up 4-bit inference alone.
-    stdlib_logging.getLogger("bitsandbytes").setLevel(stdlib_logging.ERROR)
 
 
 def load_encoder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -56,6 +57,16 @@ def test_batched_greedy_answers_are_those_of_single_questions(chat_model: ChatMo
         assert (one.text, one.finish, one.new_tokens, one.prompt_tokens) == (
             other.text, other.finish, other.new_tokens, other.prompt_tokens,
         )  # fmt: skip
+
+
+def test_a_long_question_does_not_cut_the_answers_beside_it(chat_model: ChatModel) -> None:
+    long = user("x" * (chat_model.context_tokens - 40))
+    conversations = [user("x"), long, user("hello there")]
+    asked = Sampling(max_new_tokens=60)
+    together = chat_model.answers(conversations, sampling=asked)
+    single = [chat_model.answer(conversation, sampling=asked) for conversation in conversations]
+    assert [item.text for item in together] == [item.text for item in single]
+    assert together[1].new_tokens < 40
 
 
 def test_an_answer_ends_at_the_end_token_and_does_not_show_it(chat_model: ChatModel) -> None:
@@ -175,8 +186,6 @@ def test_an_adapter_of_another_shape_is_one_line(tiny_models: dict[str, Path], t
 
 
 def test_an_adapter_of_a_smaller_base_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    import shutil
-
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(tiny_model)
@@ -266,12 +275,15 @@ def test_a_base_of_another_configuration_is_refused_in_any_case(tiny_models: dic
         (["{a}", "{model}"], "is a whole model, not an adapter"),
         (["{empty}"], "neither an adapter .* nor a model"),
         (["{half}"], "no adapter_model.safetensors"),
+        (["{cut}"], "the adapter in .*cut is not whole: adapter_model.safetensors has"),
         (["{parent}"], "there is a checkpoint in it: .*checkpoint-12"),
     ],
 )
 def test_wrong_folders_are_told(tiny_model: Path, tmp_path: Path, given: list[str], words: str) -> None:
-    names = {name: tmp_path / name for name in ("a", "empty", "half", "parent")}
+    names = {name: tmp_path / name for name in ("a", "empty", "half", "parent", "cut")}
     make_adapter(tiny_model, names["a"])
+    weights = make_adapter(tiny_model, names["cut"]) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
     names["empty"].mkdir()
     names["half"].mkdir()
     (names["half"] / "adapter_config.json").write_text("{}")
@@ -287,6 +299,24 @@ def test_a_whole_model_needs_no_base(tiny_model: Path) -> None:
     assert find_sources(tiny_model, []).base_name == tiny_model.name
     with pytest.raises(UserError, match="give --lora_model FOLDER, --base_model FOLDER, or both"):
         find_sources(None, [])
+    with pytest.raises(UserError, match=r"no model at nowhere; run: python download_model.py"):
+        find_sources(Path("nowhere"), [])
+
+
+def test_weights_of_other_shapes_than_the_configuration_says_are_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"hidden_size": 16}), encoding="utf-8")
+    with pytest.raises(UserError, match="cannot load the model in"):
+        load_chat_model(tmp_path / "m", dtype="float32", device="cpu")
+
+
+def test_a_damaged_adapter_in_the_older_format_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_model, tmp_path / "a")
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.bin").write_bytes(b"no weights")
+    with pytest.raises(UserError, match="'a' in"):
+        load_chat_model(tiny_model, {"a": adapter}, dtype="float32", device="cpu")
 
 
 # ------------------------------------------------------------------------------------------------------------- text

@@ -139,6 +139,29 @@ def test_an_adapter_over_quantized_weights_is_merged_into_the_unquantized_base(t
     assert "into the unquantized" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_tied_embeddings_are_untied_where_an_adapter_changes_one(tiny_model, tmp_path, capsys, target: str) -> None:
+    adapter = make_adapter(tiny_model, tmp_path / "a", target_modules=[target])
+    assert run_main("--lora_model", adapter, "--merge", tmp_path / "m") == 0
+    assert re.search(r"disk +\S+ +5 of 5", capsys.readouterr().out)
+    assert json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"] is False
+    asked, tuned = user("央行降准"), load_chat_model(tiny_model, {"a": adapter}, dtype="float32", device="cpu")
+    merged = load_chat_model(tmp_path / "m", dtype="float32", device="cpu")
+    assert merged.reply(asked, max_new_tokens=12) == tuned.reply(asked, max_new_tokens=12)
+
+
+def test_a_merge_that_changes_the_model_is_not_kept(adapters, tmp_path, capsys, monkeypatch) -> None:
+    import peft
+
+    def merged_wrongly(self, **_: object):  # type: ignore[no-untyped-def]
+        return self.unload()  # the base, without what was trained
+
+    monkeypatch.setattr(peft.tuners.tuners_utils.BaseTuner, "merge_and_unload", merged_wrongly)
+    assert run_main("--lora_model", adapters["news"], "--merge", tmp_path / "m") == 2
+    assert "is another than the adapter: logits differ by up to" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -150,6 +173,8 @@ def test_an_adapter_over_quantized_weights_is_merged_into_the_unquantized_base(t
         (["--batch", "nowhere.jsonl"], "no file nowhere.jsonl"),
         (["--adapter", "nobody", "--prompt", "x"], "no adapter 'nobody'"),
         (["--prompt", "  "], "the prompt is empty"),
+        (["--prompt", "\udcff"], "bytes that are not UTF-8"),
+        (["--prompt", "x", "--seed", "-1"], "--seed must be from 0 to"),
     ],
 )
 def test_mistakes_are_one_line(adapters, in_folder, capsys, arguments: list[str], words: str) -> None:
@@ -168,6 +193,27 @@ def test_a_wrong_base_is_one_line(tiny_models, tmp_path, run_script: RunScript) 
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert "was trained over qwen3" in result.stderr
+
+
+def test_bytes_that_are_no_text_cost_the_question_and_not_the_chat(chat_model, adapters, tmp_path) -> None:
+    script = Path(inference_lora.__file__)
+    result = subprocess.run(
+        [sys.executable, str(script), "--lora_model", str(adapters["news"]), "--chat", *FAST],
+        input=b"\xd1\xeb\xd0\xd0\n" + "央行降准\n".encode(), cwd=tmp_path, capture_output=True,
+        timeout=120, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"bytes that are not UTF-8" in result.stdout
+    assert f"you> {chat_model.reply(user('央行降准'), adapter='news', max_new_tokens=6)}".encode() in result.stdout
+
+
+def test_a_temperature_next_to_nothing_is_greedy(adapters, capsys) -> None:
+    said = []
+    for temperature in ("1e-40", "0"):
+        assert run_main("--lora_model", adapters["news"], "--prompt", "x", "--temperature", temperature) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
 
 
 # ------------------------------------------------------------------------------------------------------------ batch
@@ -230,16 +276,60 @@ def test_answers_of_two_models_do_not_end_up_in_one_file(adapters, in_folder: Pa
     assert run_main("--lora_model", adapters["news"], "--batch", "p.txt") == 0
     before = (in_folder / "p.answers.jsonl").read_bytes()
     assert run_main("--lora_model", adapters["reports"], "--batch", "p.txt") == 2
-    assert "made otherwise (adapter)" in capsys.readouterr().err
+    assert "made otherwise (adapter, weights)" in capsys.readouterr().err
     assert run_main("--lora_model", adapters["news"], "--batch", "p.txt", "--output", "p.txt") == 2
     assert "is the file of prompts" in capsys.readouterr().err
     assert (in_folder / "p.answers.jsonl").read_bytes() == before
+
+
+def test_a_batch_goes_on_with_the_same_model_and_prompts_alone(tiny_model, in_folder: Path, capsys) -> None:
+    adapter = make_adapter(tiny_model, in_folder / "a")
+    write_jsonl(in_folder / "rows.jsonl", [{"id": 7, "prompt": "央行降准"}])
+    command = ["--lora_model", adapter, "--batch", "rows.jsonl"]
+    assert run_main(*command) == 0
+    before = (in_folder / "rows.answers.jsonl").read_bytes()
+    assert run_main(*command, "--load_in_8bit") == 2
+    assert "made otherwise (quantization)" in capsys.readouterr().err
+    write_jsonl(in_folder / "rows.jsonl", [{"id": 7, "prompt": "央行加息"}])
+    assert run_main(*command) == 2
+    assert "answers another prompt under the key '7' than rows.jsonl, row 1, asks" in capsys.readouterr().err
+    write_jsonl(in_folder / "rows.jsonl", [{"id": 7, "prompt": "央行降准"}])
+    make_adapter(tiny_model, adapter, seed=1)  # trained anew
+    assert run_main(*command) == 2
+    assert "made otherwise (weights)" in capsys.readouterr().err
+    (in_folder / "rows.answers.jsonl").write_text('{"key": 7, "prompt": "x", "made_by": "me"}\n', encoding="utf-8")
+    assert run_main(*command) == 2
+    assert "line 1 is no answer of --batch" in capsys.readouterr().err
+    (in_folder / "rows.answers.jsonl").write_bytes(before)
+    make_adapter(tiny_model, adapter)
+    assert run_main(*command) == 0
+
+
+def test_a_prompt_that_does_not_fit_is_told_before_any_is_answered(adapters, in_folder: Path, capsys) -> None:
+    write_jsonl(in_folder / "rows.jsonl", [{"prompt": "x"}, {"prompt": "x" * 6000}])
+    assert run_main("--lora_model", adapters["news"], "--batch", "rows.jsonl", "--batch_size", "1") == 2
+    assert "rows.jsonl, row 2: the prompt has" in capsys.readouterr().err
+    assert not (in_folder / "rows.answers.jsonl").exists()
+
+
+def test_a_row_says_what_of_it_was_left_out_and_keeps_odd_text(adapters, in_folder: Path) -> None:
+    turns = [{"role": ("user", "assistant")[index % 2], "content": "问" * 700} for index in range(5)]
+    rows = [{"messages": turns}, {"prompt": "x", "note": "\ud800"}]
+    (in_folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert run_main("--lora_model", adapters["news"], "--batch", "rows.jsonl") == 0
+    first, second = read_jsonl(in_folder / "rows.answers.jsonl")
+    assert first["dropped_messages"] > 0
+    assert "dropped_messages" not in second
+    assert second["note"] == "\ud800"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": ""}\n', "row 2, prompt"),
+        ("a.jsonl", '{"prompt": "\\ud800"}\n', "row 1, prompt: holds half of a surrogate pair"),
+        ("a.jsonl", "[" * 100_000 + "\n", "row 1: not valid JSON"),
+        ("a.json", "[" * 100_000, "not valid JSON"),
         ("a.jsonl", '{"prompt": "x"}\n{"promt": "y"}\n', "row 2"),
         ("a.jsonl", '{"prompt": "x"}\n{"prompt"\n', "row 2: not valid JSON"),
         ("a.jsonl", '{"messages": [{"role": "robot", "content": "x"}]}\n', "messages"),
@@ -293,12 +383,21 @@ def test_base_and_tuned_stand_side_by_side(chat_model, adapters, repo_root, in_f
     out = capsys.readouterr().out
     assert "[1/2] 美联储宣布加息25个基点" in out
     assert "base: qwen3" in out
-    assert "tuned:" in out
+    assert f"tuned:{adapters['news']}" in "".join(out.split())  # a long path is folded
     answers = json.loads((in_folder / "answers.json").read_text(encoding="utf-8"))["answers"]
     asked = [user("分析以下财经快讯对市场的影响\n美联储宣布加息25个基点"), user("什么是CPI")]
     for answer, conversation in zip(answers, asked, strict=True):
         assert answer["base"] == chat_model.reply(conversation, adapter="none", max_new_tokens=6).strip()
         assert answer["tuned"] == chat_model.reply(conversation, adapter="news", max_new_tokens=6).strip()
+
+
+def test_a_terminal_is_not_told_what_to_do_by_an_answer(capsys) -> None:
+    from stocklora.instruct.comparison import Pair, print_pair
+
+    print_pair(Pair("a\x1b[2Jb", "c\x1b]0;t\x07d", "e\x9bf", (1.0, 1.0), (False, False)), "1/1", "base", "tuned")
+    out = capsys.readouterr().out
+    assert {"\x1b", "\x07", "\x9b"}.isdisjoint(out)
+    assert "a\ufffd[2Jb" in out
 
 
 @pytest.mark.parametrize(

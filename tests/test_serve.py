@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import gc
+import json
 import os
 import re
 import signal
@@ -9,14 +13,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 from chat_models import make_adapter
+
+from stocklora.console import UserError
+from stocklora.instruct.chat import Answer, Sampling
+from stocklora.instruct.listening import listen
+from stocklora.instruct.serve import make_app
 
 ASKED = [{"role": "user", "content": "央行降准50个基点"}]
 
@@ -34,34 +44,44 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Iterator[Server]:
+def start_server(repo_root: Path) -> Iterator[Callable[..., Server]]:
+    """Starts ``inference_lora.py --serve`` with the flags given."""
+    script = str(repo_root / "inference_lora.py")
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(*flags: str) -> Server:
+        process = subprocess.Popen(
+            [sys.executable, script, *flags, "--serve", "--port", "0", "--dtype", "float32"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        )
+        processes.append(process)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if found := re.search(r"serving (http://127\.0\.0\.1:\d+/v1)", line):
+                return Server(process, found[1])
+        raise AssertionError(process.stderr.read() if process.stderr else "")
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, start_server: Callable[..., Server]
+) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("serve")
     adapters = [
         f"{name}={make_adapter(tiny_model, folder / name, seed)}" for seed, name in enumerate(["first", "2.nd"])
     ]
-    script = str(repo_root / "inference_lora.py")
-    flags = ["--base_model", str(tiny_model), "--lora_model", *adapters, "--serve", "--port", "0", "--dtype", "float32"]
-    process = subprocess.Popen(
-        [sys.executable, script, *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    )
-    assert process.stdout is not None
-    url = None
-    for line in process.stdout:
-        if found := re.search(r"serving (http://127\.0\.0\.1:\d+/v1)", line):
-            url = found[1]
-            break
-    assert url is not None, process.stderr.read() if process.stderr else ""
-    yield Server(process, url)
-    process.send_signal(signal.SIGINT)
-    try:
-        _, errors = process.communicate(timeout=20)
-    finally:
-        process.kill()
+    running = start_server("--base_model", str(tiny_model), "--lora_model", *adapters)
+    yield running
+    running.process.send_signal(signal.SIGINT)
+    _, errors = running.process.communicate(timeout=20)
     assert "Traceback" not in errors, errors
 
 
@@ -161,9 +181,17 @@ def test_an_unknown_model_is_not_found(server: Server) -> None:
 def test_foreign_hosts_and_broken_json_are_refused(server: Server) -> None:
     address = f"{server.url}/chat/completions"
     assert httpx.post(address, headers={"Host": "evil.example"}, json={}).status_code == 400
-    answer = httpx.post(address, content=b"{", headers={"Content-Type": "application/json"})
-    assert answer.status_code == 400
-    assert "error" in answer.json()
+    as_json = {"Content-Type": "application/json"}
+    for content, headers, words in [
+        (b'{"model"', as_json, "not valid JSON"),
+        (b"{}", {"Content-Type": "text/plain"}, "Content-Type: application/json"),
+        (b"[]", as_json, "a JSON object"),
+        (b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}', as_json, "does not exist"),
+    ]:
+        answer = httpx.post(address, content=content, headers=headers)
+        assert answer.status_code in (400, 404)
+        assert words in answer.json()["error"]["message"]
+        assert answer.json()["error"]["param"] in (None, "model")
 
 
 def test_several_clients_all_get_their_own_answer(server: Server) -> None:
@@ -196,6 +224,119 @@ def test_a_client_that_goes_away_ends_its_answer(server: Server, stream: bool) -
     started = time.perf_counter()
     server.ask(max_tokens=1)
     assert time.perf_counter() - started < max(2.0, 5 * of_200_s)
+
+
+def test_ctrl_c_ends_a_stream_with_a_word_and_no_traceback(tiny_model: Path, start_server) -> None:
+    server = start_server("--base_model", str(tiny_model))
+    stream = server.ask(tiny_model.name, max_tokens=4000, stream=True)
+    next(stream)
+    server.process.send_signal(signal.SIGINT)
+    with pytest.raises(openai.APIError, match="being stopped"):
+        list(stream)
+    _, errors = server.process.communicate(timeout=20)
+    assert errors == "interrupted\n"
+    assert server.process.returncode == 130
+
+
+class Speaker:
+    """Stands in for a ``ChatModel``: says "x" until it is stopped, or fails."""
+
+    adapters: tuple[str, ...] = ()
+    base_name = "m"
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def tokenizer(self, adapter: str) -> None:
+        return None
+
+    def fitted(self, *_: object, **__: object) -> tuple[list[int], int, int]:
+        return [1], 0, 10
+
+    def answer(self, messages: object, *, on_text, cancelled, **_: object) -> Answer:  # type: ignore[no-untyped-def]
+        if self.error is not None:
+            raise self.error
+        for count in range(20):
+            if cancelled():
+                return Answer("x" * count, "cancelled", 1, count, 0.0)
+            on_text("x")
+            time.sleep(0.01)
+        return Answer("x" * 20, "stop", 1, 20, 0.0)
+
+
+async def ask_app(app: Any, stream: bool, leave_in_write: bool = False) -> list[dict[str, Any]]:
+    """What an application sends; ``leave_in_write``: the client goes away while one of its answers is being written."""
+    body = {"model": "m", "messages": ASKED, "stream": stream}
+    requests = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+    gone, sent = asyncio.Event(), []
+
+    async def receive() -> dict[str, Any]:
+        if request := next(requests, None):
+            return request
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+        if leave_in_write and len(sent) == 4:
+            asyncio.get_running_loop().call_later(0.1, gone.set)
+            await asyncio.Event().wait()
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
+        "path": "/v1/chat/completions", "raw_path": b"", "query_string": b"", "root_path": "", "scheme": "http",
+        "headers": headers, "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 1),
+    }  # fmt: skip
+    await app(scope, receive, send)
+    return sent
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_write_gives_its_turn_back() -> None:
+    app = make_app(Speaker(), Sampling())  # type: ignore[arg-type]
+
+    async def both() -> int:
+        gc.disable()  # the collector would close the stream at a time of its own
+        try:
+            await ask_app(app, True, leave_in_write=True)
+            return len(await asyncio.wait_for(ask_app(app, True), 5))
+        finally:
+            gc.enable()
+
+    assert asyncio.run(both()) > 20
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_failure_is_told_as_openai_does(stream: bool) -> None:
+    for error, words in [
+        (UserError("memory is full"), "memory is full"),
+        (RuntimeError("secret"), "the server failed"),
+    ]:
+        app = make_app(Speaker(error), Sampling())  # type: ignore[arg-type]
+        sent: list[dict[str, Any]] = []
+        with contextlib.suppress(RuntimeError):  # goes on to the server's own output
+            asyncio.run(ask_app(_recording(app, sent), stream))
+        said = b"".join(message.get("body", b"") for message in sent)
+        assert sent[0]["status"] == (200 if stream else 500)
+        body = json.loads(said.split(b"data: ")[-1])
+        assert words in body["error"]["message"]
+        assert b"secret" not in said
+
+
+def _recording(app: Any, sent: list[dict[str, Any]]) -> Any:
+    async def recorded(scope: Any, receive: Any, send: Any) -> None:
+        async def keep(message: dict[str, Any]) -> None:
+            sent.append(message)
+            await send(message)
+
+        await app(scope, receive, keep)
+
+    return recorded
+
+
+def test_a_port_is_taken_before_the_model_is_loaded() -> None:
+    with listen(0) as listener, pytest.raises(UserError, match="cannot listen on port"):
+        listen(listener.getsockname()[1])
 
 
 def test_a_taken_port_is_one_line(server: Server, tiny_model: Path, run_script, tmp_path: Path) -> None:

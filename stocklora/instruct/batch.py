@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from stocklora.console import UserError, progress, say, warn
-from stocklora.files import plain
+from stocklora.files import plain, sha256_of
 from stocklora.instruct.chat import Answer, ChatModel, Sampling
+from stocklora.instruct.model_sources import TRAINING_INFO
 from stocklora.instruct.records import Message, parse_row
-from stocklora.instruct.text_stream import without_reasoning
+from stocklora.instruct.text_stream import holds_no_character, without_reasoning
 
 PLACEHOLDER = "-"  # stands for the answer that a prompt does not have yet
 
@@ -26,12 +27,14 @@ class Prompt:
     Attributes:
         key: the row's own ``id`` or ``key``; else a hash of the conversation, with a count where it occurs again.
         meta: the row's other keys, which go along into the output. expected: the row's own answer, if it has one.
+        row: where it stands in the file, from 1.
     """
 
     key: str
     messages: tuple[Message, ...]
     meta: Mapping[str, Any]
     expected: str | None = None
+    row: int = 0
 
 
 def read_prompts(path: Path, system: str | None = None) -> list[Prompt]:
@@ -61,7 +64,7 @@ def read_prompts(path: Path, system: str | None = None) -> list[Prompt]:
             digest = hashlib.sha256(text.encode()).hexdigest()[:16]
             seen[digest] = seen.get(digest, 0) + 1
             key = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
-        prompts.append(Prompt(key, messages, meta, expected))
+        prompts.append(Prompt(key, messages, meta, expected, row))
     if not prompts:
         raise UserError(f"{path} has no prompts; write one a line")
     return prompts
@@ -82,14 +85,26 @@ def run_batch(
     Each answer is written the moment it is there, in one piece, so that a run can be killed and started again.
 
     Raises:
-        UserError: unreadable input, or an output that another model or other settings made.
+        UserError: unreadable input, a prompt that does not fit the model, or an output that another model, other
+            settings or other prompts made.
     """
     if output.exists() and output.resolve() == source.resolve():
         raise UserError(f"--output {output} is the file of prompts; give another name")
     prompts = read_prompts(source, system)
     made_by = recipe(model, adapter, sampling)
     done = answered(output, made_by)
+    for prompt in prompts:
+        if done.get(prompt.key, prompt.messages) != prompt.messages:
+            raise UserError(
+                f"{output} answers another prompt under the key '{prompt.key}' than {source}, row {prompt.row}, asks; "
+                f"give another --output, or remove it"
+            )
     todo = [prompt for prompt in prompts if prompt.key not in done]
+    for prompt in todo:  # all of them before the first answer: the last one's fault would cost hours
+        try:
+            model.fitted(prompt.messages, model.tokenizer(adapter), sampling.max_new_tokens)
+        except UserError as error:
+            raise UserError(f"{source}, row {prompt.row}: {error}") from None
     if len(todo) < len(prompts):
         say(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are answered in {output} already")
     cut = 0
@@ -113,12 +128,22 @@ def recipe(model: ChatModel, adapter: str | None, sampling: Sampling) -> dict[st
     return {
         "base": model.base_name,
         "adapter": model.adapter_or_base(adapter),
+        "weights": _trained_weights(model, adapter),
+        "quantization": model.quantization,
         "max_new_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "repetition_penalty": sampling.repetition_penalty,
         "seed": sampling.seed if sampling.temperature > 0.0 else None,  # greedy answers do not depend on it
     }
+
+
+def _trained_weights(model: ChatModel, adapter: str | None) -> str | None:
+    """Tells one training from the next into the same folder: a digest of the adapter, or of a whole model's record."""
+    folder = model.folders.get(model.adapter_or_base(adapter))
+    names = ("adapter_model.safetensors", "adapter_model.bin", TRAINING_INFO)
+    path = next((folder / name for name in names if (folder / name).is_file()), None) if folder else None
+    return sha256_of(path)[:16] if path else None
 
 
 def answer_row(prompt: Prompt, answer: Answer, made_by: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,19 +157,21 @@ def answer_row(prompt: Prompt, answer: Answer, made_by: Mapping[str, Any]) -> di
         "new_tokens": answer.new_tokens,
         "seconds": round(answer.seconds, 3),
     }
+    if answer.dropped_messages:
+        row["dropped_messages"] = answer.dropped_messages
     if prompt.expected is not None:
         row["expected"] = prompt.expected
     return {**{name: value for name, value in prompt.meta.items() if name not in row}, **row, "made_by": dict(made_by)}
 
 
-def answered(output: Path, made_by: Mapping[str, Any]) -> set[str]:
-    """Keys of the answers in ``output``; a last line that a killed run left half written is removed.
+def answered(output: Path, made_by: Mapping[str, Any]) -> dict[str, tuple[Message, ...]]:
+    """Keys of the answers in ``output``, and what was asked; a last line that a killed run left half is removed.
 
     Raises:
         UserError: a damaged line before the last, or answers that were made otherwise.
     """
     if not output.exists():
-        return set()
+        return {}
     try:
         data = output.read_bytes()
         end = data.rfind(b"\n") + 1
@@ -157,22 +184,23 @@ def answered(output: Path, made_by: Mapping[str, Any]) -> set[str]:
         raise UserError(f"cannot read {output}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise UserError(f"{output} is not UTF-8 text; give another --output") from None
-    keys = set()
+    asked: dict[str, tuple[Message, ...]] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            key, other = str(row["key"]), row["made_by"]
-        except (ValueError, KeyError, TypeError):
+            key, other = str(row["key"]), dict(row["made_by"])
+            turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+            asked[key] = tuple(Message(turn["role"], turn["content"]) for turn in turns)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{output}, line {number} is no answer of --batch; give another --output") from None
         if other != plain(made_by):
             names = ", ".join(name for name in made_by if other.get(name) != plain(made_by)[name])
             raise UserError(
                 f"{output} holds answers that were made otherwise ({names}); give another --output, or remove it"
             )
-        keys.add(key)
-    return keys
+    return asked
 
 
 class appending:
@@ -193,7 +221,8 @@ class appending:
         self._stream.close()
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        line = json.dumps(plain(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        text = json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
+        line = text.encode(errors="backslashreplace") + b"\n"  # half a surrogate pair stays the escape that it was
         try:
             self._stream.write(line)
             os.fsync(self._stream.fileno())
@@ -215,7 +244,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     if suffix == ".json":
         try:
             rows = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(rows, list):
             raise UserError(f"{path} must hold a list of rows")
@@ -229,7 +258,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             continue
         try:
             yield number, json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, row {number}: not valid JSON: {error}") from None
 
 
@@ -241,6 +270,8 @@ def _conversation(content: Any, path: Path, row: int) -> tuple[tuple[Message, ..
         text = content["prompt"]
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{path}, row {row}, prompt: must be text, and not empty")
+        if holds_no_character(text):
+            raise UserError(f"{path}, row {row}, prompt: holds half of a surrogate pair, which is no character")
         return (Message("user", text),), {name: item for name, item in content.items() if name != "prompt"}, None
     completed, is_open = _completed(content)
     record, faults = parse_row(completed, path, row)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import logging
+import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,15 @@ from stocklora.console import UserError, one_line
 from stocklora.devices import choose_device, choose_dtype
 from stocklora.instruct.chat_model import Answer, ChatModel, ContextError, Sampling, internal_name, memory_errors
 from stocklora.instruct.loading import load_causal_model
-from stocklora.instruct.model_sources import BASE, Sources, find_sources
+from stocklora.instruct.model_sources import BASE, Sources
 from stocklora.instruct.tokens import fit_embeddings, prepare_tokenizer
 from stocklora.instruct.use_options import LoadSettings
 from stocklora.model_folders import TOKENIZER_SETS
+from stocklora.quiet import quiet_transformers
 
 __all__ = [
-    "Answer", "ChatModel", "ContextError", "Sampling", "load_base", "load_chat_model", "load_sources", "open_model",
+    "Answer", "ChatModel", "ContextError", "Sampling", "load_base", "load_chat_model", "load_sources",
 ]  # fmt: skip
-
-
-def open_model(settings: LoadSettings, tuned: Sequence[str]) -> ChatModel:
-    """The chat model that a script's flags describe; ``tuned`` as ``find_sources`` takes it."""
-    return load_sources(find_sources(settings.base_model, tuned, settings.any_base), settings)
 
 
 def load_sources(sources: Sources, settings: LoadSettings) -> ChatModel:
@@ -66,7 +62,7 @@ def load_chat_model(
     place = choose_device(device)
     number_format = choose_dtype(dtype, place)
     _check_quantization(quantization, place)
-    _quiet()
+    quiet_transformers()
     tokenizers = {
         name: prepare_tokenizer(folder if _has_tokenizer(folder) else base, trust_remote_code)
         for name, folder in adapters.items()
@@ -81,7 +77,9 @@ def load_chat_model(
     fit_embeddings(model, max(tokenizers.values(), key=len))
     if adapters:
         model = _with_adapters(model, adapters, base)
-    return ChatModel(model, tokenizers, list(adapters), base.absolute().name)
+    chat = ChatModel(model, tokenizers, list(adapters), base.absolute().name)
+    chat.folders, chat.quantization = {BASE: base, **adapters}, quantization
+    return chat
 
 
 def load_base(
@@ -126,7 +124,7 @@ def _with_adapters(model: Any, adapters: Mapping[str, Path], base: Path) -> Any:
                 else:
                     result.add_adapter(internal, config)
                 loaded = result.load_adapter(str(folder), adapter_name=internal, torch_device=device)
-        except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(
                 f"the adapter '{name}' in {folder} does not fit the base in {base}; give --base_model the model "
                 f"that it was trained over ({one_line(str(error))[:160]})"
@@ -138,15 +136,6 @@ def _with_adapters(model: Any, adapters: Mapping[str, Path], base: Path) -> Any:
                 f"counterpart, {lost[0]} among them; give --base_model the model that it was trained over"
             )
     return result.requires_grad_(False)
-
-
-def _quiet() -> None:
-    """No loading bars, and no advice on packages that speed up 4-bit inference alone."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ import torch
 from stocklora.console import UserError
 from stocklora.instruct.model_sources import BASE, BASE_NAMES
 from stocklora.instruct.records import Message
-from stocklora.instruct.text_stream import TextStream
+from stocklora.instruct.text_stream import TextStream, holds_no_character
 from stocklora.instruct.tokens import end_token_ids, prompt_ids
 from stocklora.instruct.use_options import AnswerSettings
+
+COLDEST = 1e-6  # below it logits over temperature leave float32; the likeliest token is drawn all the same
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,11 @@ class ChatModel:
     Attributes:
         adapters: their names, in the order given. base_name: what the base is called.
         context_tokens: most tokens that question and answer may have together.
+        folders: where the base and each adapter were loaded from. quantization: of the base.
     """
+
+    folders: Mapping[str, Path] = {}
+    quantization = "none"
 
     def __init__(self, model: Any, tokenizers: Mapping[str, Any], adapters: Sequence[str], base_name: str) -> None:
         """``model`` is a causal language model, or a ``PeftModel`` whose adapters are called by ``internal_name``."""
@@ -202,7 +209,8 @@ class ChatModel:
         """Answers to several conversations at once, padded on the left.
 
         Greedy answers are those of ``answer``, as far as the processor rounds alike for one row and for several:
-        in float32 it does but for ties.
+        in float32 it does but for ties. One that the context leaves less room than ``max_new_tokens`` is computed
+        alone, since it would cut the others as short.
 
         Raises:
             ContextError: a conversation does not fit.
@@ -212,10 +220,22 @@ class ChatModel:
         if not conversations:
             return []
         tokenizer = self.tokenizer(adapter)
-        ends = end_token_ids(tokenizer)
         fits = [self.fitted(messages, tokenizer, sampling.max_new_tokens, True) for messages in conversations]
-        longest = max(len(ids) for ids, _, _ in fits)
-        room = min(sampling.max_new_tokens, self.context_tokens - longest)
+        tight = [index for index, (_, _, room) in enumerate(fits) if room < sampling.max_new_tokens]
+        result: dict[int, Answer] = {}
+        for group in [[index for index in range(len(fits)) if index not in tight], *[[index] for index in tight]]:
+            if group:
+                found = self._together([fits[index] for index in group], adapter, sampling)
+                result.update(zip(group, found, strict=True))
+        return [result[index] for index in range(len(fits))]
+
+    def _together(
+        self, fits: Sequence[tuple[list[int], int, int]], adapter: str | None, sampling: Sampling
+    ) -> list[Answer]:
+        """Answers to what ``fitted`` gave for each of several conversations that have the same room."""
+        tokenizer = self.tokenizer(adapter)
+        ends = end_token_ids(tokenizer)
+        longest, room = max(len(ids) for ids, _, _ in fits), fits[0][2]
         started = time.perf_counter()
         with self.using(adapter) as model, _seeded(sampling.seed), memory_errors():
             pad = int(tokenizer.pad_token_id)
@@ -250,7 +270,10 @@ class ChatModel:
 
         Raises:
             ContextError: there is no room at all.
+            UserError: nothing to answer, or text that is none.
         """
+        if any(holds_no_character(message.content) for message in messages):
+            raise UserError("the text holds bytes that are not UTF-8; save or type it as UTF-8")
         if not messages or messages[-1].role != "user":
             raise UserError("a conversation must end with a message of the user")
         head = [message for message in messages[:1] if message.role == "system"]
@@ -272,14 +295,15 @@ class ChatModel:
 
         # top_k=0: by default the library looks at the 50 likeliest tokens alone.
         sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        draws = sampling.temperature >= COLDEST
         return GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
-            do_sample=sampling.temperature > 0.0,
+            do_sample=draws,
             repetition_penalty=sampling.repetition_penalty,
             eos_token_id=sorted(end_token_ids(tokenizer)),
             pad_token_id=tokenizer.pad_token_id,
             use_cache=True,
-            **(sampled if sampling.temperature > 0.0 else {}),
+            **(sampled if draws else {}),
         )
 
 

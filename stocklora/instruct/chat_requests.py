@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from stocklora.instruct.chat import Sampling
 from stocklora.instruct.records import Message
+from stocklora.instruct.text_stream import holds_no_character
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MOST_STOPS = 4  # as OpenAI has it
@@ -80,7 +81,7 @@ def conversation_of(request: ChatRequest) -> list[Message]:
             content = "".join(str(part.get("text", "")) for part in content)
         if not isinstance(content, str):
             raise APIError(f"{where} must be text", param=where)
-        if "\0" in content or any("\ud800" <= character <= "\udfff" for character in content):
+        if "\0" in content or holds_no_character(content):
             raise APIError(f"{where} holds what is no character", param=where)
         messages.append(Message(ROLES[role], content))
     if any(message.role == "system" for message in messages[1:]):

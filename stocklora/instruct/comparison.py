@@ -13,7 +13,7 @@ from stocklora.files import write_json
 from stocklora.instruct.forms import joined
 from stocklora.instruct.model_sources import BASE, find_sources, quantization_note
 from stocklora.instruct.records import Message
-from stocklora.instruct.text_stream import without_reasoning
+from stocklora.instruct.text_stream import printable, without_reasoning
 from stocklora.instruct.use_options import CompareSettings
 
 DEFAULT_CASES = (
@@ -92,15 +92,16 @@ def print_pair(pair: Pair, number: str, base: str, tuned: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    case, *answers = map(printable, (pair.case, pair.base, pair.tuned))
     on_terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size((PAGE_WIDTH, 24)).columns if on_terminal else PAGE_WIDTH
     table = Table(
-        title=Text(f"[{number}] {pair.case}"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, width=width
+        title=Text(f"[{number}] {case}"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, width=width
     )
     for name, seconds in zip((base, tuned), pair.seconds, strict=True):
         table.add_column(Text(f"{name} ({seconds:.1f} s)"), ratio=1, overflow="fold")
-    answers = [text + (" … (cut)" if cut else "") for text, cut in zip((pair.base, pair.tuned), pair.cut, strict=True)]
-    table.add_row(*[Text(answer or "(nothing)") for answer in answers])
+    shown = [text + (" … (cut)" if cut else "") for text, cut in zip(answers, pair.cut, strict=True)]
+    table.add_row(*[Text(text or "(nothing)") for text in shown])
     console = Console(width=width)
     if on_terminal:
         console.print(table)

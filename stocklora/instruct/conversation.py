@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
-import re
 import select
 import stat
 import sys
@@ -14,7 +14,7 @@ from stocklora.console import UserError, say
 from stocklora.instruct.chat import Answer, ChatModel, Sampling
 from stocklora.instruct.model_sources import BASE
 from stocklora.instruct.records import Message
-from stocklora.instruct.text_stream import without_reasoning
+from stocklora.instruct.text_stream import printable, without_reasoning
 
 # What the scripts ask where nobody asks anything else: one of each kind that the data sets teach.
 QUESTIONS = (
@@ -24,8 +24,6 @@ QUESTIONS = (
     "公司公布财报：营收同比增长12%，净利润同比下降5%，低于市场预期。请判断利好还是利空，并说明理由。",
     "什么是“预期兑现”？请用一个例子说明。",
 )
-# What a terminal would obey instead of showing; news from the web may hold anything, and models repeat it.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 HELP = """\
 /adapters        the adapters there are; the one in use has a star
 /adapter NAME    go on with that adapter (none: the base model alone)
@@ -70,7 +68,7 @@ def print_answer(model: ChatModel, messages: Sequence[Message], adapter: str | N
     on_terminal = sys.stdout.isatty()
 
     def show(piece: str) -> None:
-        sys.stdout.write(CONTROL.sub("\ufffd", piece) if on_terminal else piece)
+        sys.stdout.write(printable(piece) if on_terminal else piece)
         sys.stdout.flush()
 
     answer = model.answer(messages, adapter=adapter, sampling=sampling, on_text=show)
@@ -94,6 +92,9 @@ def chat(model: ChatModel, *, adapter: str | None, sampling: Sampling, system: s
     current = model.adapter_or_base(adapter)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # line editing and history, where there is one
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no text cost the question, not the chat; and a pipe is UTF-8, whatever the system's habit.
+        sys.stdin.reconfigure(encoding=None if sys.stdin.isatty() else "utf-8", errors="surrogateescape")
     say(f"Chat with {described(model, current)}. /help lists the commands.")
     history = opening(system)
     while True:

@@ -10,7 +10,7 @@ HOST = "127.0.0.1"
 
 
 def listen(port: int) -> socket.socket:
-    """A socket bound to ``port``; 0 takes a free one.
+    """A socket that listens on ``port``; 0 takes a free one. Clients that come early wait.
 
     Raises:
         UserError: the port is taken.
@@ -21,6 +21,8 @@ def listen(port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((HOST, port))
+        # Bound alone, it could be bound again by a second server while the first one loads its model.
+        listener.listen()
     except OSError as error:
         listener.close()
         raise UserError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llm_model import _quantization_config, _steady_quantized_layers
+from llm_model import quantization_config, steady_quantized_layers
 from stocklora.console import UserError, one_line
 from stocklora.model_folders import check_model_folder
 
@@ -25,7 +25,7 @@ def load_causal_model(
     """The language model in ``folder`` on ``device``.
 
     bitsandbytes' layers are made one function of their input alone, in training and in use: see
-    ``llm_model._steady_quantized_layers``. An adapter meets the base it was trained over only in that form.
+    ``llm_model.steady_quantized_layers``. An adapter meets the base it was trained over only in that form.
 
     Args:
         quantization: of the linear layers but the output head: ``none``, ``8bit`` (rows of int8 with a scale each) or
@@ -40,7 +40,7 @@ def load_causal_model(
     check_model_folder(folder)
     options: dict[str, Any] = {}
     if quantization != "none":
-        options = {"quantization_config": _quantization_config(quantization, dtype), "device_map": {"": device}}
+        options = {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": device}}
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, trust_remote_code=trust_remote_code, **options
@@ -49,9 +49,11 @@ def load_causal_model(
         if quantization == "none":
             raise UserError(f"cannot load {folder}: {one_line(str(error))[:300]}") from None
         raise UserError(f"{quantization} weights need bitsandbytes: pip install bitsandbytes ({error})") from None
-    except (OSError, ValueError, KeyError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # the last: weights of other shapes
         raise UserError(f"cannot load the model in {folder}: {one_line(str(error))[:300]}") from None
     if quantization == "none":
         return model.to(device)
-    _steady_quantized_layers(model)
+    steady_quantized_layers(model)
     return model

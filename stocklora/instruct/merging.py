@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from stocklora.merging import WEIGHT_SUFFIXES, made_whole
 from stocklora.model_folders import MANIFEST_NAME, check_files, describe_model
 
 VERIFY_TOKENS = 24  # of each greedy answer
+# Largest logit difference over the largest logit that rounding accounts for, with much to spare.
+MOST_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ def merge_adapter(sources: Sources, settings: InferenceSettings) -> None:
     otherwise, and bfloat16 rounds every weight.
 
     Raises:
-        UserError: nothing to merge, a folder that is there already, or an adapter that cannot be merged.
+        UserError: nothing to merge, a folder that is there already, an adapter that cannot be merged, or a merged
+            model that says something else.
     """
     out = settings.merge
     assert out is not None
@@ -62,10 +66,15 @@ def merge_adapter(sources: Sources, settings: InferenceSettings) -> None:
     before = reading(chat, name)
     start = reading(chat, BASE)
     stored = _stored_dtype(sources.base, settings)
+    untie(chat.model.get_base_model())
     try:
-        merged = chat.model.merge_and_unload(safe_merge=True)  # refuses weights that are not finite
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights that are no longer tied
+            merged = chat.model.merge_and_unload(safe_merge=True)  # refuses weights that are not finite
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"cannot merge {folder}: {one_line(str(error))[:300]}") from None
+    chat.model = merged
+    check_same(before.logits, logits_of(chat, name), torch.float32, f"{folder} cannot be merged; use it as it is")
     with made_whole(out) as unfinished:
         # Not the empty settings with which we generate: what the base's maker recommends.
         merged.generation_config = _generation_of(sources.base) or merged.generation_config
@@ -82,34 +91,64 @@ def merge_adapter(sources: Sources, settings: InferenceSettings) -> None:
     gc.collect()
     say(f"merged: '{name}' into the unquantized {sources.base_name}, stored as {str(stored).removeprefix('torch.')}")
     say(f"model: {out} ({size / 1e6:,.1f} MB)")
-    report(before, start, reading(load(out, {}), BASE))
+    after = reading(load(out, {}), BASE)
+    report(before, start, after)
+    check_same(before.logits, after.logits, stored, f"do not use {out}")
+
+
+def untie(network: Any) -> None:
+    """Give input and output embeddings weights of their own where an adapter changes one of them.
+
+    Merged into a weight that both share, its change of the one would become the other's as well.
+    """
+    layers: list[Any] = [network.get_input_embeddings(), network.get_output_embeddings()]
+    if not any(hasattr(layer, "get_base_layer") for layer in layers):
+        return
+    first, last = (layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in layers)
+    if last is not None and last.weight is first.weight:
+        last.weight = torch.nn.Parameter(last.weight.detach().clone(), requires_grad=False)
+        network.config.tie_word_embeddings = False
+
+
+def check_same(
+    adapter: Sequence[torch.Tensor], merged: Sequence[torch.Tensor], dtype: torch.dtype, advice: str
+) -> None:
+    """Raise a UserError if logits are farther apart than rounding of the weights to ``dtype`` accounts for."""
+    if not all(bool(torch.isfinite(logits).all()) for logits in merged):
+        raise UserError(f"the merged model computes numbers that are not finite; {advice}")
+    largest = max(float(logits.abs().max()) for logits in adapter)
+    gap = largest_gap(adapter, merged)
+    if gap > MOST_ROUNDING.get(dtype, 0.1) * largest:
+        raise UserError(f"the merged model is another than the adapter: logits differ by up to {gap:.3g}; {advice}")
 
 
 def reading(model: ChatModel, adapter: str) -> Reading:
     """Logits of every token of the built-in questions, and the greedy answers to them."""
-    questions = [[Message("user", text)] for text in QUESTIONS]
-    tokenizer = model.tokenizer(adapter)
-    logits = []
-    with model.using(adapter) as network:
-        for question in questions:
-            ids = torch.tensor([prompt_ids(tokenizer, question)[-model.context_tokens :]], device=model.device)
-            logits.append(network(input_ids=ids, use_cache=False).logits[0].float().cpu())
+    with model.using(adapter):
+        logits = logits_of(model, adapter)
     answers = [
         answer.text
-        for question in questions
-        for answer in [model.answer(question, adapter=adapter, sampling=Sampling(max_new_tokens=VERIFY_TOKENS))]
+        for text in QUESTIONS
+        for answer in [
+            model.answer([Message("user", text)], adapter=adapter, sampling=Sampling(max_new_tokens=VERIFY_TOKENS))
+        ]
     ]
     return Reading(logits, answers)
 
 
-def report(adapter: Reading, base: Reading, merged: Reading) -> None:
-    """Print how far the merged model, and for scale the base, are from the adapter beside the base.
+@torch.inference_mode()
+def logits_of(model: ChatModel, adapter: str) -> list[torch.Tensor]:
+    """What the network says to the questions as it is; ``adapter`` names the tokenizer."""
+    logits = []
+    for text in QUESTIONS:
+        ids = prompt_ids(model.tokenizer(adapter), [Message("user", text)])[-model.context_tokens :]
+        inputs = torch.tensor([ids], device=model.device)  # (1, tokens)
+        logits.append(model.model(input_ids=inputs, use_cache=False).logits[0].float().cpu())
+    return logits
 
-    Raises:
-        UserError: the merged model's logits are not finite.
-    """
-    if not all(bool(torch.isfinite(logits).all()) for logits in merged.logits):
-        raise UserError("the merged model computes numbers that are not finite; do not use it")
+
+def report(adapter: Reading, base: Reading, merged: Reading) -> None:
+    """Print how far the merged model, and for scale the base, are from the adapter beside the base."""
     rows = []
     for label, other in (("merged model, loaded from disk", merged), ("base model, for scale", base)):
         gap = largest_gap(adapter.logits, other.logits)

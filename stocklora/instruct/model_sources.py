@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stocklora.console import UserError
-from stocklora.model_folders import check_model_folder, command_for, describe_model, read_json
+from stocklora.model_folders import check_model_folder, check_weight_file, command_for, describe_model, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 TRAINING_INFO = "training_info.json"
@@ -69,7 +69,7 @@ def find_sources(base_model: Path | None, tuned: Sequence[str], any_base: bool =
                     f"{next(iter(bases))} was trained over {base_model}, and {folder} over {other}: give adapters of "
                     f"one base"
                 )
-    elif not folders and is_adapter(base_model):
+    elif not folders and (base_model / ADAPTER_CONFIG).is_file():
         raise UserError(f"{base_model} is an adapter, not a base model; give it with --lora_model")
     check_model_folder(base_model)
     for folder in folders.values():
@@ -110,6 +110,11 @@ def is_adapter(folder: Path) -> bool:
                 f"{folder} has {ADAPTER_CONFIG} and no adapter_model.safetensors: it was not copied or written to its "
                 f"end; copy it again, or train again"
             )
+        try:
+            if (folder / "adapter_model.safetensors").is_file():
+                check_weight_file(folder / "adapter_model.safetensors")
+        except (OSError, ValueError) as error:
+            raise UserError(f"the adapter in {folder} is not whole: {error}; copy it again, or train again") from None
         return True
     if not (folder / "config.json").is_file():
         checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))

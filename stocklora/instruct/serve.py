@@ -13,7 +13,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -22,6 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import Send
 
 from stocklora.console import UserError, say
 from stocklora.instruct.chat import Answer, ChatModel, ContextError, Sampling
@@ -30,6 +32,7 @@ from stocklora.instruct.listening import HOST
 from stocklora.instruct.records import Message
 
 POLL_S = 0.1  # how often a waiting request looks whether its client is still there
+GRACE_S = 10  # for answers to end after Ctrl-C: one token each, or the reading of a long prompt
 
 
 def serve(model: ChatModel, listener: socket.socket, sampling: Sampling, adapter: str) -> None:
@@ -41,7 +44,8 @@ def serve(model: ChatModel, listener: socket.socket, sampling: Sampling, adapter
     """
     address = f"http://{HOST}:{listener.getsockname()[1]}/v1"
     app = make_app(model, sampling, adapter)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
+    server = _Server(config, app.state.closing)
 
     @contextlib.asynccontextmanager
     async def announce(_: FastAPI) -> AsyncIterator[None]:
@@ -72,6 +76,7 @@ def make_app(model: ChatModel, sampling: Sampling, adapter: str | None = None) -
     names = model_names(model, adapter)
     started = int(time.time())
     turn = asyncio.Lock()
+    closing = app.state.closing = threading.Event()
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -92,13 +97,12 @@ def make_app(model: ChatModel, sampling: Sampling, adapter: str | None = None) -
         chosen = sampling_of(asked, sampling)
         # Refused before a stream begins, when an error can still have a status of its own.
         ids = await asyncio.to_thread(_prompt_tokens, model, messages, name, chosen)
-        job = _Job(model, messages, name, chosen, asyncio.get_running_loop())
+        job = _Job(model, messages, name, chosen, asyncio.get_running_loop(), closing)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if asked.stream:
             wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
-            events = _events(job, head, turn, request, wants_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        async with _our_turn(turn, request):
+            return _EventStream(_events(job, head, turn, request, wants_usage), headers={"Cache-Control": "no-cache"})
+        async with _our_turn(turn, request, closing):
             async for _ in job.pieces(request):
                 pass
         answer = job.answer or Answer("", "cancelled", ids, 0, 0.0)
@@ -114,9 +118,20 @@ def make_app(model: ChatModel, sampling: Sampling, adapter: str | None = None) -
     async def refused(_: Request, error: APIError) -> JSONResponse:
         return _error(error.status, str(error), error.kind, error.param, error.code)
 
+    @app.exception_handler(UserError)
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return _error(500, _public(error), "server_error", None, None)
+
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            message = f"the body is not valid JSON: {first['ctx']['error']}, at character {first['loc'][-1]}"
+            return _error(400, message, "invalid_request_error", None, None)
+        if first["loc"] == ("body",):
+            message = "the body must be a JSON object, and the header Content-Type: application/json"
+            return _error(400, message, "invalid_request_error", None, None)
         param = ".".join(str(part) for part in first["loc"] if part != "body") or None
         return _error(400, f"{param or 'the request'}: {first['msg']}", "invalid_request_error", param, None)
 
@@ -126,6 +141,28 @@ def make_app(model: ChatModel, sampling: Sampling, adapter: str | None = None) -
         return _error(error.status_code, message, "invalid_request_error", None, None)
 
     return app
+
+
+class _Server(uvicorn.Server):
+    """Told to stop, it ends the answers that are being computed."""
+
+    def __init__(self, config: uvicorn.Config, closing: threading.Event) -> None:
+        super().__init__(config)
+        self._closing = closing
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._closing.set()
+        super().handle_exit(sig, frame)
+
+
+class _EventStream(StreamingResponse):
+    """Closes what it streams when the client leaves in the middle of a write; else its turn would not end."""
+
+    media_type = "text/event-stream"
+
+    async def stream_response(self, send: Send) -> None:
+        async with contextlib.aclosing(self.body_iterator):  # type: ignore[type-var]
+            await super().stream_response(send)
 
 
 class _Job:
@@ -138,14 +175,16 @@ class _Job:
         name: str,
         sampling: Sampling,
         loop: asyncio.AbstractEventLoop,
+        closing: threading.Event,
     ) -> None:
+        self.closing = closing
         self.answer: Answer | None = None
         self._model, self._messages, self._name, self._sampling = model, messages, name, sampling
         self._loop = loop
         self._stop = threading.Event()
         self._queue: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
 
-    async def pieces(self, request: Request) -> AsyncIterator[str]:
+    async def pieces(self, request: Request) -> AsyncGenerator[str]:
         """The answer's text as it comes; ends it when the client or the reader goes away."""
         worker = asyncio.ensure_future(asyncio.to_thread(self._compute))
         try:
@@ -176,10 +215,10 @@ class _Job:
                 adapter=self._name,
                 sampling=self._sampling,
                 on_text=put,
-                cancelled=self._stop.is_set,
+                cancelled=lambda: self._stop.is_set() or self.closing.is_set(),
                 cut_history=False,
             )
-            put(None)
+            put(_stopping() if self.closing.is_set() and self.answer.finish == "cancelled" else None)
         except BaseException as error:
             put(error)
 
@@ -196,31 +235,28 @@ async def _events(
             body["usage"] = usage
         return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
-    async with _our_turn(turn, request):
-        yield event({"role": "assistant", "content": ""})
-        pieces = job.pieces(request)
-        try:
+    try:
+        async with _our_turn(turn, request, job.closing), contextlib.aclosing(job.pieces(request)) as pieces:
+            yield event({"role": "assistant", "content": ""})
             async for piece in pieces:
                 yield event({"content": piece})
-        except Exception as error:  # the status line is gone out already
-            message = str(error) if isinstance(error, UserError) else "the server failed; see its output"
-            yield f"data: {json.dumps(_error_body(message, 'server_error', None, None), ensure_ascii=False)}\n\n"
-            if not isinstance(error, UserError):
-                raise
-            return
-        finally:
-            await pieces.aclose()  # type: ignore[attr-defined]
-        if job.answer is None:
-            return
-        yield event({}, _finish_reason(job.answer))
-        if wants_usage:
-            yield event(None, usage=_usage(job.answer))
-        yield "data: [DONE]\n\n"
+    except Exception as error:  # the status line is gone out already
+        body = _error_body(_public(error), "server_error", None, None)
+        yield f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+        if not isinstance(error, (UserError, APIError)):
+            raise
+        return
+    if job.answer is None:
+        return
+    yield event({}, _finish_reason(job.answer))
+    if wants_usage:
+        yield event(None, usage=_usage(job.answer))
+    yield "data: [DONE]\n\n"
 
 
 @contextlib.asynccontextmanager
-async def _our_turn(turn: asyncio.Lock, request: Request) -> AsyncIterator[None]:
-    """Wait until no other answer is computed, but not longer than the client does."""
+async def _our_turn(turn: asyncio.Lock, request: Request, closing: threading.Event) -> AsyncIterator[None]:
+    """Wait until no other answer is computed, but not longer than the client or the server does."""
     while True:
         try:
             await asyncio.wait_for(turn.acquire(), 10 * POLL_S)
@@ -229,6 +265,8 @@ async def _our_turn(turn: asyncio.Lock, request: Request) -> AsyncIterator[None]
             if await request.is_disconnected():
                 raise APIError("the client went away", status=499) from None
     try:
+        if closing.is_set():
+            raise _stopping()
         yield
     finally:
         turn.release()
@@ -247,6 +285,15 @@ def _prompt_tokens(model: ChatModel, messages: list[Message], name: str, samplin
     except UserError as error:
         raise APIError(str(error), param="messages") from None
     return len(ids)
+
+
+def _stopping() -> APIError:
+    return APIError("the server is being stopped", status=503, kind="server_error")
+
+
+def _public(error: Exception) -> str:
+    """What a client may read of an error."""
+    return str(error) if isinstance(error, (UserError, APIError)) else "the server failed; see its output"
 
 
 def _known(name: str, names: list[str]) -> str:
@@ -277,6 +324,7 @@ def _usage(answer: Answer) -> dict[str, int]:
 
 
 def _error_body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+    message = message.encode(errors="backslashreplace").decode()  # it may quote half a surrogate pair
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

@@ -9,6 +9,8 @@ from typing import Any
 UNFINISHED = "\ufffd"  # what a decoder puts for bytes that are not yet a character
 NO_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 NO_THOUGHT_LETTERS = "<think></think>"
+# What a terminal would obey instead of showing; news from the web may hold anything, and models repeat it.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class TextStream:
@@ -85,6 +87,16 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that is a beginning of ``stop``."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def printable(text: str) -> str:
+    """``text`` with a mark in place of every control character but line breaks and tabs."""
+    return CONTROL.sub("\ufffd", text)
+
+
+def holds_no_character(text: str) -> bool:
+    """Whether half of a surrogate pair is in ``text``: bytes that were not UTF-8, or half of a JSON escape."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def without_reasoning(text: str) -> str:

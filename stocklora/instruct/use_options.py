@@ -62,6 +62,8 @@ class AnswerSettings:
             raise UserError(f"--top_p must be above 0 and at most 1, got {self.top_p}")
         if not self.repetition_penalty > 0.0:
             raise UserError(f"--repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed must be from 0 to {2**32 - 1}, got {self.seed}")
 
 
 @dataclass(frozen=True)
