@@ -383,6 +383,23 @@ def test_wording_varies(built: list[Record]) -> None:
         assert len({r.prompt[-1].content.split("\n")[0] for r in built if r.meta["kind"] == kind}) >= 3
 
 
+def test_short_answers_are_the_labels_of_the_long_ones(built: list[Record]) -> None:
+    short = build_dataset(InstructionSettings(short_answers=True)).records
+    assert [r.meta["event_id"] for r in short] == [r.meta["event_id"] for r in built]
+    labelled = 0
+    for one, other in zip(short, built, strict=True):
+        if one.meta.get("label") is None or other.meta["share"] == "earnings":
+            assert (one.prompt, one.answer) == (other.prompt, other.answer)
+            continue
+        labelled += 1
+        assert one.answer == other.answer.split("\n")[0]
+        assert one.meta["label"] == other.meta["label"]
+        assert "不写" in one.prompt[0].content
+        assert "再说" not in one.prompt[0].content
+        assert one.meta["input"] == other.meta["input"]
+    assert labelled > 80
+
+
 def test_the_same_seed_gives_the_same_rows_and_another_others(built: list[Record]) -> None:
     assert build_dataset(InstructionSettings()).records == built
     other = build_dataset(InstructionSettings(seed=7)).records

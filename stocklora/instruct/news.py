@@ -83,6 +83,9 @@ class InstructionSettings:
     max_characters: int = setting(
         160, "longer news are shown by their headline, or left out", section="texts", metavar="N"
     )
+    short_answers: bool = setting(
+        False, "sentiment, priced-in, watch and risk labels without their reasons: for small models", section="texts"
+    )
     near_duplicate: float = setting(
         0.8, "news this alike (Jaccard similarity of 3 characters) are one", section="texts", metavar="SHARE"
     )
@@ -148,7 +151,9 @@ def build_dataset(settings: InstructionSettings) -> Built:
     subjects = [
         subject
         for event in kept
-        for subject in subjects_of(event, settings.thresholds, settings.reference_minutes, settings.max_characters)
+        for subject in subjects_of(
+            event, settings.thresholds, settings.reference_minutes, settings.max_characters, settings.short_answers
+        )
     ]
     records, notes = _chosen(subjects, settings)
     if not records:

@@ -26,6 +26,7 @@ class Subject:
     moves: tuple[Move, ...]
     limits: Thresholds
     reference_minutes: int
+    short: bool = False  # labels are answered without their reasons
 
     @property
     def reference(self) -> Move | None:
@@ -37,12 +38,14 @@ Row = dict[str, Any]
 Maker = Callable[[Subject, random.Random], Row | None]
 
 
-def subjects_of(event: Event, limits: Thresholds, reference_minutes: int, most_characters: int) -> list[Subject]:
+def subjects_of(
+    event: Event, limits: Thresholds, reference_minutes: int, most_characters: int, short: bool = False
+) -> list[Subject]:
     """One subject for each ticker that was measured, or a single one without moves."""
     release = release_of(event)
     text = fitted(event.content, most_characters) if event.content else None
     pairs = list(event.moves.items()) or [("", ())]
-    return [Subject(event, text, release, ticker, moves, limits, reference_minutes) for ticker, moves in pairs]
+    return [Subject(event, text, release, ticker, moves, limits, reference_minutes, short) for ticker, moves in pairs]
 
 
 def row_of_fields(instruction: str, extra: str, output: str, moves: tuple[Move, ...] = (), **scored: Any) -> Row:
@@ -50,6 +53,22 @@ def row_of_fields(instruction: str, extra: str, output: str, moves: tuple[Move, 
         "instruction": instruction, "input": extra, "output": output,
         "windows": [minutes for minutes, _ in moves], **scored,
     }  # fmt: skip
+
+
+def labelled(
+    subject: Subject,
+    instruction: str,
+    name: str,
+    label: str,
+    reason: str,
+    *,
+    reason_name: str = "说明",
+    asks_for_reason: str = "，再说明",
+) -> tuple[str, str]:
+    """Instruction and answer of a question for a label: it stands in the first line, and below it the reason."""
+    if subject.short:
+        return f"{instruction}只写“{name}：”和标签，不写{reason_name}。", f"{name}：{label}"
+    return f"{instruction}首行写“{name}：”{asks_for_reason}。", f"{name}：{label}\n{reason_name}：{reason}"
 
 
 def news_of(subject: Subject) -> str | None:

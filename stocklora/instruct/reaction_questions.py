@@ -10,7 +10,7 @@ import random
 
 from stocklora.instruct import reactions as price
 from stocklora.instruct.news_texts import remarks
-from stocklora.instruct.question_parts import Row, Subject, as_json, band_of, news_of, row_of_fields, shown
+from stocklora.instruct.question_parts import Row, Subject, as_json, band_of, labelled, news_of, row_of_fields, shown
 
 
 def make_sentiment(subject: Subject, rng: random.Random) -> Row | None:
@@ -22,10 +22,12 @@ def make_sentiment(subject: Subject, rng: random.Random) -> Row | None:
     label, band = price.sentiment(bp, subject.limits), band_of(subject.limits)
     ticker = subject.ticker
     instruction = rng.choice((
-        f"按公布后{minutes}分钟的涨跌幅判断消息对{ticker}的情绪，不超过±{band}为中性。首行写“情绪：”，再说理由。",
-        f"这条消息对{ticker}是利好、利空还是中性？以{minutes}分钟涨跌幅为准，±{band}以内（含）为中性。首行写“情绪：”，再说理由。",
-        f"阅读快讯和行情，给出{ticker}的情绪和理由：{minutes}分钟涨跌幅不超过±{band}为中性，否则为利好或利空。首行写“情绪：”。",
+        f"按公布后{minutes}分钟的涨跌幅判断消息对{ticker}的情绪，不超过±{band}为中性。",
+        f"这条消息对{ticker}是利好、利空还是中性？以{minutes}分钟涨跌幅为准，±{band}以内（含）为中性。",
+        f"阅读快讯和行情，给出{ticker}的情绪{'' if subject.short else '和理由'}："
+        f"{minutes}分钟涨跌幅不超过±{band}为中性，否则为利好或利空。",
     ))  # fmt: skip
+    asks_for_reason = "" if "和理由：" in instruction else "，再说理由"
     if label == price.NEUTRAL:
         reason = rng.choice((
             f"公布后{minutes}分钟，{subject.ticker}{price.moved(bp)}，没有超出±{band}的中性区间。",
@@ -38,9 +40,10 @@ def make_sentiment(subject: Subject, rng: random.Random) -> Row | None:
             f"{subject.ticker}在公布后{minutes}分钟{size}，已超出±{band}的中性区间。",
         ))  # fmt: skip
     reason += rng.choice(remarks(news_of(subject) or "", subject.ticker, label))
-    return row_of_fields(
-        instruction, shown(subject, (reference,), rng), f"情绪：{label}\n理由：{reason}", (reference,), label=label
+    instruction, output = labelled(
+        subject, instruction, "情绪", label, reason, reason_name="理由", asks_for_reason=asks_for_reason
     )
+    return row_of_fields(instruction, shown(subject, (reference,), rng), output, (reference,), label=label)
 
 
 def make_extraction(subject: Subject, rng: random.Random) -> Row | None:
@@ -148,7 +151,7 @@ def make_priced_in(subject: Subject, rng: random.Random) -> Row | None:
         f"按最短和最长窗口给{subject.ticker}的反应归类，±{band}以内（含）为静，超出为动：",
     )) + (
         "首静尾静为反应平淡，首静尾动为反应滞后；首动时，尾反向且为动是预期兑现，尾同向且大于首的一半是走势延续，"
-        "其余是部分回吐。首行写“判断：”，再说明。"
+        "其余是部分回吐。"
     )  # fmt: skip
     facts = rng.choice((
         f"{subject.ticker}在{first_minutes}分钟时{price.moved(first)}，到{last_minutes}分钟时累计{price.moved(last)}。",
@@ -160,7 +163,7 @@ def make_priced_in(subject: Subject, rng: random.Random) -> Row | None:
         price.FLAT: any(abs(bp) > subject.limits.neutral_bp for bp in between),
     }
     words = (PATTERN_BETWEEN if unsteady.get(label) else PATTERN_WORDS)[label]
-    output = f"判断：{label}\n说明：{facts}{rng.choice(words)}"
+    instruction, output = labelled(subject, instruction, "判断", label, facts + rng.choice(words))
     return row_of_fields(instruction, shown(subject, moves, rng), output, moves, label=label)
 
 
@@ -171,8 +174,8 @@ def make_watch(subject: Subject, rng: random.Random) -> Row | None:
     label, band = price.stance(subject.moves, subject.limits), band_of(subject.limits)
     minutes, bp = price.largest(subject.moves)
     instruction = rng.choice((
-        f"{subject.ticker}对这条消息是观望还是已有反应？各窗口都不超过±{band}为观望。首行写“信号：”，再说明。",
-        f"判断{subject.ticker}是否出现观望信号：各窗口都在±{band}以内（含）为观望，否则为有反应。首行写“信号：”，再说明。",
+        f"{subject.ticker}对这条消息是观望还是已有反应？各窗口都不超过±{band}为观望。",
+        f"判断{subject.ticker}是否出现观望信号：各窗口都在±{band}以内（含）为观望，否则为有反应。",
     ))  # fmt: skip
     if label == price.WAITING:
         facts = f"各窗口中最大的变动出现在{minutes}分钟，{subject.ticker}{price.moved(bp)}，没有超出±{band}。"
@@ -187,13 +190,8 @@ def make_watch(subject: Subject, rng: random.Random) -> Row | None:
             "价格已经作出反应，但短时走势不等于趋势，仍需结合后续信息。",
             "价格已有反应，后续要看这一变动能否保持。",
         ))  # fmt: skip
-    return row_of_fields(
-        instruction,
-        shown(subject, subject.moves, rng),
-        f"信号：{label}\n说明：{facts}{words}",
-        subject.moves,
-        label=label,
-    )
+    instruction, output = labelled(subject, instruction, "信号", label, facts + words)
+    return row_of_fields(instruction, shown(subject, subject.moves, rng), output, subject.moves, label=label)
 
 
 RISK_WORDS = {
@@ -214,12 +212,14 @@ def make_risk(subject: Subject, rng: random.Random) -> Row | None:
     label, (minutes, bp) = price.risk(subject.moves, limits), price.largest(subject.moves)
     medium, high = (price.percent(limit, signed=False) for limit in (limits.medium_risk_bp, limits.high_risk_bp))
     instruction = rng.choice((
-        f"评定{subject.ticker}的短线风险等级：最大涨跌幅低于{medium}为低，达到{medium}为中，达到{high}为高。首行写“风险等级：”。",
-        f"按各窗口的最大波动给出{subject.ticker}的短线风险和操作提示（达到{medium}为中，达到{high}为高）。首行写“风险等级：”。",
-        f"这条消息公布后{subject.ticker}的短线风险有多大？最大波动{medium}以下为低，{high}及以上为高，其间为中。首行写“风险等级：”。",
+        f"评定{subject.ticker}的短线风险等级：最大涨跌幅低于{medium}为低，达到{medium}为中，达到{high}为高。",
+        f"按各窗口的最大波动给出{subject.ticker}的短线风险{'' if subject.short else '和操作提示'}"
+        f"（达到{medium}为中，达到{high}为高）。",
+        f"这条消息公布后{subject.ticker}的短线风险有多大？最大波动{medium}以下为低，{high}及以上为高，其间为中。",
     ))  # fmt: skip
     bound = {"低": f"低于{medium}", "中": f"达到{medium}而低于{high}", "高": f"达到{high}"}[label]
     place = f"最大变动出现在{minutes}分钟窗口，" if bp else "所给窗口内"
     facts = f"{place}{subject.ticker}{price.moved(bp)}，{bound}。"
-    output = f"风险等级：{label}\n说明：{facts}{rng.choice(RISK_WORDS[label])}"
+    reason = facts + rng.choice(RISK_WORDS[label])
+    instruction, output = labelled(subject, instruction, "风险等级", label, reason, asks_for_reason="")
     return row_of_fields(instruction, shown(subject, subject.moves, rng), output, subject.moves, label=label)
