@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import math
 import os
 import shlex
@@ -111,15 +110,13 @@ def alone_in(folder: Path, needed: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """No bars, no advice on optional kernels and no notices about names of the future among our lines."""
-    # bitsandbytes speaks while it is imported, so its logger is told before.
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    from stocklora.quiet import quiet_transformers
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        quiet_transformers()
         import datasets
-        import transformers
 
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
         yield
 
