@@ -19,12 +19,12 @@ import sys
 from collections.abc import Sequence
 
 from stocklora.console import run_script
-from stocklora.settings import add_settings, resolve_settings
+from stocklora.settings import ScriptParser, add_settings, resolve_settings
 from stocklora.sources import DownloadSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__)
     add_settings(parser, DownloadSettings)
     return parser
 

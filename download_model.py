@@ -18,11 +18,11 @@ from collections.abc import Sequence
 
 from stocklora.base_models import DownloadModelSettings, fetch
 from stocklora.console import run_script, say
-from stocklora.settings import add_settings, resolve_settings
+from stocklora.settings import ScriptParser, add_settings, resolve_settings
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__)
     add_settings(parser, DownloadModelSettings)
     return parser
 

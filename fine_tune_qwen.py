@@ -18,12 +18,11 @@ import sys
 
 from stocklora.console import run_script
 from stocklora.instruct.sft_settings import SftSettings, add_sft_settings, resolve_sft
+from stocklora.settings import ScriptParser
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fine_tune_qwen.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(prog="fine_tune_qwen.py", description=__doc__)
     add_sft_settings(parser, SftSettings)
     return parser
 

@@ -14,14 +14,12 @@ import sys
 from collections.abc import Sequence
 
 from stocklora.console import UserError, run_script, say
-from stocklora.settings import add_settings, resolve_settings
+from stocklora.settings import ScriptParser, add_settings, resolve_settings
 from stocklora.simple_options import FrameworkSettings, check_model_file
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="framework.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(prog="framework.py", description=__doc__)
     add_settings(parser, FrameworkSettings)
     return parser
 

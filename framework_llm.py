@@ -25,16 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 from stocklora.console import UserError, run_script, say, warn
 from stocklora.options import ForecastSettings
-from stocklora.settings import add_settings, resolve_settings
+from stocklora.settings import ScriptParser, add_settings, resolve_settings
 
 if TYPE_CHECKING:
     from stocklora.ensembles import Ensemble
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="framework_llm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(prog="framework_llm.py", description=__doc__)
     add_settings(parser, ForecastSettings)
     return parser
 

@@ -22,13 +22,11 @@ import sys
 
 from stocklora.console import UserError, run_script, say
 from stocklora.instruct.use_options import InferenceSettings
-from stocklora.settings import add_settings, resolve_settings
+from stocklora.settings import ScriptParser, add_settings, resolve_settings
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="inference_lora.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(prog="inference_lora.py", description=__doc__)
     add_settings(parser, InferenceSettings)
     return parser
 

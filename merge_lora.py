@@ -18,13 +18,11 @@ import sys
 
 from stocklora.console import UserError, run_script
 from stocklora.options import MergeSettings
-from stocklora.settings import add_settings, resolve_settings
+from stocklora.settings import ScriptParser, add_settings, resolve_settings
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="merge_lora.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(prog="merge_lora.py", description=__doc__)
     add_settings(parser, MergeSettings)
     return parser
 

@@ -17,16 +17,14 @@ import sys
 
 from stocklora.console import run_script, say
 from stocklora.options import QuickStartSettings, TrainLoraSettings
-from stocklora.settings import add_settings, resolve_settings
+from stocklora.settings import ScriptParser, add_settings, resolve_settings
 
 TICKER = "AAPL"
 FAST_LAYERS = 8
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="quick_start.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(prog="quick_start.py", description=__doc__)
     add_settings(parser, QuickStartSettings)
     return parser
 

@@ -14,14 +14,12 @@ import sys
 from collections.abc import Sequence
 
 from stocklora.console import run_script, say
-from stocklora.settings import add_settings, resolve_settings
+from stocklora.settings import ScriptParser, add_settings, resolve_settings
 from stocklora.simple_options import TrainSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(prog="train.py", description=__doc__)
     add_settings(parser, TrainSettings)
     return parser
 

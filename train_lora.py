@@ -17,13 +17,11 @@ import sys
 
 from stocklora.console import UserError, run_script, say
 from stocklora.options import TrainLoraSettings
-from stocklora.settings import add_settings, resolve_settings
+from stocklora.settings import ScriptParser, add_settings, resolve_settings
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="train_lora.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(prog="train_lora.py", description=__doc__)
     add_settings(parser, TrainLoraSettings)
     return parser
 

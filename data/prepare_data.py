@@ -21,13 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by path,
 
 from stocklora.console import run_script
 from stocklora.instruct.prepare import PrepareSettings, prepare
-from stocklora.settings import add_settings, resolve_settings
+from stocklora.settings import ScriptParser, add_settings, resolve_settings
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(prog="prepare_data.py", description=__doc__)
     add_settings(parser, PrepareSettings)
     return parser
 

@@ -18,13 +18,11 @@ sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside th
 
 from stocklora.console import run_script, say  # noqa: E402
 from stocklora.instruct.use_options import DemoSettings  # noqa: E402
-from stocklora.settings import add_settings, resolve_settings  # noqa: E402
+from stocklora.settings import ScriptParser, add_settings, resolve_settings  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="examples/demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(prog="examples/demo.py", description=__doc__)
     add_settings(parser, DemoSettings)
     return parser
 

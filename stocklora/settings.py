@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stocklora.console import UserError
+from stocklora.console import EXIT_USER_ERROR, UserError, one_line
 
 S = TypeVar("S")
 
@@ -48,13 +48,37 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class ScriptParser(argparse.ArgumentParser):
+    """Flags of a script. A mistake in them is one line on stderr, with the flag that was probably meant; exit code 2.
+
+    argparse prints all flags first, and of fifty flags' usage nobody reads the end. Flags must be written out: an
+    abbreviation that works today is ambiguous after the next flag.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options}
+        super().__init__(**options)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's, but for what it says of a flag that there is not."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1, cutoff=0.6)
+            kind = "flag" if flag.startswith("-") else "argument"
+            self.error(f"unknown {kind} {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+        return found
+
+    def error(self, message: str) -> typing.NoReturn:
+        """One line, and the end."""
+        self.exit(EXIT_USER_ERROR, f"error: {one_line(message)} (--help lists the flags)\n")
+
+
 def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> None:
     """Add ``--config`` and one flag for every field of ``settings_class`` to ``parser``.
 
     A flag that is not given leaves nothing in the namespace, so that the config file can speak.
-    A flag must be written out: an abbreviation that works today is ambiguous after the next flag.
     """
-    parser.allow_abbrev = False
     parser.add_argument(
         "--config",
         type=Path,

@@ -46,11 +46,18 @@ def test_help_answers_without_heavy_imports(name: str, repo_root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", scripts())
-def test_unknown_flags_exit_2(name: str, run_script: RunScript, tmp_path: Path) -> None:
-    result = run_script(name, "--no_such_flag", "3", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "--no_such_flag" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_a_wrong_flag_is_one_line(name: str, run_script: RunScript, tmp_path: Path) -> None:
+    for flags, says in (
+        (["--no_such_flag", "3"], "unknown flag --no_such_flag"),
+        (["--hepl"], "unknown flag --hepl; did you mean --help?"),
+        (["--config"], "argument --config"),
+        (["stray"], "unknown argument stray"),
+    ):
+        result = run_script(name, *flags, cwd=tmp_path)
+        assert result.returncode == 2
+        assert len(result.stderr.splitlines()) == 1, result.stderr
+        assert result.stderr.startswith(f"error: {says}"), result.stderr
+        assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []
 
 

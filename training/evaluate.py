@@ -21,13 +21,11 @@ sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside th
 
 from stocklora.console import run_script, say  # noqa: E402
 from stocklora.instruct.use_options import EvaluateSettings  # noqa: E402
-from stocklora.settings import add_settings, resolve_settings  # noqa: E402
+from stocklora.settings import ScriptParser, add_settings, resolve_settings  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="training/evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(prog="training/evaluate.py", description=__doc__)
     add_settings(parser, EvaluateSettings)
     return parser
 

@@ -21,14 +21,13 @@ sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside th
 
 from stocklora.console import run_script  # noqa: E402
 from stocklora.instruct.sft_settings import TrainSettings, add_sft_settings, resolve_sft  # noqa: E402
+from stocklora.settings import ScriptParser  # noqa: E402
 
 DEFAULT_CONFIG = Path("configs/lora_config.yaml")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="training/train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(prog="training/train.py", description=__doc__)
     add_sft_settings(parser, TrainSettings)
     return parser
 

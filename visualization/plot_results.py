@@ -19,13 +19,11 @@ sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside th
 
 from stocklora.console import UserError, run_script, say  # noqa: E402
 from stocklora.instruct.use_options import PlotSettings  # noqa: E402
-from stocklora.settings import add_settings, resolve_settings  # noqa: E402
+from stocklora.settings import ScriptParser, add_settings, resolve_settings  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="visualization/plot_results.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(prog="visualization/plot_results.py", description=__doc__)
     add_settings(parser, PlotSettings)
     return parser
 

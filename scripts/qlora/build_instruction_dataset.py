@@ -24,14 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by path,
 
 from stocklora.console import print_table, run_script, say
 from stocklora.instruct.news import Built, InstructionSettings, build_dataset
-from stocklora.settings import add_settings, resolve_settings
+from stocklora.settings import ScriptParser, add_settings, resolve_settings
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ScriptParser(
         prog="build_instruction_dataset.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_settings(parser, InstructionSettings)
     return parser

@@ -19,14 +19,13 @@ sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside th
 
 from stocklora.console import run_script  # noqa: E402
 from stocklora.instruct.use_options import CompareSettings  # noqa: E402
-from stocklora.settings import add_settings, resolve_settings  # noqa: E402
+from stocklora.settings import ScriptParser, add_settings, resolve_settings  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ScriptParser(
         prog="scripts/qlora/test_qlora_model.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_settings(parser, CompareSettings)
     return parser

@@ -22,12 +22,11 @@ sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside th
 
 from stocklora.console import run_script  # noqa: E402
 from stocklora.instruct.sft_settings import DeepseekSettings, add_sft_settings, resolve_sft  # noqa: E402
+from stocklora.settings import ScriptParser  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="scripts/qlora/train_qlora.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ScriptParser(prog="scripts/qlora/train_qlora.py", description=__doc__)
     add_sft_settings(parser, DeepseekSettings)
     return parser
 

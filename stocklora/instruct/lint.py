@@ -25,6 +25,7 @@ from typing import Any
 
 from stocklora.console import UserError, print_table, run_script, say
 from stocklora.instruct.records import Fault, Record, given_part, prompt_key, read_with_faults
+from stocklora.settings import ScriptParser
 
 EXIT_FAULTS = 1
 
@@ -155,12 +156,7 @@ def _place(record: Record, seen_from: Record) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m stocklora.instruct.lint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ScriptParser(prog="python -m stocklora.instruct.lint", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="instruction rows, .json or .jsonl")
     parser.add_argument("--model_path", type=Path, metavar="FOLDER", help="model whose tokenizer and template to use")
     parser.add_argument(

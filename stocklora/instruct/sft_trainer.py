@@ -66,7 +66,7 @@ class AnswerTrainer(SFTTrainer):
         counted = labels != IGNORED
         logits, labels = logits[counted].float(), labels[counted]  # (supervised, vocabulary), (supervised,)
         total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        mode = "train" if self.model.training else "eval"
+        mode = "train" if model.training else "eval"
         with torch.no_grad():
             right = (logits.argmax(dim=-1) == labels).sum() / max(1, len(labels))
         self._metrics[mode]["mean_token_accuracy"].append(float(right))
@@ -78,7 +78,8 @@ class AnswerTrainer(SFTTrainer):
         labels = inputs["labels"]
         if labels.device.type != "cpu" or self.aux_loss_enabled:
             return False
-        base: Any = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        network: Any = self.model
+        base = network.get_base_model() if hasattr(network, "get_base_model") else network
         if "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
             return False
         positions = int((labels[:, 1:] != IGNORED).any(dim=0).sum())
