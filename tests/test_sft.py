@@ -173,6 +173,40 @@ def test_packed_rows_do_not_see_each_other(tune: Tune, tmp_path: Path) -> None:
     assert first == pytest.approx(second, rel=1e-5)
 
 
+def test_scoring_supervised_positions_alone_changes_nothing(
+    tune: Tune, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the library's own loss over all positions: the same steps, packed, accumulated and in full as well."""
+    from stocklora.instruct import sft_trainer
+
+    scored: list[bool] = []
+    own, most = sft_trainer.AnswerTrainer._scores_few, sft_trainer.MOST_SCORES
+
+    def watched(self: Any, inputs: Any) -> bool:
+        scored.append(own(self, inputs))
+        return scored[-1]
+
+    monkeypatch.setattr(sft_trainer.AnswerTrainer, "_scores_few", watched)
+    ways: list[dict[str, Any]] = [
+        {"gradient_accumulation_steps": 3, "batch_size": 4},
+        {"packing": True, "max_length": 300, "batch_size": 1},
+        {"use_lora": False, "learning_rate": 1e-3, "model_path": tiny_models["gpt2"]},
+    ]
+    for number, way in enumerate(ways):
+        logs = []
+        for name, least in (("few", most), ("all", 0)):
+            monkeypatch.setattr(sft_trainer, "MOST_SCORES", least)
+            scored.clear()
+            folder = tmp_path / f"{name}{number}"
+            assert tune(**way, output_dir=folder, num_epochs=1) == 0
+            assert set(scored) == {name == "few"}
+            logs.append(log_of(folder))
+        for few, every in zip(*logs, strict=True):
+            for key in ("loss", "eval_loss", "grad_norm", "token_accuracy"):
+                if key in every:
+                    assert few[key] == pytest.approx(every[key], rel=2e-3), (way, key)
+
+
 def test_packing_is_refused_where_rows_would_see_each_other(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 

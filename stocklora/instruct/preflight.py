@@ -24,6 +24,7 @@ from stocklora.instruct.tokens import IGNORED, end_token_id
 from stocklora.memory_plan import FLOAT_BYTES, INT8_BYTES, NF4_BYTES, PROGRAM_MB, WARN_AT, free_memory_mb
 
 HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768  # TRL computes the output head in tiles of so many tokens and tokens' scores
+MOST_SCORES = 3 * HEAD_TOKENS * HEAD_COLUMNS  # more than a pass on a CPU has at once; see sft_trainer.AnswerTrainer
 SPARE_MB = 256.0  # that ``machine.keep_freed_memory`` lets the C library hold
 OPEN, CLOSE = "⟦", "⟧"  # around supervised tokens where there are no colours
 SHOWN_PROMPT, SHOWN_ANSWER = 700, 900  # characters of the example
@@ -76,13 +77,14 @@ class Memory:
         return self.weights_mb + self.state_mb + self.activations_mb + self.head_mb + self.program_mb
 
 
-def expected_memory(model: Any, settings: SftSettings, tokens: int, dtype: torch.dtype, on_cpu: bool) -> Memory:
+def expected_memory(model: Any, settings: SftSettings, load: PassLoad, dtype: torch.dtype, on_cpu: bool) -> Memory:
     """Arithmetic on the model's sizes: a decoder with a gated feed-forward part is assumed (Llama, Qwen).
 
     Args:
-        model: with its adapters on. tokens: padded tokens of one forward and backward pass.
+        model: with its adapters on. load: what the largest forward and backward pass holds.
         dtype: that the pass computes in.
     """
+    tokens = load.tokens
     config = model.config.get_text_config()
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
     inner = int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden)
@@ -122,18 +124,37 @@ def expected_memory(model: Any, settings: SftSettings, tokens: int, dtype: torch
     elif settings.method == "full" and width < FLOAT_BYTES:
         activations += sum(linear) * width  # autocast's copies
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
-    # A tile of scores in the computing type; where no Triton kernel folds it, the backward pass has eight in float32.
-    tile = min(tokens, HEAD_TOKENS) * min(vocabulary, HEAD_COLUMNS)
-    floats = 8 if on_cpu else 0
-    head = tile * (width + floats * FLOAT_BYTES) + 2 * tokens * hidden * FLOAT_BYTES
+    if on_cpu and load.scored * vocabulary <= MOST_SCORES:
+        # Scores of the kept positions with their gradient, and three float32 copies of the supervised ones.
+        head = vocabulary * (2.0 * width * load.scored + 3.0 * FLOAT_BYTES * load.supervised)
+    else:
+        # A tile of scores in the computing type; where no Triton kernel folds it, the backward pass has eight in
+        # float32.
+        tile = min(tokens, HEAD_TOKENS) * min(vocabulary, HEAD_COLUMNS)
+        head = tile * (width + (8 if on_cpu else 0) * FLOAT_BYTES) + 2 * tokens * hidden * FLOAT_BYTES
     program = PROGRAM_MB + SPARE_MB if on_cpu else 0.0
     return Memory(weights / 1e6, state / 1e6, activations / 1e6, head / 1e6, program)
 
 
-def tokens_of_a_pass(settings: SftSettings, data: InstructionData, packed_length: int | None) -> int:
-    """Padded tokens of the largest forward and backward pass."""
-    longest = count_tokens(data.train).longest if packed_length is None else packed_length
-    return longest * min(settings.batch_size, len(data.train))
+@dataclass(frozen=True)
+class PassLoad:
+    """The largest forward and backward pass: its padded tokens, those supervised, and those whose scores are computed.
+
+    Rows are scored at the positions that are supervised in any of them; see ``sft_trainer.AnswerTrainer``.
+    """
+
+    tokens: int
+    supervised: int
+    scored: int
+
+
+def load_of_a_pass(settings: SftSettings, data: InstructionData, packed_length: int | None) -> PassLoad:
+    counts, rows = count_tokens(data.train), min(settings.batch_size, len(data.train))
+    if packed_length is not None:
+        supervised = round(counts.share * packed_length)
+        return PassLoad(packed_length * rows, supervised * rows, min(packed_length, supervised * rows) * rows)
+    most = max((row.encoded.supervised for row in data.train), default=0)
+    return PassLoad(counts.longest * rows, most * rows, min(counts.longest, most * rows) * rows)
 
 
 def matched_modules(model: Any) -> Counter[str]:
@@ -200,11 +221,11 @@ def print_preflight(
         )
     if not data.validation:
         warn("no validation rows: nothing tells when the model begins to learn its rows by heart")
-    tokens = tokens_of_a_pass(settings, data, settings.max_length if settings.packing else None)
-    memory = expected_memory(model, settings, tokens, dtype, device.type == "cpu")
+    load = load_of_a_pass(settings, data, settings.max_length if settings.packing else None)
+    memory = expected_memory(model, settings, load, dtype, device.type == "cpu")
     where = "memory" if device.type == "cpu" else "memory of the graphics card"
     print_table(
-        f"Expected {where}, MB, at {tokens:,} tokens a pass",
+        f"Expected {where}, MB, at {load.tokens:,} tokens a pass",
         ("weights", "gradients, optimizer", "activations", "output head", "program", "total"),
         [[f"{part:,.0f}" for part in (memory.weights_mb, memory.state_mb, memory.activations_mb, memory.head_mb,
                                       memory.program_mb, memory.total_mb)]],

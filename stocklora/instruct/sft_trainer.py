@@ -20,13 +20,11 @@ from trl import SFTTrainer
 from stocklora.console import progress, say, warn
 from stocklora.files import plain, write_json, write_text
 from stocklora.instruct.checkpoints import MANIFEST, RUN_NAME, contents
+from stocklora.instruct.preflight import MOST_SCORES
 from stocklora.instruct.sft_settings import SftSettings
 from stocklora.instruct.tokens import IGNORED
 
 LOG_NAME = "training_log.jsonl"
-# Scores computed at once, of which the backward pass holds some three times as many in float32; the library's tiles of
-# 4096 tokens and 32,768 scores take as much.
-MOST_SCORES = 3 * 4096 * 32_768
 LOGGED = {
     "loss": "loss",
     "eval_loss": "eval_loss",
