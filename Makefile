@@ -50,7 +50,7 @@ demo: $(STABLE)
 
 test: $(STABLE) $(DEV)
 	@echo "==> pytest"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(STABLE) $(DEV)
 	@echo "==> ruff check"

@@ -31,6 +31,17 @@ hypothesis_settings.register_profile(
 hypothesis_settings.load_profile("stocklora")
 
 RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
+# Modules of minutes. Begun last, one of them would keep one worker busy while the others have nothing left to do.
+LONGEST = (
+    "test_forecasting_scripts.py", "test_methods.py", "test_memory_plan.py", "test_train_qlora.py", "test_training.py",
+    "test_seed_commands.py", "test_fine_tune_qwen.py", "test_distributed.py", "test_resume.py", "test_real_model.py",
+    "test_earlier_weights.py", "test_sft.py", "test_backtest.py", "test_leakage.py", "test_notebook.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest modules first; all else as it was."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
