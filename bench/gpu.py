@@ -103,7 +103,12 @@ def run(arguments: argparse.Namespace) -> int:
                 settings |= {"data": [str(years)], **SPLIT}
             say(f"{name} ...")
             began = time.perf_counter()
-            row = {"name": name, **measure(settings, Path(scratch)), "process_s": time.perf_counter() - began}
+            try:
+                found = measure(settings, Path(scratch))
+            except RuntimeError as error:  # the other rows are worth having all the same
+                say(str(error))
+                found = {"error": str(error).splitlines()[-1]}
+            row = {"name": name, **found, "process_s": time.perf_counter() - began}
             if "error" not in row:
                 trains_weights = settings["method"] == "full"
                 # With ``head`` the base reads each sequence once in a run: its share says nothing.

@@ -14,14 +14,14 @@ from stocklora.options import QuickStartSettings
 
 # Short questions of two kinds, with answers of a fixed form: what a model of 135 M weights learns in minutes.
 KINDS = ("sentiment", "extraction")
-ROWS: dict[str, Any] = {"shares": [1.0, 0.0, 0.0], "max_characters": 40, "num_samples": 180}
+ROWS: dict[str, Any] = {"shares": [1.0, 0.0, 0.0], "max_characters": 40, "num_samples": 180, "short_answers": True}
 FAST_ROWS = 60
 TRAINING: dict[str, Any] = {
-    "use_lora": True, "lora_r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "learning_rate": 1e-3, "batch_size": 4,
+    "use_lora": True, "lora_r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "learning_rate": 1e-3, "batch_size": 2,
     "gradient_accumulation_steps": 1, "max_length": 768, "warmup_ratio": 0.1, "logging_steps": 5,
     "early_stopping_patience": 0,
 }  # fmt: skip
-ANSWER_TOKENS, FAST_ANSWER_TOKENS = 144, 48
+ANSWER_TOKENS, FAST_ANSWER_TOKENS = 96, 48
 
 
 def run(settings: QuickStartSettings) -> int:
