@@ -139,6 +139,7 @@ def work(task: Path) -> int:
     import torch
 
     from stocklora.checkpoints import WeightsFile, save_weights
+    from stocklora.console import UserError
     from stocklora.dataset import select_tickers
     from stocklora.fitting import fit
     from stocklora.machine import peak_memory_mb
@@ -155,6 +156,8 @@ def work(task: Path) -> int:
     peak_mb = peak_memory_mb(run.forecaster.device.type)
 
     forecaster, history = run.forecaster, run.outcome.history
+    if len(history) < 2:
+        raise UserError(f"no epoch was finished: {run.outcome.stopped}")
     examples = forecaster.examples(prices, run.data.sequences("train", forecaster.spec.targets_per_sequence))
     tokens = sum(len(example.encoded.input_ids) for example in examples)
     targets = sum(len(example.scale) for example in examples)

@@ -306,26 +306,60 @@ def speedups(model: StockForecaster, settings: TrainLoraSettings) -> Iterator[No
 
 @contextlib.contextmanager
 def compiled(model: StockForecaster) -> Iterator[None]:
-    """Inside the block the backbone runs as torch.compile makes it; the weights and their names stay.
+    """Inside the block training passes run as torch.compile makes them; the weights and their names stay.
+
+    The backbone's repeated blocks are compiled, not the whole: they share their code, which is then compiled once and
+    not once a layer. Passes without gradient, of which there are few, run as they are: they would be compiled again.
 
     Raises:
         UserError: it cannot be compiled on this machine.
     """
     backbone = model.backbone
-    device = next(backbone.parameters()).device
-    backbone.compile(dynamic=True)
+    blocks = repeated_blocks(backbone) or [backbone]
+    for block in blocks:
+        _compile_for_training(block)
+    device, was_training = next(backbone.parameters()).device, backbone.training
     try:
         tokens = torch.ones(2, 24, dtype=torch.long, device=device)
-        with torch.no_grad(), model._autocast(device.type):
-            backbone(input_ids=tokens, use_cache=False)  # the compiler is only asked at the first call
+        with torch.enable_grad(), model._autocast(device.type):
+            # The compiler is only asked at the first pass; in training mode, or it would be asked again.
+            hidden = backbone.train()(input_ids=tokens, use_cache=False).last_hidden_state
+            if trained := [parameter for parameter in backbone.parameters() if parameter.requires_grad]:
+                torch.autograd.grad(hidden.float().sum(), trained, allow_unused=True)
     except Exception as error:
-        backbone._compiled_call_impl = None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--compile does not work here ({reason[:200]}); leave the flag out") from None
-    try:
+    else:
+        backbone.train(was_training)
         yield
     finally:
-        backbone._compiled_call_impl = None
+        backbone.train(was_training)
+        for block in blocks:
+            block._compiled_call_impl = None
+
+
+def repeated_blocks(backbone: nn.Module) -> list[nn.Module]:
+    """The blocks of the same class that a transformer is a stack of."""
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1:
+            return list(module)
+    return []
+
+
+def _compile_for_training(block: nn.Module) -> None:
+    plain = block._call_impl
+    trains = any(parameter.requires_grad for parameter in block.parameters())
+    compiled_call = torch.compile(plain, dynamic=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        # The first block's input has no gradient, all others' have: without this each would be compiled for itself.
+        if args and torch.is_tensor(args[0]) and args[0].is_floating_point() and trains and not args[0].requires_grad:
+            args = (args[0].detach().requires_grad_(), *args[1:])
+        return compiled_call(*args, **kwargs)
+
+    block._compiled_call_impl = call  # type: ignore[assignment]
 
 
 def name_of_peft(name: str) -> str:

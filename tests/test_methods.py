@@ -535,12 +535,38 @@ def test_compiling_is_for_training_alone(tiny_model, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", compiled)
     ids, at, scale = torch.ones(1, 8, dtype=torch.long), torch.tensor([[7]]), torch.ones(1, 1, 3)
     names = list(model.state_dict())
-    with speedups(model, TrainLoraSettings(compile=True)):
-        model(ids, at, scale)
+    plain = model(ids, at, scale)
+    with speedups(model.eval(), TrainLoraSettings(compile=True)):
+        assert not model.backbone.training
+        assert len(calls) == 2  # the trial: both blocks
+        with torch.no_grad():
+            model(ids, at, scale)
+        assert len(calls) == 2  # not where nothing is learned
+        torch.testing.assert_close(model(ids, at, scale), plain)
+        assert len(calls) == 4
         assert list(model.state_dict()) == names
-    assert len(calls) == 2  # the trial, and the pass
     model(ids, at, scale)
-    assert len(calls) == 2
+    assert len(calls) == 4
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_plain_one_compiled_once(tiny_model, prices, tmp_path) -> None:
+    """A stack of blocks shares its code: compiled for all of them together, and not again for validation."""
+    from torch._dynamo.utils import counters
+
+    histories = []
+    for compile in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        settings = TrainLoraSettings(
+            model_path=tiny_model, window_size=20, epochs=2, batch_size=2, targets_per_sequence=20, required_gain=0.0,
+            device="cpu", scale="ewma", dtype="float32", learning_rate=1e-2, head_learning_rate=1e-2,
+            save_dir=tmp_path / str(compile), compile=compile,
+        )  # fmt: skip
+        histories.append([row["validation_ratio"] for row in fit(prices, settings).outcome.history])
+    assert counters["stats"]["unique_graphs"] == 1
+    assert histories[0] == pytest.approx(histories[1], rel=1e-4)
+    assert histories[0][0] != histories[0][-1]
 
 
 @pytest.mark.parametrize("limit", [400, 700, 1])
