@@ -70,13 +70,13 @@ def run(arguments: argparse.Namespace) -> int:
         data = Path(scratch) / "rows.jsonl"
         built = build_dataset(InstructionSettings(db=arguments.db, num_samples=arguments.rows, output=data))
         write_records(built.records, data, "alpaca")
+        settings = {name: getattr(arguments, name) for name in ("rows", "steps", "batch_size", "lora_r", "device")}
+        settings |= {"model": arguments.model_path.name, "db": "bundled" if arguments.db is None else arguments.db.name}
         rows = []
         for name in arguments.methods:
             say(f"{name} ...")
             rows.append({"name": name, **measure(name, data, arguments, Path(scratch) / name)})
-    settings = {name: getattr(arguments, name) for name in ("rows", "steps", "batch_size", "lora_r", "device")}
-    settings |= {"model": arguments.model_path.name, "db": "bundled" if arguments.db is None else arguments.db.name}
-    write_json(arguments.output, {"machine": machine_facts(), "settings": settings, "rows": rows})
+            write_json(arguments.output, {"machine": machine_facts(), "settings": settings, "rows": rows})
     print_table(f"{arguments.model_path.name}, {arguments.steps} steps", HEADER, [cells(row) for row in rows])
     say(f"saved: {arguments.output}")
     return 0
