@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stocklora.console import UserError
-from stocklora.settings import add_settings, read_config, resolve_settings, setting
+from stocklora.settings import ScriptParser, add_settings, read_config, resolve_settings, setting
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Example:
 
 
 def resolved(*flags: str, config: Path | None = None) -> Example:
-    parser = argparse.ArgumentParser()
+    parser = ScriptParser()
     add_settings(parser, Example)
     given_config = [] if config is None else ["--config", str(config)]
     return resolve_settings(parser.parse_args([*flags, *given_config]), Example)

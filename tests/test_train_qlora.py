@@ -20,7 +20,7 @@ RESUME = (
     "--max_length 256"
 )
 # Long enough to be stopped in the middle, with dropout and a judgement every few steps.
-LONG = "--use_lora --lora_r 8 --num_epochs 3 --batch_size 2 --eval_steps 4 --learning_rate 1e-3 --logging_steps 1 --early_stopping_patience 0 --lora_dropout 0.1"  # noqa: E501
+LONG = "--use_lora --lora_r 8 --num_epochs 2 --batch_size 2 --eval_steps 4 --learning_rate 1e-3 --logging_steps 1 --early_stopping_patience 0 --lora_dropout 0.1"  # noqa: E501
 
 
 def test_the_documents_commands_work_as_written(run_script: RunScript, tiny_model: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_model_that_only_gets_worse_ends_as_the_random_walk(prices, settings):
 
 
 def test_it_learns_when_there_is_something_to_learn(settings):
-    changes = {"epochs": 8, "horizon": 1, "batch_size": 1, "learning_rate": 2e-3, "head_learning_rate": 3e-4}
+    changes = {"epochs": 6, "horizon": 1, "batch_size": 1, "learning_rate": 2e-3, "head_learning_rate": 3e-4}
     run = fit({"X": planted_trend(1500)}, changed(settings, targets_per_sequence=40, scale="ewma", **changes))
     assert run.outcome.best_ratio < 0.92
     assert run.test_scores["model"].pinball_bp < 0.92 * run.test_scores["ewma"].pinball_bp
