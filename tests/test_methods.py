@@ -606,7 +606,8 @@ def test_smollm2_trains_quantized_and_reloads(smollm2, tmp_path, method, quantiz
     table = {"AAA": random_prices(120, 1), "BBB": random_prices(90, 2)}
     settings = TrainLoraSettings(
         model_path=smollm2, backbone_layers=6, window_size=20, epochs=1, batch_size=1, method=method,
-        quantization=quantization, required_gain=0.0, device="cpu", scale="ewma", targets_per_sequence=20, dtype="float32", save_dir=tmp_path,
+        quantization=quantization, required_gain=0.0, device="cpu", scale="ewma", targets_per_sequence=20,
+        dtype="float32", save_dir=tmp_path,
     )  # fmt: skip
     run = fit(table, settings)
     assert run.outcome.steps > 2
