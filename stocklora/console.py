@@ -11,11 +11,13 @@ import os
 import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+PROJECT = Path(__file__).resolve().parent.parent
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141  # what a shell reports for any tool whose reader went away
@@ -29,8 +31,8 @@ def run_script(body: Callable[[], int | None]) -> int:
     """Run a script's body and turn how it ends into an exit code.
 
     A ``UserError`` becomes one line on stderr and exit code 2; Ctrl-C becomes 130; a reader of our
-    stdout that went away (``... | head``) 141. Any other exception is a fault of ours and keeps its
-    traceback.
+    stdout that went away (``... | head``) 141. A package that is not installed, most often since the environment
+    is not active, is a line as well. Any other exception is a fault of ours and keeps its traceback.
     """
     # Hub and tokenizer libraries write their own bars and warnings; ours are enough.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -45,6 +47,13 @@ def run_script(body: Callable[[], int | None]) -> int:
         return code
     except UserError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or (PROJECT / package).exists() or (PROJECT / f"{package}.py").exists():
+            raise  # ours, or unknown
+        advice = "activate the environment (. .venv/bin/activate), or: pip install -r requirements_stable.txt"
+        print(f"error: {sys.executable} has no package {package}; {advice}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

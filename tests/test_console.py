@@ -58,6 +58,18 @@ def test_our_own_fault_keeps_its_traceback(repo_root: Path) -> None:
     assert b"KeyError: 'fault'" in result.stderr
 
 
+@pytest.mark.parametrize("script", ["download.py", "train.py", "backtest.py", "quick_start.py", "training/evaluate.py"])
+def test_an_environment_that_is_not_active_is_one_line(script: str, repo_root: Path, tmp_path: Path) -> None:
+    """``-S``: no installed packages, as with the system's Python; ``--help`` needs none."""
+    command = [sys.executable, "-S", str(repo_root / script)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "pip install -r requirements_stable.txt" in done.stderr
+    shown = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0
+
+
 def test_another_pipe_that_breaks_is_not_silenced() -> None:
     def body() -> int:
         raise BrokenPipeError("a worker went away")
