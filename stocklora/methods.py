@@ -20,6 +20,7 @@ from lora import LoRAConfig, LoRAError
 from stocklora.console import UserError
 from stocklora.frozen_states import remembered
 from stocklora.options import TrainLoraSettings
+from stocklora.processes import is_sharded
 
 
 class Tuning:
@@ -318,32 +319,45 @@ def compiled(model: StockForecaster) -> Iterator[None]:
     blocks = repeated_blocks(backbone) or [backbone]
     for block in blocks:
         _compile_for_training(block)
-    device, was_training = next(backbone.parameters()).device, backbone.training
     try:
-        tokens = torch.ones(2, 24, dtype=torch.long, device=device)
-        with torch.enable_grad(), model._autocast(device.type):
-            # The compiler is only asked at the first pass; in training mode, or it would be asked again.
-            hidden = backbone.train()(input_ids=tokens, use_cache=False).last_hidden_state
-            if trained := [parameter for parameter in backbone.parameters() if parameter.requires_grad]:
-                torch.autograd.grad(hidden.float().sum(), trained, allow_unused=True)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--compile does not work here ({reason[:200]}); leave the flag out") from None
-    else:
-        backbone.train(was_training)
+        _try_compiled(model)
         yield
     finally:
-        backbone.train(was_training)
         for block in blocks:
             block._compiled_call_impl = None
 
 
+def _try_compiled(model: StockForecaster) -> None:
+    """One small pass, since the compiler is only asked at the first; mode and random numbers stay as they were.
+
+    Raises:
+        UserError: it cannot be compiled on this machine.
+    """
+    backbone = model.backbone
+    device, was_training = next(backbone.parameters()).device, backbone.training
+    tokens = torch.ones(2, 24, dtype=torch.long, device=device)
+    try:
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            torch.enable_grad(),
+            model._autocast(device.type),
+        ):
+            # In training mode, or it would be compiled again.
+            hidden = backbone.train()(input_ids=tokens, use_cache=False).last_hidden_state
+            trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+            if trained and not is_sharded(model):  # shards gather their gradients in a backward pass of their own
+                torch.autograd.grad(hidden.float().sum(), trained, allow_unused=True)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--compile does not work here ({reason[:200]}); leave the flag out") from None
+    finally:
+        backbone.train(was_training)
+
+
 def repeated_blocks(backbone: nn.Module) -> list[nn.Module]:
-    """The blocks of the same class that a transformer is a stack of."""
-    for module in backbone.modules():
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1:
-            return list(module)
-    return []
+    """The blocks that a transformer is a stack of, if they are all of one class."""
+    stack = next((module for module in backbone.modules() if isinstance(module, nn.ModuleList)), nn.ModuleList())
+    return list(stack) if len({type(block) for block in stack}) == 1 else []
 
 
 def _compile_for_training(block: nn.Module) -> None:

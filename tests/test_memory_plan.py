@@ -171,8 +171,8 @@ def middling_model(tmp_path_factory) -> Path:
     [
         ({}, torch.float32),
         ({"method": "full"}, torch.bfloat16),
-        ({"gradient_checkpointing": True}, torch.float32),
-        ({"quantization": "4bit"}, torch.float32),
+        ({"gradient_checkpointing": True}, torch.bfloat16),
+        ({"quantization": "4bit"}, torch.bfloat16),
         ({"method": "peft", "use_dora": True}, torch.float32),
     ],
     ids=str,

@@ -523,7 +523,7 @@ def test_a_compiler_that_fails_is_one_line(tiny_model, monkeypatch) -> None:
 
 
 def test_compiling_is_for_training_alone(tiny_model, monkeypatch) -> None:
-    model, calls = built(spec_of(tiny_model, "lora"), tiny_model).model, []
+    model, calls = built(spec_of(tiny_model, "lora", dropout=0.5), tiny_model).model, []
 
     def compiled(call: Any, **options: object) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -535,9 +535,12 @@ def test_compiling_is_for_training_alone(tiny_model, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", compiled)
     ids, at, scale = torch.ones(1, 8, dtype=torch.long), torch.tensor([[7]]), torch.ones(1, 1, 3)
     names = list(model.state_dict())
-    plain = model(ids, at, scale)
-    with speedups(model.eval(), TrainLoraSettings(compile=True)):
-        assert not model.backbone.training
+    plain = model.eval()(ids, at, scale)
+    drawn = torch.random.get_rng_state()
+    with speedups(model.train(), TrainLoraSettings(compile=True)):
+        assert torch.equal(torch.random.get_rng_state(), drawn)  # or dropout would not be that of a plain run
+        assert model.backbone.training
+        model.eval()
         assert len(calls) == 2  # the trial: both blocks
         with torch.no_grad():
             model(ids, at, scale)
@@ -545,6 +548,7 @@ def test_compiling_is_for_training_alone(tiny_model, monkeypatch) -> None:
         torch.testing.assert_close(model(ids, at, scale), plain)
         assert len(calls) == 4
         assert list(model.state_dict()) == names
+    assert not model.backbone.training  # as the run left it
     model(ids, at, scale)
     assert len(calls) == 4
 
