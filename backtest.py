@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from stocklora.console import run_script
-from stocklora.options import BacktestSettings
-from stocklora.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.console import run_script
+from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.finetune.settings import BacktestSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(settings: BacktestSettings) -> int:
-    from stocklora.backtest_run import run as backtest
+    from stocklora.backtest.run import run as backtest
 
     return backtest(settings)
 

@@ -18,9 +18,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from stocklora.console import run_script
-from stocklora.settings import ScriptParser, add_settings, resolve_settings
-from stocklora.sources import DownloadSettings
+from stocklora.cli.console import run_script
+from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.prices.sources.fetch import DownloadSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         settings = resolve_settings(arguments, DownloadSettings)
 
-        from stocklora.downloads import run
+        from stocklora.prices.sources.download import run
 
         return run(settings)
 

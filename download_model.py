@@ -16,9 +16,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from stocklora.base_models import DownloadModelSettings, fetch
-from stocklora.console import run_script, say
-from stocklora.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.base_models.download import DownloadModelSettings, fetch
+from stocklora.cli.console import run_script, say
+from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from stocklora.console import run_script
-from stocklora.instruct.sft_settings import SftSettings, add_sft_settings, resolve_sft
-from stocklora.settings import ScriptParser
+from stocklora.cli.console import run_script
+from stocklora.cli.settings import ScriptParser
+from stocklora.instruct.sft.settings import SftSettings, add_sft_settings, resolve_sft
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     resolved = resolve_sft(arguments, SftSettings)
-    from stocklora.instruct.sft import run_training
+    from stocklora.instruct.sft.run import run_training
 
     return run_training(resolved, "fine_tune_qwen.py")
 

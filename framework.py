@@ -13,9 +13,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from stocklora.console import UserError, run_script, say
-from stocklora.settings import ScriptParser, add_settings, resolve_settings
-from stocklora.simple_options import FrameworkSettings, check_model_file
+from stocklora.baselines.settings import FrameworkSettings, check_model_file
+from stocklora.cli.console import UserError, run_script, say
+from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,17 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(settings: FrameworkSettings) -> None:
     check_model_file(settings.model_path)  # before the seconds that torch takes to import
-    from stocklora.dataset import select_tickers
-    from stocklora.prices import read_prices
+    from stocklora.dataset.prepare import select_tickers
+    from stocklora.prices.tables import read_prices
 
     prices = select_tickers(read_prices(settings.test_csv), settings.tickers)
 
-    from stocklora.devices import choose_device
-    from stocklora.machine import peak_memory_mb
-    from stocklora.predictions import write_predictions
-    from stocklora.simple_model import load_simple
-    from stocklora.simple_run import forecast_simple
-    from stocklora.tables import print_forecast
+    from stocklora.baselines.simple_fit import forecast_simple
+    from stocklora.baselines.simple_network import load_simple
+    from stocklora.forecaster.predictions import write_predictions
+    from stocklora.metrics.tables import print_forecast
+    from stocklora.runtime.devices import choose_device
+    from stocklora.runtime.machine import peak_memory_mb
 
     device = choose_device(settings.device)
     forecaster = load_simple(settings.model_path, device)

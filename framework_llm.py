@@ -23,12 +23,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stocklora.console import UserError, run_script, say, warn
-from stocklora.options import ForecastSettings
-from stocklora.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.console import UserError, run_script, say, warn
+from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.finetune.settings import ForecastSettings
 
 if TYPE_CHECKING:
-    from stocklora.ensembles import Ensemble
+    from stocklora.forecaster.ensemble import Ensemble
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,14 +43,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(settings: ForecastSettings) -> int:
-    from stocklora.live import price_feed, watch
+    from stocklora.forecaster.live import price_feed, watch
 
     feed = price_feed(settings)
     prices = feed.first()
 
-    from stocklora.devices import choose_device, choose_dtype
-    from stocklora.ensembles import Ensemble
-    from stocklora.predictions import write_predictions
+    from stocklora.forecaster.ensemble import Ensemble
+    from stocklora.forecaster.predictions import write_predictions
+    from stocklora.runtime.devices import choose_device, choose_dtype
 
     device = choose_device(settings.device)
     ensemble = Ensemble(
@@ -104,8 +104,8 @@ def check_market(ensemble: Ensemble, tickers: list[str]) -> None:
 
 def announce(ensemble: Ensemble) -> None:
     """What forecasts, and how it did on the test days of its training."""
-    from stocklora.ensembles import trainable_parameters
-    from stocklora.machine import peak_memory_mb
+    from stocklora.forecaster.ensemble import trainable_parameters
+    from stocklora.runtime.machine import peak_memory_mb
 
     memory = f"peak memory: {peak_memory_mb(ensemble.device.type):,.0f} MB ({ensemble.device.type})"
     if averaged := ensemble.weights[0].training.get("averaged"):
@@ -138,7 +138,7 @@ def announce(ensemble: Ensemble) -> None:
 
 
 def show(settings: ForecastSettings, prices: dict, rows: list[dict[str, Any]]) -> None:
-    from stocklora.tables import print_forecast
+    from stocklora.metrics.tables import print_forecast
 
     print_forecast(rows)
     say(f"saved: {settings.output}")
@@ -147,7 +147,7 @@ def show(settings: ForecastSettings, prices: dict, rows: list[dict[str, Any]]) -
 
 
 def plot(path: Path, prices: dict, rows: list[dict[str, Any]]) -> None:
-    from stocklora.report import plot_forecast
+    from stocklora.plots.forecasts import plot_forecast
 
     for ticker, frame in prices.items():
         own = [row for row in rows if row["Ticker"] == ticker]

@@ -20,9 +20,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from stocklora.console import UserError, run_script, say
-from stocklora.instruct.use_options import InferenceSettings
-from stocklora.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.console import UserError, run_script, say
+from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.instruct.chat.settings import InferenceSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,37 +38,37 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(settings: InferenceSettings) -> int:
     settings.check()
-    from stocklora.instruct.model_sources import find_sources, quantization_note
+    from stocklora.instruct.chat.sources import find_sources, quantization_note
 
     sources = find_sources(settings.base_model, settings.lora_model, settings.any_base)  # before seconds of imports
     if settings.batch is not None and not settings.batch.is_file():
         raise UserError(f"no file {settings.batch} with prompts; write one a line, or JSON lines with a prompt each")
     if settings.merge is not None:
-        from stocklora.instruct.merging import merge_adapter
+        from stocklora.instruct.chat.merge import merge_adapter
 
         merge_adapter(sources, settings)
         return 0
     if note := quantization_note(sources, settings.quantization):
         say(note)
 
-    from stocklora.instruct.extras import SERVER, check_installed
-    from stocklora.instruct.listening import listen
+    from stocklora.cli.extras import SERVER, check_installed
+    from stocklora.instruct.chat.listening import listen
 
     if settings.serve:
         check_installed(SERVER, "--serve")
     listener = listen(settings.port) if settings.serve else None
 
-    from stocklora.instruct.chat import Sampling, load_sources
+    from stocklora.instruct.chat.load import Sampling, load_sources
 
     model = load_sources(sources, settings)
     adapter, sampling = model.adapter_or_base(settings.adapter), Sampling.of(settings)
     if listener is not None:
-        from stocklora.instruct.serve import serve
+        from stocklora.instruct.chat.server import serve
 
         serve(model, listener, sampling, adapter)
         return 0
     if settings.batch is not None:
-        from stocklora.instruct.batch import run_batch
+        from stocklora.instruct.chat.batch import run_batch
 
         run_batch(
             model,
@@ -81,7 +81,7 @@ def run(settings: InferenceSettings) -> int:
         )
         return 0
 
-    from stocklora.instruct.conversation import QUESTIONS, ask, ask_all, chat, piped_text, read_stdin
+    from stocklora.instruct.chat.terminal import QUESTIONS, ask, ask_all, chat, piped_text, read_stdin
 
     if settings.chat:
         chat(model, adapter=adapter, sampling=sampling, system=settings.system)

@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from stocklora.console import UserError, run_script
-from stocklora.options import MergeSettings
-from stocklora.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.console import UserError, run_script
+from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.finetune.settings import MergeSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(settings: MergeSettings) -> int:
     if not settings.lora_weights.exists():  # before seconds of imports
         raise UserError(f"no weights file {settings.lora_weights}; train one with: python train_lora.py --data FILE")
-    from stocklora.merging import merge
+    from stocklora.forecaster.merge import merge
 
     merge(settings)
     return 0

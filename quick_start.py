@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from stocklora.console import run_script, say
-from stocklora.options import QuickStartSettings, TrainLoraSettings
-from stocklora.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.console import run_script, say
+from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.finetune.settings import QuickStartSettings, TrainLoraSettings
 
 TICKER = "AAPL"
 FAST_LAYERS = 8
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_track(settings: QuickStartSettings) -> int:
     if settings.track == "prices":
         return run(settings)
-    from stocklora.instruct.demo import run as run_instruct
+    from stocklora.demo.instruct_track import run as run_instruct
 
     return run_instruct(settings)
 
@@ -49,14 +49,14 @@ def run(settings: QuickStartSettings) -> int:
     started = time.perf_counter()
     folder = settings.output_dir
 
-    from stocklora.base_models import check_model_folder, fetch_model
+    from stocklora.base_models.download import check_model_folder, fetch_model
 
     if settings.model_path is not None:
         check_model_folder(settings.model_path)
 
     say("[1/5] Prices: one year of AAPL from the bundled sample")
-    from stocklora.prices import write_prices
-    from stocklora.sources import sample_prices
+    from stocklora.prices.sources.fetch import sample_prices
+    from stocklora.prices.tables import write_prices
 
     prices, meta = sample_prices(TICKER, period="1y")
     data = folder / "sample_test.csv"
@@ -74,7 +74,7 @@ def run(settings: QuickStartSettings) -> int:
 
     say("[3/5] LoRA fine-tuning, starting at the random walk")
     from llm_model import backbone_config, facts_of
-    from stocklora.fitting import fit, report_run
+    from stocklora.finetune.fit import fit, report_run
 
     layers = min(FAST_LAYERS, facts_of(backbone_config(model_path)).layers) if settings.fast else None
     result = fit(
@@ -94,7 +94,7 @@ def run(settings: QuickStartSettings) -> int:
 
     say("[4/5] How good is it? The last days, which it never saw")
     report_run(result)
-    from stocklora.report import plot_backtest, plot_forecast
+    from stocklora.plots.forecasts import plot_backtest, plot_forecast
 
     test_origins = result.data.origins[TICKER]["test"]
     model, walk = result.test_scores["model"], result.test_scores["naive"]
@@ -110,9 +110,9 @@ def run(settings: QuickStartSettings) -> int:
     )
 
     say("[5/5] The next three closes")
-    from stocklora.machine import peak_memory_mb
-    from stocklora.predictions import write_predictions
-    from stocklora.tables import print_forecast
+    from stocklora.forecaster.predictions import write_predictions
+    from stocklora.metrics.tables import print_forecast
+    from stocklora.runtime.machine import peak_memory_mb
 
     rows = result.forecaster.forecast(prices)
     write_predictions(folder / "predictions.csv", rows)

@@ -13,9 +13,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from stocklora.console import run_script, say
-from stocklora.settings import ScriptParser, add_settings, resolve_settings
-from stocklora.simple_options import TrainSettings
+from stocklora.baselines.settings import TrainSettings
+from stocklora.cli.console import run_script, say
+from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,13 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(settings: TrainSettings) -> None:
-    from stocklora.dataset import select_tickers
-    from stocklora.prices import read_prices
+    from stocklora.dataset.prepare import select_tickers
+    from stocklora.prices.tables import read_prices
 
     prices = select_tickers(read_prices(settings.data), settings.tickers)
 
-    from stocklora.simple_model import save_simple
-    from stocklora.simple_run import fit_simple, report_simple
+    from stocklora.baselines.simple_fit import fit_simple, report_simple
+    from stocklora.baselines.simple_network import save_simple
 
     result = fit_simple(prices, settings)
     save_simple(settings.save_path, result.forecaster)

@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from stocklora.console import UserError, run_script, say
-from stocklora.options import TrainLoraSettings
-from stocklora.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.console import UserError, run_script, say
+from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.finetune.settings import TrainLoraSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,12 +34,12 @@ def main(argv: list[str] | None = None) -> int:
 def run(settings: TrainLoraSettings) -> int:
     if not settings.data:
         raise UserError("no data: give --data FILE (make one with: python download.py --ticker AAPL --period 1y)")
-    from stocklora.dataset import select_tickers
-    from stocklora.prices import read_prices
+    from stocklora.dataset.prepare import select_tickers
+    from stocklora.prices.tables import read_prices
 
     prices = select_tickers(read_prices(settings.data), settings.tickers)
 
-    from stocklora.fitting import fit, report_run
+    from stocklora.finetune.fit import fit, report_run
 
     result = fit(prices, settings)
     report_run(result)

@@ -65,17 +65,17 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
-    from stocklora.console import run_script
+    from stocklora.cli.console import run_script
 
     return run_script(lambda: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from stocklora.dataset import select_tickers
-    from stocklora.files import write_json
-    from stocklora.machine import machine_facts
-    from stocklora.prices import read_prices
-    from stocklora.sources import sample_folder
+    from stocklora.dataset.prepare import select_tickers
+    from stocklora.prices.sources.fetch import sample_folder
+    from stocklora.prices.tables import read_prices
+    from stocklora.runtime.files import write_json
+    from stocklora.runtime.machine import machine_facts
 
     results = {}
     if arguments.elsewhere:
@@ -97,10 +97,10 @@ def one_benchmark(
     name: str, prices: Mapping[str, Any], dates: tuple[str, str], target: float, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Train, score on test, print the table."""
-    from stocklora.console import say
-    from stocklora.fitting import fit
-    from stocklora.options import TrainLoraSettings
-    from stocklora.tables import print_scores
+    from stocklora.cli.console import say
+    from stocklora.finetune.fit import fit
+    from stocklora.finetune.settings import TrainLoraSettings
+    from stocklora.metrics.tables import print_scores
 
     settings = TrainLoraSettings(
         model_path=arguments.model_path,
@@ -170,11 +170,11 @@ def elsewhere(arguments: argparse.Namespace) -> int:
     import numpy as np
     import pandas as pd
 
-    from stocklora.calibration import fit_calibration
-    from stocklora.console import UserError, say
-    from stocklora.dataset import prepare
-    from stocklora.prices import read_prices
-    from stocklora.sources import sample_folder
+    from stocklora.cli.console import UserError, say
+    from stocklora.dataset.prepare import prepare
+    from stocklora.metrics.calibration import fit_calibration
+    from stocklora.prices.sources.fetch import sample_folder
+    from stocklora.prices.tables import read_prices
 
     files = {name: read_prices(sample_folder() / name) for name in YEARS}
     draw = np.random.default_rng(arguments.seed)
@@ -213,7 +213,7 @@ def peer_scores(peer: str, data: Any) -> Any:
     """A peer's forecasts at every test origin, each ticker for itself, refitted every 60 days."""
     import numpy as np
 
-    from stocklora.peers import peer_quantiles
+    from stocklora.baselines.classical import peer_quantiles
 
     parts = []
     for ticker, frame in data.prices.items():

@@ -33,15 +33,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
-    from stocklora.console import run_script
+    from stocklora.cli.console import run_script
 
     return run_script(lambda: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from stocklora.console import print_table
-    from stocklora.files import write_json
-    from stocklora.machine import machine_facts
+    from stocklora.cli.console import print_table
+    from stocklora.runtime.files import write_json
+    from stocklora.runtime.machine import machine_facts
 
     results = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
-    from stocklora.console import run_script
+    from stocklora.cli.console import run_script
 
     return run_script(lambda: run(arguments))
 
@@ -76,13 +76,13 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from bench.methods import SPLIT, bundled_days, measure
-    from stocklora.console import UserError, print_table, say
-    from stocklora.devices import choose_device
-    from stocklora.files import write_json
-    from stocklora.machine import machine_facts
-    from stocklora.memory_plan import shape_of
-    from stocklora.options import TrainLoraSettings
-    from stocklora.sources import sample_folder
+    from stocklora.cli.console import UserError, print_table, say
+    from stocklora.finetune.memory import shape_of
+    from stocklora.finetune.settings import TrainLoraSettings
+    from stocklora.prices.sources.fetch import sample_folder
+    from stocklora.runtime.devices import choose_device
+    from stocklora.runtime.files import write_json
+    from stocklora.runtime.machine import machine_facts
 
     device = choose_device(arguments.device)
     if device.type != "cuda" and not arguments.tiny:

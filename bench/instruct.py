@@ -52,18 +52,18 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
-    from stocklora.console import run_script
+    from stocklora.cli.console import run_script
 
     return run_script(lambda: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from stocklora.base_models import check_model_folder
-    from stocklora.console import print_table, say
-    from stocklora.files import write_json
-    from stocklora.instruct.news import InstructionSettings, build_dataset
-    from stocklora.instruct.records import write_records
-    from stocklora.machine import machine_facts
+    from stocklora.base_models.download import check_model_folder
+    from stocklora.cli.console import print_table, say
+    from stocklora.instruct.news.dataset import InstructionSettings, build_dataset
+    from stocklora.instruct.rows.records import write_records
+    from stocklora.runtime.files import write_json
+    from stocklora.runtime.machine import machine_facts
 
     check_model_folder(arguments.model_path)
     with tempfile.TemporaryDirectory() as scratch:

@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         results.append(compare(args, precision))
     settings = {key: value for key, value in vars(args).items() if key not in ("worker", "output", "threads")}
     sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
-    from stocklora.files import write_json
-    from stocklora.machine import machine_facts
+    from stocklora.runtime.files import write_json
+    from stocklora.runtime.machine import machine_facts
 
     facts = {**machine_facts(), "threads": args.threads or None}
     write_json(args.output, {"settings": settings, "machine": facts, "results": results})
@@ -143,7 +143,7 @@ def work(args: argparse.Namespace) -> None:
     import torch
 
     import lora
-    from stocklora.machine import keep_freed_memory
+    from stocklora.runtime.machine import keep_freed_memory
 
     keep_freed_memory()  # on both sides, as train_lora.py does: else the system clears pages for every step
     if args.threads:

@@ -56,16 +56,16 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
-    from stocklora.console import run_script
+    from stocklora.cli.console import run_script
 
     return run_script(lambda: work(arguments.worker) if arguments.worker else run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from stocklora.base_models import check_model_folder
-    from stocklora.console import print_table, say
-    from stocklora.files import write_json
-    from stocklora.machine import machine_facts
+    from stocklora.base_models.download import check_model_folder
+    from stocklora.cli.console import print_table, say
+    from stocklora.runtime.files import write_json
+    from stocklora.runtime.machine import machine_facts
 
     check_model_folder(arguments.model_path)
     with tempfile.TemporaryDirectory() as scratch:
@@ -103,8 +103,8 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 def bundled_days(folder: Path, tickers: Sequence[str], first: str = FIRST) -> Path:
     """Bundled prices until the end of 2009, as a file."""
-    from stocklora.prices import read_prices, write_prices
-    from stocklora.sources import sample_folder
+    from stocklora.prices.sources.fetch import sample_folder
+    from stocklora.prices.tables import read_prices, write_prices
 
     prices = read_prices(sample_folder() / "us_tech_2000_2013.csv.gz")
     path = folder / "prices.csv"
@@ -138,15 +138,15 @@ def work(task: Path) -> int:
     """The process of its own."""
     import torch
 
-    from stocklora.checkpoints import WeightsFile, save_weights
-    from stocklora.console import UserError
-    from stocklora.dataset import select_tickers
-    from stocklora.fitting import fit
-    from stocklora.machine import peak_memory_mb
-    from stocklora.methods import trained_state
-    from stocklora.options import TrainLoraSettings
-    from stocklora.prices import read_prices
-    from stocklora.settings import restored
+    from stocklora.cli.console import UserError
+    from stocklora.cli.settings import restored
+    from stocklora.dataset.prepare import select_tickers
+    from stocklora.finetune.fit import fit
+    from stocklora.finetune.settings import TrainLoraSettings
+    from stocklora.forecaster.methods import trained_state
+    from stocklora.forecaster.weights_file import WeightsFile, save_weights
+    from stocklora.prices.tables import read_prices
+    from stocklora.runtime.machine import peak_memory_mb
 
     content = json.loads(task.read_text(encoding="utf-8"))
     settings = restored(content["settings"] | {"save_dir": str(task.parent / "run")}, TrainLoraSettings)

@@ -38,19 +38,19 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
-    from stocklora.console import run_script
+    from stocklora.cli.console import run_script
 
     return run_script(lambda: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from stocklora.base_models import check_model_folder
-    from stocklora.console import print_table, say
-    from stocklora.dataset import prepare, select_tickers
-    from stocklora.files import write_json
-    from stocklora.machine import keep_freed_memory, machine_facts
-    from stocklora.prices import read_prices
-    from stocklora.sources import sample_folder
+    from stocklora.base_models.download import check_model_folder
+    from stocklora.cli.console import print_table, say
+    from stocklora.dataset.prepare import prepare, select_tickers
+    from stocklora.prices.sources.fetch import sample_folder
+    from stocklora.prices.tables import read_prices
+    from stocklora.runtime.files import write_json
+    from stocklora.runtime.machine import keep_freed_memory, machine_facts
 
     check_model_folder(arguments.model_path)
     prices = select_tickers(read_prices(sample_folder() / "us_tech_2000_2013.csv.gz"), ["AAPL"])
@@ -83,10 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def build(arguments: argparse.Namespace, data: Any, layers: int | None) -> tuple[Any, int]:
     """A forecaster with rank-8 adapters on all linear layers, and how many targets fit a sequence."""
-    from stocklora.checkpoints import ForecasterSpec
-    from stocklora.devices import choose_device, choose_dtype
-    from stocklora.forecasting import build_forecaster, context_tokens_of, load_encoder
-    from stocklora.prompts import fit_targets_per_sequence
+    from stocklora.dataset.prompts import fit_targets_per_sequence
+    from stocklora.forecaster.forecaster import build_forecaster, context_tokens_of, load_encoder
+    from stocklora.forecaster.weights_file import ForecasterSpec
+    from stocklora.runtime.devices import choose_device, choose_dtype
 
     encoder = load_encoder(arguments.model_path, "returns")
     frame = next(iter(data.prices.values()))
@@ -111,7 +111,7 @@ class Trainer:
         from accelerate import Accelerator
 
         from lora import lora_parameters
-        from stocklora.options import TrainLoraSettings
+        from stocklora.finetune.settings import TrainLoraSettings
 
         defaults = TrainLoraSettings()
         self.model = forecaster.model.train()
@@ -129,7 +129,7 @@ class Trainer:
         """One optimizer step over ``examples``, ``batch_size`` sequences a pass; seconds."""
         import torch
 
-        from stocklora.training import accumulate_gradients, collate
+        from stocklora.finetune.optimization import accumulate_gradients, collate
 
         targets = sum(len(example.scale) for example in examples)
         micro = [collate(examples[at : at + batch_size]) for at in range(0, len(examples), batch_size)]
@@ -188,8 +188,8 @@ def compare_losses(arguments: argparse.Namespace, data: Any) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from stocklora.metrics import BASIS_POINTS, pinball_loss
-    from stocklora.training import standardize_head
+    from stocklora.finetune.optimization import standardize_head
+    from stocklora.metrics.scores import BASIS_POINTS, pinball_loss
 
     returns = data.returns_of("validation")
     differences, means = [], {"packed": 0.0, "one_window_a_pass": 0.0, "untrained": 0.0}

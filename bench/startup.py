@@ -49,9 +49,9 @@ def heavy_imports(script: str) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
-    from stocklora.console import print_table, say
-    from stocklora.files import write_json
-    from stocklora.machine import machine_facts
+    from stocklora.cli.console import print_table, say
+    from stocklora.runtime.files import write_json
+    from stocklora.runtime.machine import machine_facts
 
     scripts = sorted(path.name for path in ROOT.glob("*.py") if path.name not in NOT_SCRIPTS)
     commands = {"python -c pass": [sys.executable, "-c", "pass"]}

@@ -19,9 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by path, this file sees only its own folder
 
-from stocklora.console import run_script
-from stocklora.instruct.prepare import PrepareSettings, prepare
-from stocklora.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.console import run_script
+from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.instruct.rows.prepare import PrepareSettings, prepare
 
 
 def build_parser() -> argparse.ArgumentParser:

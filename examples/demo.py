@@ -16,9 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside this file only
 
-from stocklora.console import run_script, say  # noqa: E402
-from stocklora.instruct.use_options import DemoSettings  # noqa: E402
-from stocklora.settings import ScriptParser, add_settings, resolve_settings  # noqa: E402
+from stocklora.cli.console import run_script, say  # noqa: E402
+from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings  # noqa: E402
+from stocklora.instruct.chat.settings import DemoSettings  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,13 +34,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(settings: DemoSettings) -> int:
     settings.check_answers()
-    from stocklora.instruct.model_sources import find_sources, quantization_note
+    from stocklora.instruct.chat.sources import find_sources, quantization_note
 
     sources = find_sources(settings.base_model, [settings.model_path], settings.any_base)  # before seconds of imports
     if note := quantization_note(sources, settings.quantization):
         say(note)
-    from stocklora.instruct.chat import Sampling, load_sources
-    from stocklora.instruct.conversation import QUESTIONS, ask_all, chat
+    from stocklora.instruct.chat.load import Sampling, load_sources
+    from stocklora.instruct.chat.terminal import QUESTIONS, ask_all, chat
 
     model, sampling = load_sources(sources, settings), Sampling.of(settings)
     if settings.mode == "batch":

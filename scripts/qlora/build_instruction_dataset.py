@@ -22,9 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by path, this file sees only its own folder
 
-from stocklora.console import print_table, run_script, say
-from stocklora.instruct.news import Built, InstructionSettings, build_dataset
-from stocklora.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.console import print_table, run_script, say
+from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.instruct.news.dataset import Built, InstructionSettings, build_dataset
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(settings: InstructionSettings) -> int:
-    from stocklora.instruct.records import write_records
+    from stocklora.instruct.rows.records import write_records
 
     built = build_dataset(settings)
     write_records(built.records, settings.output, "alpaca")

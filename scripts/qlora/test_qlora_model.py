@@ -17,9 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside this file only
 
-from stocklora.console import run_script  # noqa: E402
-from stocklora.instruct.use_options import CompareSettings  # noqa: E402
-from stocklora.settings import ScriptParser, add_settings, resolve_settings  # noqa: E402
+from stocklora.cli.console import run_script  # noqa: E402
+from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings  # noqa: E402
+from stocklora.instruct.chat.settings import CompareSettings  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(settings: CompareSettings) -> int:
     settings.check_answers()
-    from stocklora.instruct.comparison import compare
+    from stocklora.instruct.chat.comparison import compare
 
     compare(settings)
     return 0

@@ -20,9 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside this file only
 
-from stocklora.console import run_script  # noqa: E402
-from stocklora.instruct.sft_settings import DeepseekSettings, add_sft_settings, resolve_sft  # noqa: E402
-from stocklora.settings import ScriptParser  # noqa: E402
+from stocklora.cli.console import run_script  # noqa: E402
+from stocklora.cli.settings import ScriptParser  # noqa: E402
+from stocklora.instruct.sft.settings import DeepseekSettings, add_sft_settings, resolve_sft  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     resolved = resolve_sft(arguments, DeepseekSettings)
-    from stocklora.instruct.sft import run_training
+    from stocklora.instruct.sft.run import run_training
 
     return run_training(resolved, "scripts/qlora/train_qlora.py")
 

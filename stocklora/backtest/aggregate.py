@@ -1,0 +1,421 @@
+"""Adds up a backtest, one ticker at a time, into what the report shows.
+
+What grows with every ticker is its few rows of metrics.csv; the rest is sums by origin date, so five hundred
+tickers need hardly more memory than one. Sums of floating-point numbers depend on their order: callers add tickers
+in a fixed order, and the same order gives the same result bit for bit.
+
+Pooled rows treat a date as one observation, however many tickers it has: tickers move together, and to count each
+ticker-day as evidence of its own would make luck look like skill.
+"""
+
+from __future__ import annotations
+
+import csv
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stocklora.backtest.results import (
+    ALL_TICKERS,
+    INTERVALS,
+    METRIC_COLUMNS,
+    PIT_BINS,
+    REFERENCE,
+    BacktestResult,
+    DailySeries,
+    TickerForecasts,
+    WorstDay,
+)
+from stocklora.backtest.verdicts import verdict
+from stocklora.metrics.scores import BASIS_POINTS, pinball_loss
+from stocklora.metrics.significance import (
+    crps_from_quantiles,
+    diebold_mariano,
+    directional_skill,
+    holm,
+    long_run_variance,
+    pit,
+    relative_mean_interval,
+)
+from stocklora.runtime.files import replacing
+
+LOSS_REFERENCE = "ewma"  # what quantile losses stand beside, where it is among the models
+WORST_DAYS = 10
+FAN_ORIGINS = 60
+NO_MOVE = 1e-12  # a forecast this near the last close has no direction, as in metrics.score
+SAME_BP = 1e-9  # losses nearer to each other differ by rounding alone
+DIGITS = 6  # significant, in metrics.csv
+
+
+@dataclass
+class _Sums:
+    """Sums over tickers by origin date: of all tickers, or of one.
+
+    Attributes:
+        dates: (days,) increasing. counts: (days,) tickers forecast.
+        of: measure -> (days, models, horizon).
+    """
+
+    dates: np.ndarray
+    counts: np.ndarray
+    of: dict[str, np.ndarray]
+
+    def add(self, other: _Sums) -> None:
+        merged = np.union1d(self.dates, other.dates)
+        if len(merged) > len(self.dates):
+            at = np.searchsorted(merged, self.dates)
+            self.counts = _spread(self.counts, at, len(merged))
+            self.of = {name: _spread(values, at, len(merged)) for name, values in self.of.items()}
+            self.dates = merged
+        at = np.searchsorted(merged, other.dates)  # no date twice, so += adds them all
+        self.counts[at] += other.counts
+        for name, values in other.of.items():
+            self.of[name][at] += values
+
+    def mean(self, name: str, model: int, step: int) -> float:
+        """Over all ticker-days."""
+        return float(self.of[name][:, model, step].sum() / self.counts.sum())
+
+
+def _spread(values: np.ndarray, at: np.ndarray, length: int) -> np.ndarray:
+    spread = np.zeros((length, *values.shape[1:]), dtype=values.dtype)
+    spread[at] = values
+    return spread
+
+
+class Tally:
+    """Takes ``TickerForecasts`` one at a time; ``finish`` makes the ``BacktestResult``.
+
+    Args:
+        models: all that are compared; the last close (``REFERENCE``) must be among them.
+        levels: (levels,) increasing quantile levels, with the ends of ``INTERVALS`` and the median among them.
+        show: the ticker of the fan; by default the first added.
+
+    Raises:
+        ValueError: models without the reference or one twice, or a level missing.
+    """
+
+    def __init__(self, models: Sequence[str], horizon: int, levels: np.ndarray, show: str | None = None) -> None:
+        if REFERENCE not in models or len(set(models)) < len(models):
+            raise ValueError(f"models must be distinct and hold {REFERENCE!r}: {list(models)}")
+        if horizon < 1:
+            raise ValueError(f"a horizon of {horizon} days")
+        self.models = [REFERENCE, *[model for model in models if model != REFERENCE]]
+        self.horizon = horizon
+        self.levels = np.asarray(levels, dtype=float)
+        if not (np.diff(self.levels) > 0.0).all():
+            raise ValueError(f"levels must increase: {self.levels.tolist()}")
+        self.show = show
+        self.loss_reference = LOSS_REFERENCE if LOSS_REFERENCE in self.models else REFERENCE
+        self._median = self._index_of(0.5)
+        self._ends = [(self._index_of((1.0 - share) / 2.0), self._index_of((1.0 + share) / 2.0)) for share in INTERVALS]
+        self._sums: _Sums | None = None
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._pit = np.zeros((len(self.models), horizon, PIT_BINS), dtype=np.int64)
+        # (loss, -order of arrival, day): of two equal losses the earlier stays
+        self._worst: list[list[tuple[float, int, WorstDay]]] = [[] for _ in self.models]
+        self._arrivals = 0
+        self._fan: TickerForecasts | None = None
+
+    def _index_of(self, level: float) -> int:
+        near = int(np.argmin(np.abs(self.levels - level)))
+        if abs(self.levels[near] - level) > 1e-6:
+            raise ValueError(f"no quantile at level {level:.3f} among {self.levels.tolist()}")
+        return near
+
+    def add(self, forecasts: TickerForecasts) -> None:
+        """Add one ticker.
+
+        Raises:
+            ValueError: no forecasts, a model missing, shapes that disagree, numbers that are not finite, origins
+                out of order, or a ticker that was added before.
+        """
+        self._check(forecasts)
+        quantiles = np.stack([forecasts.quantiles[model] for model in self.models], axis=1)  # (n, models, h, levels)
+        sums = _Sums(
+            forecasts.origins.astype("datetime64[D]"),
+            np.ones(len(forecasts.origins), dtype=np.int64),
+            self._measures(forecasts, quantiles),
+        )
+        self._rows[forecasts.ticker] = self._metric_rows(forecasts.ticker, sums)
+        for row in self._rows[forecasts.ticker]:
+            naive = float(forecasts.naive_mae[row["Day"] - 1])
+            row["MASE"] = row["MAE"] / naive if naive > 0.0 else math.nan
+        self._count_pit(forecasts, quantiles)
+        self._keep_worst(forecasts, sums.of["pinball_bp"][:, :, 0])
+        if self._fan is None or forecasts.ticker == self.show:
+            self._fan = self._last_origins(forecasts)
+        if self._sums is None:
+            self._sums = sums
+        else:
+            self._sums.add(sums)
+
+    def finish(self, facts: Sequence[tuple[str, str]] = (), notes: Sequence[str] = ()) -> BacktestResult:
+        """All that the report shows; ``facts`` and ``notes`` are handed through.
+
+        Raises:
+            ValueError: no ticker was added.
+        """
+        if self._sums is None or self._fan is None:
+            raise ValueError("no ticker was added")
+        notes = tuple(notes)
+        if self.show is not None and self._fan.ticker != self.show:
+            notes += (f"{self.show} has no forecasts; {self._fan.ticker} is shown instead",)
+        by_ticker = [dict(row) for rows in self._rows.values() for row in rows]
+        self._adjust(by_ticker)
+        pooled = self._metric_rows(ALL_TICKERS, self._sums)
+        for row in pooled:
+            peers = [
+                (other["MASE"], other["Origins"])
+                for other in by_ticker
+                if (other["Model"], other["Day"]) == (row["Model"], row["Day"]) and math.isfinite(other["MASE"])
+            ]
+            if peers:
+                row["MASE"] = sum(mase * origins for mase, origins in peers) / sum(origins for _, origins in peers)
+        return BacktestResult(
+            models=tuple(self.models),
+            tickers=tuple(self._rows),
+            horizon=self.horizon,
+            levels=self.levels.copy(),
+            pooled=pooled,
+            by_ticker=by_ticker,
+            daily=self._daily(self._sums),
+            pit={model: self._pit[index].copy() for index, model in enumerate(self.models)},
+            fan=self._fan,
+            worst={
+                model: tuple(day for _, _, day in sorted(heap, key=lambda entry: entry[:2], reverse=True))
+                for model, heap in zip(self.models, self._worst, strict=True)
+            },
+            verdicts=tuple(self._verdict(model, pooled, self._sums) for model in self.models[1:]),
+            facts=tuple(facts),
+            notes=notes,
+        )
+
+    def _check(self, forecasts: TickerForecasts) -> None:
+        name, count = forecasts.ticker, len(forecasts.origins)
+        if name in self._rows:
+            raise ValueError(f"{name} was added before")
+        if count == 0:
+            raise ValueError(f"{name} has no forecasts")
+        missing = [model for model in self.models if model not in forecasts.quantiles]
+        if missing:
+            raise ValueError(f"{name} has no forecasts of {', '.join(missing)}")
+        expected = {
+            "origins": (forecasts.origins, (count,)),
+            "targets": (forecasts.targets, (count, self.horizon)),
+            "last_close": (forecasts.last_close, (count,)),
+            "returns": (forecasts.returns, (count, self.horizon)),
+            "naive_mae": (forecasts.naive_mae, (self.horizon,)),
+        }
+        for model in self.models:
+            expected[model] = (forecasts.quantiles[model], (count, self.horizon, len(self.levels)))
+        for what, (values, shape) in expected.items():
+            if values.shape != shape:
+                raise ValueError(f"{name}: {what} has shape {values.shape}, expected {shape}")
+            if values.dtype.kind == "f" and what != "naive_mae" and not np.isfinite(values).all():
+                raise ValueError(f"{name}: {what} has numbers that are not finite")
+        if not (np.diff(forecasts.origins.astype("datetime64[D]")) > np.timedelta64(0, "D")).all():
+            raise ValueError(f"{name}: the origins do not increase")
+
+    def _measures(self, forecasts: TickerForecasts, quantiles: np.ndarray) -> dict[str, np.ndarray]:
+        """measure -> (n, models, horizon); one forecast's share of every sum.
+
+        Args:
+            quantiles: (n, models, horizon, levels).
+        """
+        returns = np.broadcast_to(forecasts.returns[:, None, :], quantiles.shape[:-1])
+        median = quantiles[..., self._median]
+        last_close = forecasts.last_close[:, None, None]
+        close = last_close * np.exp(returns)
+        error = last_close * np.exp(median) - close
+        moved = (returns != 0.0) & (np.abs(median) > NO_MOVE)
+        expected, came = moved * np.sign(median), moved * np.sign(returns)
+        measures = {
+            "abs_error": np.abs(error),
+            "squared_error": error**2,
+            "percent_error": 100.0 * np.abs(error) / close,
+            "abs_error_bp": BASIS_POINTS * np.abs(median - returns),
+            "pinball_bp": BASIS_POINTS * pinball_loss(returns, quantiles, self.levels),
+            "crps_bp": BASIS_POINTS * crps_from_quantiles(returns, quantiles, self.levels),
+            "moves": moved.astype(float),
+            "forecast_sign": expected,
+            "return_sign": came,
+            "sign_product": expected * came,
+            "rises": (returns > 0.0).astype(float),
+            "falls": (returns < 0.0).astype(float),
+        }
+        for share, (low, high) in zip(INTERVALS, self._ends, strict=True):
+            inside = (returns >= quantiles[..., low]) & (returns <= quantiles[..., high])
+            measures[_inside(share)] = inside.astype(float)
+        return measures
+
+    def _metric_rows(self, ticker: str, sums: _Sums) -> list[dict[str, Any]]:
+        """Rows of metrics.csv but for MASE and Holm's adjustment, models and then days ahead in order."""
+        reference, loss_reference = self.models.index(REFERENCE), self.models.index(self.loss_reference)
+        rows = []
+        for index, model in enumerate(self.models):
+            for step in range(self.horizon):
+                row: dict[str, Any] = {**dict.fromkeys(METRIC_COLUMNS, math.nan), "Model": model, "Ticker": ticker}
+                row.update({"Day": step + 1, "Origins": int(sums.counts.sum())})
+                for column, name in (
+                    ("MAE", "abs_error"), ("MAPE", "percent_error"), ("MAE_bp", "abs_error_bp"),
+                    ("Pinball_bp", "pinball_bp"), ("CRPS_bp", "crps_bp"),
+                ):  # fmt: skip
+                    row[column] = sums.mean(name, index, step)
+                row["RMSE"] = math.sqrt(sums.mean("squared_error", index, step))
+                for share in INTERVALS:
+                    row[f"Coverage_{100 * share:.0f}"] = 100.0 * sums.mean(_inside(share), index, step)
+                row.update(self._direction(sums, index, step))
+                row["Relative_MAE"], row["DM"], row["DM_p"] = _compare(sums, "abs_error_bp", index, reference, step)
+                row["Relative_MAE_Low"], row["Relative_MAE_High"] = (
+                    (1.0, 1.0)
+                    if index == reference
+                    else relative_mean_interval(
+                        sums.of["abs_error_bp"][:, index, step],
+                        sums.of["abs_error_bp"][:, reference, step],
+                        least_block_days=step + 1,
+                    )
+                )
+                row["Relative_Pinball"], row["DM_Pinball"], row["DM_Pinball_p"] = _compare(
+                    sums, "pinball_bp", index, loss_reference, step
+                )
+                rows.append(row)
+        return rows
+
+    def _direction(self, sums: _Sums, index: int, step: int) -> dict[str, float]:
+        moves, product = sums.of["moves"][:, index, step], sums.of["sign_product"][:, index, step]
+        rises, falls = (float(sums.of[name][:, index, step].sum()) for name in ("rises", "falls"))
+        expected, came = (sums.of[name][:, index, step] for name in ("forecast_sign", "return_sign"))
+        total = float(moves.sum())
+        right = (total + float(product.sum())) / 2.0  # whole numbers, so that a constant guess equals the majority
+        return {
+            "Direction": 100.0 * right / total if total else math.nan,
+            "Direction_Majority": 100.0 * max(rises, falls) / (rises + falls) if rises + falls else math.nan,
+            "PT_p": directional_skill(moves, expected, came, product, step + 1)[1],
+        }
+
+    def _adjust(self, by_ticker: Sequence[dict[str, Any]]) -> None:
+        """Holm's adjustment across tickers, for each model and day ahead."""
+        for model in self.models:
+            for day in range(1, self.horizon + 1):
+                family = [row for row in by_ticker if (row["Model"], row["Day"]) == (model, day)]
+                for column in ("DM_p", "DM_Pinball_p"):
+                    adjusted = holm(np.array([row[column] for row in family]))
+                    for row, value in zip(family, adjusted, strict=True):
+                        row[f"{column}_Holm"] = float(value)
+
+    def _count_pit(self, forecasts: TickerForecasts, quantiles: np.ndarray) -> None:
+        transformed = pit(
+            np.broadcast_to(forecasts.returns[:, None, :], quantiles.shape[:-1]), quantiles, self.levels
+        )  # (n, models, horizon)
+        bins = np.minimum((transformed * PIT_BINS).astype(int), PIT_BINS - 1)
+        for index in range(len(self.models)):
+            for step in range(self.horizon):
+                self._pit[index, step] += np.bincount(bins[:, index, step], minlength=PIT_BINS)
+
+    def _keep_worst(self, forecasts: TickerForecasts, losses: np.ndarray) -> None:
+        """
+        Args:
+            losses: (n, models) one-day quantile losses, basis points.
+        """
+        low, high = self._ends[INTERVALS.index(0.90)]
+        for index, model in enumerate(self.models):
+            heap = self._worst[index]
+            for at in np.argsort(-losses[:, index], kind="stable")[:WORST_DAYS]:
+                self._arrivals += 1
+                one_day = BASIS_POINTS * forecasts.quantiles[model][at, 0]
+                day = WorstDay(
+                    ticker=forecasts.ticker,
+                    origin=forecasts.origins[at],
+                    date=forecasts.targets[at, 0],
+                    forecast_bp=(float(one_day[low]), float(one_day[self._median]), float(one_day[high])),
+                    came_bp=BASIS_POINTS * float(forecasts.returns[at, 0]),
+                    pinball_bp=float(losses[at, index]),
+                )
+                heapq.heappush(heap, (day.pinball_bp, -self._arrivals, day))
+                if len(heap) > WORST_DAYS:
+                    heapq.heappop(heap)
+
+    def _last_origins(self, forecasts: TickerForecasts) -> TickerForecasts:
+        """Copies, so that the rest of the ticker's arrays can go."""
+        last = slice(-FAN_ORIGINS, None)
+        return TickerForecasts(
+            ticker=forecasts.ticker,
+            origins=forecasts.origins[last].copy(),
+            targets=forecasts.targets[last].copy(),
+            last_close=forecasts.last_close[last].copy(),
+            returns=forecasts.returns[last].copy(),
+            quantiles={model: forecasts.quantiles[model][last].copy() for model in self.models},
+            naive_mae=forecasts.naive_mae.copy(),
+        )
+
+    def _daily(self, sums: _Sums) -> DailySeries:
+        def means(name: str, model: int) -> np.ndarray:
+            mean: np.ndarray = sums.of[name][:, model] / sums.counts[:, None]
+            return mean
+
+        models = list(enumerate(self.models))
+        return DailySeries(
+            dates=sums.dates.copy(),
+            counts=sums.counts.copy(),
+            abs_error_bp={model: means("abs_error_bp", index) for index, model in models},
+            pinball_bp={model: means("pinball_bp", index) for index, model in models},
+            inside={
+                model: np.stack([means(_inside(share), index) for share in INTERVALS], axis=-1)
+                for index, model in models
+            },
+        )
+
+    def _verdict(self, model: str, pooled: Sequence[Mapping[str, Any]], sums: _Sums) -> str:
+        index = self.models.index(model)
+        rows = [dict(row) for row in pooled if row["Model"] == model]
+        for step, row in enumerate(rows):
+            difference = sums.of["abs_error_bp"][:, index, step] - sums.of["abs_error_bp"][:, 0, step]
+            row["Same"] = bool((np.abs(difference) < SAME_BP * sums.counts).all())
+            rises, falls = (float(sums.of[name][:, index, step].sum()) for name in ("rises", "falls"))
+            row["Majority"] = "up" if rises >= falls else "down"
+            misses = sums.of[_inside(0.80)][:, index, step] - sums.counts * row["Coverage_80"] / 100.0
+            variance = long_run_variance(misses, step) * len(misses)
+            row["Coverage_Error"] = 100.0 * math.sqrt(variance) / float(sums.counts.sum())
+        whose = "EWMA's" if self.loss_reference == LOSS_REFERENCE else "the last close's"
+        return verdict(model, rows, None if model == self.loss_reference else whose)
+
+
+def _inside(share: float) -> str:
+    return f"inside_{100 * share:.0f}"
+
+
+def _compare(sums: _Sums, name: str, index: int, against: int, step: int) -> tuple[float, float, float]:
+    """A model's mean loss over another's, and the Diebold-Mariano test on the series of means by date."""
+    if index == against:
+        return 1.0, math.nan, math.nan
+    losses, others = sums.of[name][:, index, step], sums.of[name][:, against, step]
+    difference = (losses - others) / sums.counts
+    difference[np.abs(difference) < SAME_BP] = 0.0
+    total = float(others.sum())
+    ratio = float(losses.sum()) / total if total > 0.0 else math.nan
+    return (ratio, *diebold_mariano(difference, step + 1))
+
+
+def write_metrics(path: Path, result: BacktestResult) -> None:
+    """Write ``metrics.csv``: pooled rows, then every ticker's; six significant digits, nothing for a NaN.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(METRIC_COLUMNS)
+        for row in (*result.pooled, *result.by_ticker):
+            writer.writerow([_cell(row[column]) for column in METRIC_COLUMNS])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.{DIGITS}g}"
+    return str(value)

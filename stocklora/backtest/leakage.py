@@ -1,0 +1,241 @@
+"""Does anything said of the past move when the future changes?
+
+At random days every later row is scaled, shuffled, emptied or deleted, in all tickers at once. Every forecast,
+fitted number, scale, calibration, indicator and day line of that day and the days before must stay equal bit
+for bit. What looks ahead, by a centred window, a scaler fitted on everything or a split that overlaps, moves.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stocklora.backtest.walk_forward import Baselines, Model, Plan
+from stocklora.cli.console import UserError, progress, say, warn
+from stocklora.dataset.indicators import INDICATORS, indicator_table
+from stocklora.dataset.prepare import prepare
+from stocklora.dataset.prompts import returns_lines
+from stocklora.finetune.settings import BacktestSettings
+from stocklora.metrics.calibration import fit_calibration
+from stocklora.prices.store import spool
+from stocklora.volatility.market import markets_of
+from stocklora.volatility.scales import SCALES, ewma_volatility
+
+MUTATIONS = ("scaled", "shuffled", "emptied", "deleted")
+ORIGINS_COMPARED = 40  # a cut, the last ones before it
+MOST_TICKERS = 8
+
+Observations = dict[tuple[str, str], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Leak:
+    """Something of the past that moved: what it is, of which ticker, the cut, and what was done to later rows."""
+
+    what: str
+    ticker: str
+    cut: pd.Timestamp
+    mutation: str
+
+    def __str__(self) -> str:
+        whose = f" of {self.ticker}" if self.ticker else ""
+        return f"{self.what}{whose} up to {self.cut:%Y-%m-%d} changed when later rows were {self.mutation}"
+
+
+def mutated(frame: pd.DataFrame, cut: pd.Timestamp, mutation: str, draw: np.random.Generator) -> pd.DataFrame:
+    """``frame`` with every row after ``cut`` changed."""
+    place = int(frame.index.searchsorted(cut, side="right"))
+    if mutation == "deleted":
+        return frame.iloc[:place].copy()
+    changed = frame.copy()
+    count = len(frame) - place
+    if mutation == "scaled":
+        # Up to ten thousandfold, a factor a row: whatever reads a later price reads another number.
+        changed.iloc[place:] = changed.iloc[place:].to_numpy() * np.exp(draw.uniform(-5.0, 5.0, (count, 1)))
+    elif mutation == "shuffled":
+        changed.iloc[place:] = changed.iloc[place + draw.permutation(count)].to_numpy()
+    elif mutation == "emptied":
+        changed.iloc[place:] = np.nan
+    else:
+        raise ValueError(f"no mutation {mutation!r}")
+    return changed
+
+
+def find_leaks(
+    observe: Callable[[Mapping[str, pd.DataFrame], pd.Timestamp], Observations],
+    prices: Mapping[str, pd.DataFrame],
+    cuts: Sequence[pd.Timestamp],
+    seed: int,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[list[Leak], int]:
+    """Observe at every cut, change the future, observe again.
+
+    Args:
+        observe: (prices, cut) -> numbers known at the close of ``cut``, by (what, ticker).
+        advance: called after each observation.
+
+    Returns:
+        The leaks, and how many numbers were compared.
+    """
+    leaks, compared = [], 0
+    for number, cut in enumerate(cuts):
+        expected = observe(prices, cut)
+        advance()
+        for kind, mutation in enumerate(MUTATIONS):
+            draw = np.random.default_rng([seed, number, kind])
+            changed = {name: mutated(frame, cut, mutation, draw) for name, frame in prices.items()}
+            found = observe({name: frame for name, frame in changed.items() if len(frame)}, cut)
+            advance()
+            for (what, ticker), values in expected.items():
+                compared += values.size
+                other = found.get((what, ticker))
+                if other is None or not _same(values, other):
+                    leaks.append(Leak(what, ticker, cut, mutation))
+    return leaks, compared
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Equal to the last bit; a NaN equals a NaN."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.dtype.kind == "f":
+        return bool(np.array_equal(one, other, equal_nan=True))
+    return bool(np.array_equal(one, other))
+
+
+def observer(
+    models: Sequence[Model], plan: Plan, tickers: Sequence[str]
+) -> Callable[[Mapping[str, pd.DataFrame], pd.Timestamp], Observations]:
+    """What a backtest says at a cut: forecasts of every model, what was fitted, and what training would see."""
+
+    def observe(prices: Mapping[str, pd.DataFrame], cut: pd.Timestamp) -> Observations:
+        with np.errstate(all="ignore"):  # emptied rows make NaNs, after the cut
+            return {
+                **_forecasts(models, plan, tickers, prices, cut),
+                **_training(plan, prices, cut),
+                **_inputs(tickers, prices, cut),
+            }
+
+    return observe
+
+
+def _forecasts(
+    models: Sequence[Model], plan: Plan, tickers: Sequence[str], prices: Mapping[str, pd.DataFrame], cut: pd.Timestamp
+) -> Observations:
+    fitted_at = max(date for date in plan.cuts if date <= cut)
+    found: Observations = {}
+    for model in models:
+        model.fit(prices, plan, fitted_at)
+        if isinstance(model, Baselines):
+            for name, baseline in model.fitted.items():
+                found[f"the fitted quantiles of {name}", ""] = baseline.table
+                if baseline.scale is not None and baseline.scale.coefficients:
+                    found[f"the fitted coefficients of {name}", ""] = np.array(baseline.scale.coefficients)
+        for ticker in (name for name in tickers if name in prices):
+            frame = prices[ticker]
+            stop = int(frame.index.searchsorted(cut, side="right"))
+            first = max(plan.window_size, int(frame.index.searchsorted(fitted_at)), stop - ORIGINS_COMPARED)
+            if first < stop:
+                for name, quantiles in model.quantiles(ticker, frame, range(first, stop)).items():
+                    found[f"the forecast {name}", ticker] = quantiles
+    return found
+
+
+def _training(plan: Plan, prices: Mapping[str, pd.DataFrame], cut: pd.Timestamp) -> Observations:
+    """What ``train_lora.py`` would fit, with test days that begin shortly before the cut."""
+    dates = sorted(set().union(*[frame.index for frame in prices.values()]))
+    dates = [date for date in dates if date <= cut]
+    test_from = dates[-min(len(dates), 3 * plan.horizon + 10)]
+    validation_from = dates[int(0.8 * len(dates))]
+    long_enough = {
+        name: frame for name, frame in prices.items()
+        if int(frame.index.searchsorted(test_from)) > plan.window_size + plan.horizon
+    }  # fmt: skip
+    if not long_enough or validation_from >= test_from:
+        return {}
+    data = prepare(
+        long_enough, plan.window_size, plan.horizon,
+        validation_from=f"{validation_from:%Y-%m-%d}", test_from=f"{test_from:%Y-%m-%d}",
+    )  # fmt: skip
+    found: Observations = {("the scale chosen for training", ""): np.array([SCALES.index(data.better_scale())])}
+    returns = data.returns_of("validation")
+    for kind in SCALES:
+        start = data.start(kind)
+        calibration = fit_calibration(returns, data.forecasts_of(start, "validation"), data.levels)
+        found[f"the calibration of {kind}", ""] = np.array([calibration.shrinkage, calibration.interval_scale])
+        found[f"the training start of {kind}", ""] = np.concatenate([start.location[:, None], start.table], axis=1)
+        for name, values in data.scales[kind].items():
+            stop = int(prices[name].index.searchsorted(cut, side="right"))
+            found[f"the volatility scale {kind}", name] = values[:stop]
+    return found
+
+
+def _inputs(tickers: Sequence[str], prices: Mapping[str, pd.DataFrame], cut: pd.Timestamp) -> Observations:
+    markets = markets_of(prices)
+    found: Observations = {}
+    for ticker in (name for name in tickers if name in prices):
+        frame = prices[ticker]
+        stop = int(frame.index.searchsorted(cut, side="right"))
+        if not stop:  # not listed yet
+            continue
+        market = markets.of(ticker).days
+        found["the market's day", ticker] = market[market.index <= cut].to_numpy()
+        for name in INDICATORS:
+            found[f"the indicator {name}", ticker] = indicator_table(frame, [name], market)[:stop]
+        for prompt, volatility in (("returns", None), ("zscores", ewma_volatility(frame["Close"]))):
+            found[f"the day lines ({prompt})", ticker] = np.array(returns_lines(frame, volatility)[:stop])
+    return found
+
+
+def check_backtest(settings: BacktestSettings) -> int:
+    """``backtest.py --check-leakage``: 0 where nothing moved, 1 with the leaks named.
+
+    Raises:
+        UserError: as a backtest with these settings.
+    """
+    from stocklora.backtest.run import Process, prepare_run
+
+    folder = Path(tempfile.mkdtemp(prefix="leakage-"))
+    try:
+        prices = dict(spool(settings.data, folder, settings.tickers).items())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if len(prices) > MOST_TICKERS:
+        names = np.random.default_rng(settings.seed).choice(list(prices), MOST_TICKERS, replace=False)
+        warn(f"{len(prices)} tickers: checking {MOST_TICKERS} of them, {', '.join(sorted(names))}")
+        prices = {name: frame for name, frame in prices.items() if name in names}
+    if settings.refit != "never" and "llm" in settings.models:
+        warn("--refit: the weights given are checked, not those that a refit would train")
+    models, plan, _ = prepare_run(replace(settings, refit="never"), prices, Process(0, 1))
+    cuts = choose_leakage_cuts(prices, plan, settings.leakage_cuts, settings.seed)
+    observe = observer(models, plan, list(prices))
+    with progress() as bar:
+        task = bar.add_task("leakage", total=len(cuts) * (1 + len(MUTATIONS)))
+        leaks, compared = find_leaks(observe, prices, cuts, settings.seed, lambda: bar.advance(task))
+    days = ", ".join(f"{cut:%Y-%m-%d}" for cut in cuts)
+    say(f"{compared:,} numbers compared: {len(prices)} tickers, futures changed after {days} in {len(MUTATIONS)} ways")
+    if not leaks:
+        say("no leak: nothing said of a day moved when later days changed")
+        return 0
+    for leak in leaks[:20]:
+        say(f"leak: {leak}")
+    if len(leaks) > 20:
+        say(f"... and {len(leaks) - 20} more")
+    return 1
+
+
+def choose_leakage_cuts(prices: Mapping[str, pd.DataFrame], plan: Plan, count: int, seed: int) -> list[pd.Timestamp]:
+    """Random days between the first fit and the last day that leaves some future to change."""
+    days: Any = sorted(set().union(*[frame.index for frame in prices.values()]))
+    known = [day for day in days if plan.cuts[0] <= day <= plan.end][: -2 * plan.horizon]
+    if not known:
+        raise UserError("too few days after --from to change any future; give an earlier --from")
+    draw = np.random.default_rng(seed)
+    return sorted(known[place] for place in draw.choice(len(known), min(count, len(known)), replace=False))

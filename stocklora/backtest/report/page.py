@@ -1,0 +1,426 @@
+"""``report.html``: a backtest on one page that needs no network, script, font or picture.
+
+Its sections stand here; ``backtest_tables`` and ``backtest_charts`` fill them, ``backtest_style`` dresses them. The
+same result gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from stocklora.backtest.report.charts import (
+    CHANCE,
+    RC,
+    Whisker,
+    day_alpha,
+    design_effect,
+    fan_chart,
+    figures,
+    forest,
+    forest_limits,
+    line_chart,
+    line_limits,
+    pit_chart,
+    pit_edges,
+    quantile_named,
+    reach_of,
+    rolling,
+    standard_error,
+)
+from stocklora.backtest.report.style import STYLE
+from stocklora.backtest.report.tables import COVERAGE_KEYS, GROUPS, score_table, ticker_table, worst_table
+from stocklora.backtest.report.words import as_float, days_ahead, formatted, iso_date, name_of
+from stocklora.backtest.results import INTERVALS, PIT_BINS, REFERENCE, BacktestResult
+from stocklora.plots.forecasts import BANDS
+from stocklora.runtime.files import write_text
+
+FAN_DAYS = 60
+MIDDLE = INTERVALS.index(0.80)
+
+
+def write_report(path: Path, result: BacktestResult) -> None:
+    """Write the report as one HTML file, atomically.
+
+    Args:
+        path: where; parent folders are made.
+        result: what was scored. Texts in it (tickers, facts, notes, verdicts) are escaped.
+
+    Raises:
+        UserError: ``path`` cannot be written.
+    """
+    write_text(path, report_html(result))
+
+
+def report_html(result: BacktestResult) -> str:
+    """The page as text; a pure function of ``result``."""
+    with matplotlib.rc_context(RC):
+        return _page(result)
+
+
+def _page(result: BacktestResult) -> str:
+    focus = focus_of(result.models)
+    sections = [
+        ("verdict", "Verdict", "Verdict", _verdicts(result, focus)),
+        ("scores", "Scores", "Scores beside the random walk", _scores(result, focus)),
+        ("error", "Error", "Error relative to the last close", _relative_errors(result, focus)),
+        ("calibration", "Calibration", "Do the intervals hold what they promise?", _calibration(result, focus)),
+        ("time", "Over time", "Over time", _over_time(result, focus)),
+        ("fan", "Last days", f"The last {len(_fan_rows(result))} days of {result.fan.ticker}", _fan(result, focus)),
+        ("worst", "Worst days", "The worst days", _worst(result, focus)),
+        ("tickers", "Tickers", "Ticker by ticker", _tickers(result, focus)),
+        ("reading", "How to read this", "How to read this", _reading()),
+    ]
+    title = f"Backtest of {_tickers_in_words(result)} beside the random walk"
+    links = "".join(f'<a href="#{key}">{escape(short)}</a>' for key, short, _, _ in sections)
+    body = "".join(
+        f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{escape(heading)}</h2>{content}'
+        "</section>\n"
+        for key, _, heading, content in sections
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<header><h1>{escape(title)}</h1>{_what_was_run(result)}{_notes(result)}"
+        f'<nav aria-label="Sections">{links}</nav></header>\n<main>\n{body}</main>\n</body>\n</html>\n'
+    )
+
+
+def focus_of(models: Sequence[str]) -> str:
+    """The model whose days are shown in full: the language model, else the last one asked for."""
+    return "llm" if "llm" in models else models[-1]
+
+
+# --- sections --------------------------------------------------------------------------------------------------
+
+
+def _tickers_in_words(result: BacktestResult) -> str:
+    return str(result.tickers[0]) if len(result.tickers) == 1 else f"{len(result.tickers):,} tickers"
+
+
+def _what_was_run(result: BacktestResult) -> str:
+    dates, counts = result.daily.dates, result.daily.counts
+    others = len(result.models) - 1
+    beside = f"{others} model{'s' if others > 1 else ''} beside the last close" if others else "the last close alone"
+    ahead = "one day" if result.horizon == 1 else f"1 to {result.horizon} days"
+    lead = (
+        f"{int(np.sum(counts)):,} forecasts of each model, made at the closes of {len(dates):,} days from "
+        f'<span class="date">{iso_date(dates[0])}</span> to <span class="date">{iso_date(dates[-1])}</span>, {ahead} '
+        f"ahead: {beside}."
+    )
+    facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{_prose(text)}</dd></div>" for name, text in result.facts)
+    return f'<p class="lead">{lead}</p>' + (f'<dl class="facts">{facts}</dl>' if facts else "")
+
+
+def _notes(result: BacktestResult) -> str:
+    if not result.notes:
+        return ""
+    lines = "".join(f"<li>{_prose(note)}</li>" for note in result.notes)
+    return f'<div class="notes" role="note" aria-label="Read this first"><h2>Read this first</h2><ul>{lines}</ul></div>'
+
+
+def _verdicts(result: BacktestResult, focus: str) -> str:
+    others = [model for model in result.models if model != REFERENCE]
+    if not result.verdicts:
+        return '<p class="empty">Only the last close was scored, so there is nothing to compare it with.</p>'
+    # A sentence each for the models but the reference, in their order; the one the reader cares about goes first.
+    models = others if len(others) == len(result.verdicts) else [""] * len(result.verdicts)
+    first, rest = "", []
+    for model, sentence in zip(models, result.verdicts, strict=True):
+        name = f"<b>{escape(name_of(model))}</b>"
+        text = sentence.removeprefix(f"{model}: ") if model else sentence
+        if model == focus:
+            lines = "".join(
+                f"<li>{_prose(clause[:1].upper() + clause[1:])}</li>" for clause in text.rstrip(".").split("; ")
+            )
+            first = f'<div class="verdict">{name}<ul>{lines}</ul></div>'
+        else:
+            rest.append(f"<li>{f'{name}: ' if text != sentence else ''}{_prose(text)}</li>")
+    return first + (f'<ul class="verdicts">{"".join(rest)}</ul>' if rest else "")
+
+
+def _prose(text: str) -> str:
+    """Escaped; what stands between backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
+def _by_day(result: BacktestResult, day: int) -> list[tuple[str, Mapping[str, Any]]]:
+    """(model, pooled row) of one day ahead, in the models' order."""
+    rows = {row["Model"]: row for row in result.pooled if int(row["Day"]) == day}
+    return [(model, rows[model]) for model in result.models if model in rows]
+
+
+def _scores(result: BacktestResult, focus: str) -> str:
+    tables = []
+    for day in range(1, result.horizon + 1):
+        rows = _by_day(result, day)
+        origins = max((as_float(row.get("Origins")) for _, row in rows), default=float("nan"))
+        tables.append(score_table(f"{days_ahead(day)}, {formatted(origins, 0)} forecasts", rows, focus))
+    hint = (
+        "Bold marks the lowest of a column as printed; whether it is lower by more than chance is what the intervals "
+        "and the p-values beside it say. Each column is explained when you rest on its head, and "
+        '<a href="#reading">below</a>.'
+    )
+    return f'{"".join(tables)}<p class="hint">{hint}</p>'
+
+
+def _relative_errors(result: BacktestResult, focus: str) -> str:
+    models = [model for model in result.models if model != REFERENCE]
+    if not models:
+        return '<p class="empty">Only the last close was scored: its error relative to itself is 1.</p>'
+    days = range(1, result.horizon + 1)
+    points = {
+        day: [(model, [Whisker.of(row, "Relative_MAE")]) for model, row in _by_day(result, day) if model in models]
+        for day in days
+    }
+    limits = forest_limits([row for rows in points.values() for row in rows], 1.0, 0.004)
+    panels = []
+    for day, rows in points.items():
+        texts = [f"{name_of(model)} {formatted(line[0].value, 4)}" for model, line in rows]
+        label = f"{days_ahead(day)}, mean absolute error relative to the last close: {', '.join(texts)}"
+        panels.append((days_ahead(day), forest(rows, 1.0, limits, focus, f"error-{day}", label, decimals=4)))
+    return figures(
+        panels,
+        "Mean absolute error divided by that of the last close, with its 95% block-bootstrap interval. Left of the "
+        "line is better than the random walk. A filled dot: the interval leaves 1 out. A hollow one: chance could "
+        "have put it on either side.",
+    )
+
+
+def _calibration(result: BacktestResult, focus: str) -> str:
+    panels = []
+    for at, (key, share) in enumerate(zip(COVERAGE_KEYS, INTERVALS, strict=True)):
+        nominal = 100.0 * share
+        rows: list[tuple[str, list[Whisker]]] = [(model, []) for model in result.models]
+        for day in range(1, result.horizon + 1):
+            found = dict(_by_day(result, day))
+            for model, line in rows:
+                if model not in found:
+                    continue
+                value = as_float(found[model].get(key))
+                inside = result.daily.inside[model][:, day - 1, at]
+                half = CHANCE * 100.0 * standard_error(inside, result.daily.counts, day)
+                line.append(Whisker(value, value - half, value + half))
+        texts = [f"{name_of(model)} {'/'.join(formatted(point.value, 1) for point in line)}" for model, line in rows]
+        label = f"Coverage of the {nominal:.0f}% interval, percent, by day ahead: {'; '.join(texts)}"
+        limits = forest_limits(rows, nominal, 3.0)
+        panels.append((f"{nominal:.0f}% interval", forest(rows, nominal, limits, focus, f"coverage-{at}", label)))
+    legend = "".join(
+        f'<li><i style="opacity:{day_alpha(day, result.horizon):.2f}"></i>{escape(days_ahead(day))}</li>'
+        for day in range(1, result.horizon + 1)
+    )
+    coverage = figures(
+        panels,
+        "Percent of closes inside each interval; the line is what the interval promises. Right of it the intervals "
+        "are too wide, left of it too narrow. Whiskers are 95% intervals that count all tickers of a day as one draw.",
+        f'<ul class="legend">{legend}</ul>' if result.horizon > 1 else "",
+    )
+    return f"{coverage}<h3>Where in the forecast distribution closes fell</h3>{_pits(result, focus)}"
+
+
+def _pits(result: BacktestResult, focus: str) -> str:
+    edges = pit_edges(result.levels)
+    shares = np.diff(edges) / PIT_BINS  # what a perfect forecast puts between one quantile and the next
+    heights, bands = {}, {}
+    for model in result.models:
+        counts = np.add.reduceat(np.asarray(result.pit[model], dtype=float)[0], edges[:-1])
+        total = counts.sum() or math.nan
+        heights[model] = counts / total / shares
+        bands[model] = CHANCE * np.sqrt(shares * (1.0 - shares) / total * design_effect(result, model)) / shares
+    limits = line_limits({model: np.append(heights[model], 1.0 + bands[model]) for model in result.models}, 1.0)
+    panels = []
+    for model in result.models:
+        top = 1.08 * max(limits[model][1], 1.4)
+        picture = pit_chart(edges, heights[model], bands[model], top, model == focus, model)
+        panels.append((name_of(model) + limits[model][2], picture))
+    return figures(
+        panels,
+        "How many closes fell between one quantile of the one-day-ahead forecast and the next, from the lowest (left) "
+        "to the highest, relative to what the forecast promised: a perfect one is flat at 1. A hump: intervals too "
+        "wide. High ends: too narrow. A slope: the forecast leans. About one bar in twenty leaves the grey band by "
+        "chance; it allows, roughly, for the tickers of a day moving together.",
+        kind="small",
+    )
+
+
+def _over_time(result: BacktestResult, focus: str) -> str:
+    daily = result.daily
+    days = len(daily.dates)
+    window = next(size for most, size in ((750, 21), (2500, 63), (math.inf, 126)) if days <= most)
+    window = min(window, max(1, days // 3))
+    counts = np.asarray(daily.counts, dtype=float)
+    span = "one day" if window == 1 else f"{window} days"
+    parts = []
+    reference = rolling(daily.abs_error_bp[REFERENCE][:, 0], counts, window)
+    errors = {
+        model: np.divide(
+            rolling(daily.abs_error_bp[model][:, 0], counts, window),
+            reference,
+            out=np.full(len(reference), np.nan),
+            where=reference > 0,
+        )
+        for model in result.models
+        if model != REFERENCE
+    }
+    ends = daily.dates[window - 1 :]
+    same = [model for model, values in errors.items() if reach_of(values, 1.0) < 1e-9]
+    errors = {model: values for model, values in errors.items() if model not in same}
+    hint = ""
+    if same:
+        names = "; ".join(escape(name_of(model)) for model in same)
+        hint = f'<p class="hint">Not drawn, because their error is the last close\'s on every day: {names}.</p>'
+    if errors:
+        limits = line_limits(errors, 1.0, 0.01)
+        panels = [
+            (
+                name_of(model) + limits[model][2],
+                line_chart(ends, values, 1.0, limits[model], model == focus, f"rolling-{model}",
+                           f"{name_of(model)}: rolling error relative to the last close, {_range_in_words(values, 3)}"),
+            )
+            for model, values in errors.items()
+        ]  # fmt: skip
+        parts.append("<h3>Error</h3>" + hint + figures(
+            panels,
+            f"Mean absolute error of the one-day-ahead forecasts over {span}, divided by that of the last close over "
+            "the same days. Below the line is better than the random walk.",
+        ))  # fmt: skip
+    elif same:
+        parts.append(f"<h3>Error</h3>{hint}")
+    shares = {model: 100.0 * rolling(daily.inside[model][:, 0, MIDDLE], counts, window) for model in result.models}
+    limits = line_limits(shares, 80.0, 5.0)
+    panels = []
+    for model, values in shares.items():
+        scatter = float(np.nanstd(daily.inside[model][:, 0, MIDDLE])) / math.sqrt(window)
+        panels.append((
+            name_of(model) + limits[model][2],
+            line_chart(ends, values, 80.0, limits[model], model == focus, f"share-{model}",
+                       f"{name_of(model)}: rolling coverage of the 80% interval, percent, "
+                       f"{_range_in_words(values, 1)}", band=CHANCE * 100.0 * scatter, top=100.5),
+        ))  # fmt: skip
+    parts.append("<h3>Coverage of the 80% interval</h3>" + figures(
+        panels,
+        f"Percent of closes inside the one-day-ahead 80% interval over {span}, and the nominal line. The grey band "
+        "holds 95% of what chance gives at any one time; a model whose line leaves it for long stretches misses "
+        "calm and storm.",
+    ))  # fmt: skip
+    return "".join(parts)
+
+
+def _range_in_words(values: np.ndarray, decimals: int) -> str:
+    known = values[np.isfinite(values)]
+    if not known.size:
+        return "no values"
+    low, high, last = (formatted(value, decimals) for value in (known.min(), known.max(), known[-1]))
+    return f"between {low} and {high}, at the end {last}"
+
+
+def _fan_rows(result: BacktestResult) -> np.ndarray:
+    return np.arange(len(result.fan.origins))[-FAN_DAYS:]
+
+
+def _fan(result: BacktestResult, focus: str) -> str:
+    rows = _fan_rows(result)
+    fan = result.fan
+    came = fan.last_close[rows] * np.exp(fan.returns[rows, 0])
+    forecast = fan.last_close[rows, None] * np.exp(fan.quantiles[focus][rows, 0])
+    low, high = (quantile_named(result, forecast, name) for name in ("P10", "P90"))
+    inside = int(np.sum((came >= low) & (came <= high)))
+    dates = fan.targets[rows, 0]
+    label = (
+        f"{fan.ticker}: closes from {iso_date(dates[0])} to {iso_date(dates[-1])} and the intervals the "
+        f"{name_of(focus)} forecast the day before; {inside} of {len(rows)} closes inside the 80% interval"
+    )
+    shown = 1.0
+    legend = []
+    for _, _, alpha, name in BANDS:
+        shown *= 1.0 - alpha  # wider bands lie below narrower ones
+        legend.append(f'<li><i class="band" style="opacity:{1 - shown:.2f}"></i>{name} interval</li>')
+    legend += [
+        '<li><i class="median"></i>median forecast</li>',
+        '<li><i class="came"></i>close that came</li>',
+        '<li><i class="missed"></i>close outside 80%</li>',
+    ]
+    caption = (
+        f"One-day-ahead intervals of the {name_of(focus)} and the closes that came: {inside} of {len(rows)} "
+        f"inside the 80% interval. Each day's forecast was made at the close before it."
+    )
+    picture = fan_chart(result, rows, forecast, came, label)
+    return (
+        '<figure class="wide"><div class="scroll" role="region" aria-label="Intervals and closes" tabindex="0">'
+        f"{picture}</div>"
+        f'<ul class="legend">{"".join(legend)}</ul><figcaption>{escape(caption)}</figcaption></figure>'
+    )
+
+
+def _worst(result: BacktestResult, focus: str) -> str:
+    first = worst_table(focus, result.worst.get(focus, ()))
+    others = "".join(
+        f"<details><summary>{escape(name_of(model))}</summary>{worst_table(model, result.worst.get(model, ()))}"
+        "</details>"
+        for model in result.models
+        if model != focus
+    )
+    hint = '<p class="hint">By one-day quantile loss. All returns are log returns in basis points.</p>'
+    return f"{first}{hint}{others}"
+
+
+def _tickers(result: BacktestResult, focus: str) -> str:
+    first = ticker_table(result, focus)
+    others = "".join(
+        f"<details><summary>{escape(name_of(model))}</summary>{ticker_table(result, model)}</details>"
+        for model in result.models
+        if model != focus
+    )
+    return first + others
+
+
+def _reading() -> str:
+    """The columns once more in plain words, for screens without a pointer and for paper, and the sources."""
+    terms = "".join(
+        f"<div><dt>{escape(column.head)}{f' ({escape(name.lower())})' if column.head == 'DM p' else ''}</dt>"
+        f"<dd>{escape(column.meaning)}</dd></div>"
+        for name, columns in GROUPS
+        for column in columns
+        if not column.key.startswith("Coverage")
+    )
+    coverage = (
+        "<div><dt>Coverage</dt><dd>Percent of closes inside an interval. A 50% interval should hold half of them, "
+        "neither fewer nor more.</dd></div>"
+    )
+    sources = "".join(f"<li>{escape(source)}</li>" for source in _SOURCES)
+    return (
+        "<p>The last close is the yardstick: of the forecasts one can make from daily prices alone, saying that "
+        "tomorrow closes where today did is very hard to beat. A relative error between 0.99 and 1.01 is an honest "
+        "result; one far below 1 is first of all a reason to look for a leak of the future into the past. A model "
+        "may add nothing to the point forecast and still be worth having, if its intervals are narrower and hold; "
+        "that is what the quantile loss measures.</p>"
+        f'<dl class="terms">{terms}{coverage}</dl><h3>Sources</h3><ul class="sources">{sources}</ul>'
+    )
+
+
+_SOURCES = (
+    "Diebold and Mariano, Comparing predictive accuracy, Journal of Business & Economic Statistics 13, 1995; small "
+    "samples after Harvey, Leybourne and Newbold, International Journal of Forecasting 13, 1997.",
+    "Diebold, Gunther and Tay, Evaluating density forecasts, International Economic Review 39, 1998: the histogram of "
+    "the probability integral transform.",
+    "Gneiting and Ranjan, Comparing density forecasts using threshold- and quantile-weighted scoring rules, Journal of "
+    "Business & Economic Statistics 29, 2011.",
+    "Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979.",
+    "Hyndman and Koehler, Another look at measures of forecast accuracy, International Journal of Forecasting 22, "
+    "2006.",
+    "Koenker and Bassett, Regression quantiles, Econometrica 46, 1978.",
+    "Pesaran and Timmermann, A simple nonparametric test of predictive performance, Journal of Business & Economic "
+    "Statistics 10, 1992; over several tickers and days ahead with the standard errors of Driscoll and Kraay, Review "
+    "of Economics and Statistics 80, 1998.",
+    "Politis and Romano, A circular block-resampling procedure for stationary data, in LePage and Billard, Exploring "
+    "the Limits of Bootstrap, 1992; block length after Politis and White, Econometric Reviews 23, 2004.",
+)

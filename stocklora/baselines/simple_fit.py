@@ -1,0 +1,192 @@
+"""What ``train.py`` and ``framework.py`` do: fit the simple baseline, report it, forecast with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from stocklora.baselines.settings import HORIZON, TrainSettings
+from stocklora.baselines.simple_network import (
+    Epoch,
+    SimpleForecaster,
+    SimpleStockPredictor,
+    error_scale,
+    fit_scaling,
+    residual_quantiles,
+    roll_forward,
+    train_network,
+    windows_at,
+)
+from stocklora.cli.console import UserError, progress, say
+from stocklora.dataset.prepare import ForecastData, data_facts, prepare
+from stocklora.dataset.windows import SPLITS
+from stocklora.forecaster.predictions import prediction_rows
+from stocklora.forecaster.weights_file import versions
+from stocklora.metrics.scores import Scores
+from stocklora.metrics.tables import print_scores
+from stocklora.runtime.devices import choose_device
+from stocklora.runtime.files import plain
+from stocklora.runtime.machine import peak_memory_mb
+
+
+@dataclass(frozen=True)
+class SimpleRun:
+    """A finished training run.
+
+    Attributes:
+        test_scores: ``naive``, ``drift``, ``ewma`` and ``model``, on test days.
+    """
+
+    forecaster: SimpleForecaster
+    data: ForecastData
+    history: list[Epoch]
+    test_scores: Mapping[str, Scores]
+    seconds: float
+
+    @property
+    def best(self) -> Epoch:
+        return min(self.history, key=lambda epoch: (epoch.validation_loss, epoch.number))
+
+
+def fit_simple(prices: Mapping[str, pd.DataFrame], settings: TrainSettings, *, quiet: bool = False) -> SimpleRun:
+    """Train on all tickers together; scaling from training days, error bars from validation days.
+
+    Args:
+        quiet: say nothing of what is trained.
+
+    Raises:
+        UserError: too few days for three parts.
+    """
+    data = prepare(
+        prices,
+        settings.window_size,
+        HORIZON,
+        settings.validation_fraction,
+        settings.test_fraction,
+        settings.validation_from,
+        settings.test_from,
+    )
+    device = choose_device(settings.device)
+    torch.set_num_threads(1)  # too small a network to gain from handing its rows around the cores
+    windows = {split: windows_of(data, split) for split in SPLITS[:2]}
+    returns = {split: data.returns_of(split) for split in SPLITS[:2]}
+    scaling = fit_scaling(windows["train"], returns["train"][:, 0])
+
+    def tensors(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        targets = torch.from_numpy((returns[split][:, 0] / scaling.return_std).astype(np.float32))
+        return scaling.inputs(windows[split]).to(device), targets.to(device)
+
+    torch.manual_seed(settings.seed)
+    network = SimpleStockPredictor(settings.window_size).to(device)
+    if not quiet:
+        announce(data, network)
+    epochs = train_network(
+        network,
+        tensors("train"),
+        tensors("validation"),
+        settings.epochs,
+        settings.batch_size,
+        settings.learning_rate,
+        settings.patience,
+        settings.seed,
+    )
+    start = time.perf_counter()
+    history: list[Epoch] = []
+    with progress("validation loss / last close {task.fields[ratio]}", shown=not quiet) as bar:
+        task = bar.add_task("training", total=settings.epochs, ratio="-")
+        for epoch in epochs:
+            history.append(epoch)
+            ratio = epoch.validation_loss / max(history[0].validation_loss, 1e-12)
+            bar.update(task, completed=epoch.number, ratio=f"{ratio:.4f}")
+    seconds = time.perf_counter() - start
+
+    errors = returns["validation"] - roll_forward(network, scaling, windows["validation"], HORIZON)
+    scales = [error_scale(frame, data.origins[name]["validation"], HORIZON) for name, frame in prices.items()]
+    residuals = residual_quantiles(errors, np.concatenate(scales), data.levels)
+    forecaster = SimpleForecaster(network, scaling, settings.window_size, data.levels, residuals, {})
+    scores = {name: data.score(data.forecasts_of(name, "test"), "test") for name in ("naive", "drift", "ewma")}
+    scores["model"] = data.score(quantiles_on_test(forecaster, data), "test")
+    run = SimpleRun(forecaster, data, history, scores, seconds)
+    forecaster.training.update(training_facts(run, settings))
+    return run
+
+
+def windows_of(data: ForecastData, split: str) -> np.ndarray:
+    """(n, window, 5) of all tickers, in the order of ``data.returns_of``."""
+    return np.concatenate(
+        [windows_at(frame, data.origins[name][split], data.window_size) for name, frame in data.prices.items()]
+    )
+
+
+def quantiles_on_test(forecaster: SimpleForecaster, data: ForecastData) -> np.ndarray:
+    """(n, horizon, levels) on the test origins of all tickers."""
+    return np.concatenate(
+        [forecaster.quantiles(frame, data.origins[name]["test"]) for name, frame in data.prices.items()]
+    )
+
+
+def training_facts(run: SimpleRun, settings: TrainSettings) -> dict[str, Any]:
+    """What the model file says of its own making."""
+    sequences = {split: run.data.sequences(split, 1) for split in SPLITS}
+    return {
+        "data": data_facts(run.data, sequences),
+        "settings": plain(asdict(settings)),
+        "versions": versions(),
+        "best_epoch": run.best.number,
+        "test_scores": {name: scores.to_dict() for name, scores in run.test_scores.items()},
+    }
+
+
+def announce(data: ForecastData, network: SimpleStockPredictor) -> None:
+    """What is about to be trained, on what."""
+    trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    counts = {split: sum(len(parts[split]) for parts in data.origins.values()) for split in SPLITS}
+    tickers = ", ".join(list(data.prices)[:8]) + (", ..." if len(data.prices) > 8 else "")
+    say(f"trainable parameters: {trainable:,}")
+    say(f"tickers: {len(data.prices)} ({tickers}); windows of {data.window_size} days")
+    say(
+        f"days: {counts['train']:,} to train on, {counts['validation']:,} to validate from "
+        f"{data.dates.validation:%Y-%m-%d}, {counts['test']:,} to test from {data.dates.test:%Y-%m-%d}"
+    )
+
+
+def report_simple(run: SimpleRun) -> None:
+    """How training went, and the model beside the random walk on days it never saw."""
+    best, first, last = run.best, run.history[0], run.history[-1]
+    say(f"epochs run: {last.number} in {run.seconds:.1f} s; peak memory {peak_memory_mb():,.0f} MB")
+    if best.number == 0:
+        say("no epoch beat the last close on validation days; the model forecasts the last close (epoch 0)")
+    else:
+        ratio = best.validation_loss / max(first.validation_loss, 1e-12)
+        say(f"best epoch {best.number}: validation loss {ratio:.4f} of the last close's")
+    say()
+    print_scores(
+        run.test_scores,
+        f"Test, {run.test_scores['model'].origins} days from {run.data.dates.test:%Y-%m-%d}, none seen in training, "
+        f"mean of 1 to {HORIZON} days ahead",
+    )
+
+
+def forecast_simple(forecaster: SimpleForecaster, prices: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
+    """The next closes of every ticker from its last row; rows of ``predictions.csv``.
+
+    Raises:
+        UserError: a ticker with fewer days than the window.
+    """
+    for name, frame in prices.items():
+        if len(frame) < forecaster.window_size:
+            raise UserError(
+                f"{name} has {len(frame)} rows; a forecast needs the {forecaster.window_size} days of the window; "
+                f"download more days"
+            )
+    return [
+        row
+        for name, frame in prices.items()
+        for row in prediction_rows(name, frame, forecaster.quantiles(frame, [len(frame) - 1])[0], forecaster.levels)
+    ]

@@ -1,0 +1,160 @@
+"""The terminal: user errors, exit codes, tables and progress bars.
+
+Only the standard library is imported at the top, so that ``--help`` answers at once;
+rich is loaded when there is something to draw.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+PROJECT = Path(__file__).resolve().parents[2]
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141  # what a shell reports for any tool whose reader went away
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line saying what is wrong, where, and what to do next."""
+
+
+def run_script(body: Callable[[], int | None]) -> int:
+    """Run a script's body and turn how it ends into an exit code.
+
+    A ``UserError`` becomes one line on stderr and exit code 2; Ctrl-C becomes 130; a reader of our
+    stdout that went away (``... | head``) 141. A package that is not installed, most often since the environment
+    is not active, is a line as well. Any other exception is a fault of ours and keeps its traceback.
+    """
+    # Hub and tokenizer libraries write their own bars and warnings; ours are enough.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a character shows an escape instead of ending the run.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = body() or 0
+        sys.stdout.flush()  # here, where a reader that went away is still understood
+        return code
+    except UserError as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or (PROJECT / package).exists() or (PROJECT / f"{package}.py").exists():
+            raise  # ours, or unknown
+        advice = "activate the environment (. .venv/bin/activate), or: pip install -r requirements_stable.txt"
+        print(f"error: {sys.executable} has no package {package}; {advice}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if not _stdout_is_broken():
+            raise  # some other pipe: a fault, not an impatient reader
+        return EXIT_BROKEN_PIPE
+
+
+def _stdout_is_broken() -> bool:
+    """Whether nobody reads our stdout any more; if so, what is left in its buffer goes nowhere, quietly."""
+    try:
+        descriptor = sys.stdout.fileno()
+        if hasattr(select, "poll"):
+            poll = select.poll()
+            poll.register(descriptor, select.POLLOUT)
+            if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+                return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    except OSError:  # not a real file, as under a test's capture
+        return False
+    return True
+
+
+def one_line(text: str) -> str:
+    """Fold any run of white space into one blank."""
+    return " ".join(text.split())
+
+
+def warn(message: str) -> None:
+    """One line of warning on stderr; the run goes on."""
+    print(f"warning: {one_line(message)}", file=sys.stderr)
+
+
+def say(message: str = "") -> None:
+    """A line of normal output, flushed so that logs and pipes see it in order."""
+    print(message, flush=True)
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table: first column left-aligned, the rest right-aligned, never cut, markup never read.
+
+    On a terminal that is too narrow a cell is folded; elsewhere the table is as wide as it needs.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    on_terminal = sys.stdout.isatty()
+    for index, name in enumerate(header):
+        table.add_column(
+            Text(name), justify="left" if index == 0 else "right", no_wrap=not on_terminal, overflow="fold"
+        )
+    for row in rows:
+        # Text, not str: "[AAPL]" is a cell, not a style
+        table.add_row(*[Text(str(cell)) for cell in row])
+    if on_terminal:
+        Console().print(table)
+        return
+    needed = Console(width=100_000).measure(table).maximum
+    console = Console(width=max(160, needed, len(title)))
+    with console.capture() as capture:
+        console.print(table)
+    # logs and copied text want no blanks at the ends of lines
+    print("\n".join(line.rstrip() for line in capture.get().rstrip().splitlines()), flush=True)
+
+
+@contextlib.contextmanager
+def progress(*extra_columns: str, shown: bool = True) -> Iterator[Progress]:
+    """A progress display on stderr with rate and time left; draws nothing when not a terminal.
+
+    A task's ``total`` may be None (length unknown).
+
+    Args:
+        extra_columns: rich format strings over a task's fields, such as ``"loss {task.fields[loss]}"``.
+            Give every named field in ``add_task(..., loss="-")``.
+        shown: False draws nothing anywhere.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class CountColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            total = "?" if task.total is None else f"{task.total:,.0f}"
+            rate = "" if not task.speed else f" {task.speed:,.1f}/s"
+            return Text(f"{task.completed:,.0f}/{total}{rate}")
+
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        CountColumn(),
+        *[TextColumn(column) for column in extra_columns],
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (shown and console.is_terminal),
+        # rich would send stdout to this display on stderr; a redirected stdout must stay where it points
+        redirect_stdout=sys.stdout.isatty(),
+    ) as bar:
+        yield bar

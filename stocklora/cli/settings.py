@@ -1,0 +1,256 @@
+"""Settings: one dataclass a script, from which its flags, config-file keys and defaults all come.
+
+A default lives in the dataclass and nowhere else. Precedence: default < config file < flag.
+An unknown key in a config file is an error that names the nearest key there is.
+Standard library only (YAML is loaded when a YAML file is read).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import difflib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stocklora.cli.console import EXIT_USER_ERROR, UserError, one_line
+
+S = TypeVar("S")
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    section: str = "options",
+    nargs: str | None = None,
+    metavar: str | None = None,
+    flags: Sequence[str] = (),
+) -> Any:
+    """A dataclass field that also describes its flag. A mutable default is copied for each instance.
+
+    Args:
+        flags: spellings in place of ``--name``, the first of them being the one that help shows.
+    """
+    metadata = {
+        "help": help, "choices": choices, "section": section, "nargs": nargs, "metavar": metavar, "flags": tuple(flags)
+    }  # fmt: skip
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class ScriptParser(argparse.ArgumentParser):
+    """Flags of a script. A mistake in them is one line on stderr, with the flag that was probably meant; exit code 2.
+
+    argparse prints all flags first, and of fifty flags' usage nobody reads the end. Flags must be written out: an
+    abbreviation that works today is ambiguous after the next flag.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options}
+        super().__init__(**options)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's, but for what it says of a flag that there is not."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1, cutoff=0.6)
+            kind = "flag" if flag.startswith("-") else "argument"
+            self.error(f"unknown {kind} {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+        return found
+
+    def error(self, message: str) -> typing.NoReturn:
+        """One line, and the end."""
+        self.exit(EXIT_USER_ERROR, f"error: {one_line(message)} (--help lists the flags)\n")
+
+
+def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> None:
+    """Add ``--config`` and one flag for every field of ``settings_class`` to ``parser``.
+
+    A flag that is not given leaves nothing in the namespace, so that the config file can speak.
+    """
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        default=None,
+        help="JSON or YAML file with any of these settings; flags win over it",
+    )
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(settings_class):
+        info = field.metadata
+        group = groups.setdefault(info["section"], None)
+        if group is None:
+            group = groups[info["section"]] = parser.add_argument_group(info["section"])
+        default = default_of(field)
+        words = " ".join(map(str, default)) if isinstance(default, list) else default
+        shown = "" if default is None or default == [] else f" (default: {words})"
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": (info["help"] + shown).replace("%", "%%")}
+        kind = element_type(settings_class, field)
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = finite_float if kind is float else kind
+            options["choices"] = info["choices"]
+            options["nargs"] = info["nargs"]
+            options["metavar"] = info["metavar"] or (None if info["choices"] else field.name.upper())
+        group.add_argument(*(info["flags"] or (f"--{field.name}",)), dest=field.name, **options)
+
+
+def resolve_settings(arguments: argparse.Namespace, settings_class: type[S]) -> S:
+    """The settings in force: defaults, then the config file, then the flags that were given.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type or outside its choices, an unreadable file.
+    """
+    values: dict[str, Any] = {}
+    if arguments.config is not None:
+        values.update(checked_values(read_config(arguments.config), settings_class, arguments.config))
+    names = {field.name for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
+    values.update({name: value for name, value in vars(arguments).items() if name in names})
+    return settings_class(**values)
+
+
+def restored(content: Mapping[str, Any], settings_class: type[S]) -> S:
+    """Settings from a file's record of them; keys that this version does not know are passed over."""
+    names = {field.name for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
+    known = {name: value for name, value in content.items() if name in names and value != []}  # [] was the default
+    return settings_class(**checked_values(known, settings_class, Path("settings on record")))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON or YAML file."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
+    except OSError as error:
+        raise UserError(f"cannot read config file {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"config file {path} is not UTF-8 text: {error}") from None
+    is_yaml = path.suffix.lower() in {".yaml", ".yml"}
+    try:
+        content = parse_yaml(text) if is_yaml else parse_json(text)
+    except Exception as error:
+        raise UserError(f"config file {path} is not valid {'YAML' if is_yaml else 'JSON'}: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"config file {path} must hold one mapping of settings, not a {type(content).__name__}")
+    return content
+
+
+def parse_json(text: str) -> Any:
+    """Standard JSON: no NaN or Infinity, and a key that stands twice is an error."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for index, (key, _) in enumerate(pairs):
+            if any(key == other for other, _ in pairs[:index]):
+                raise ValueError(f"'{key}' stands there twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not a number that a setting can have")
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML in which ``1e-4`` is a number (YAML 1.1 wants ``1.0e-4``) and a key stands once."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+            for index, name in enumerate(names):
+                if name in names[:index]:
+                    raise ValueError(f"'{name}' stands there twice")
+            return super().construct_mapping(node, deep)
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+    return yaml.load(text, Loader=Loader)  # a SafeLoader: plain data only
+
+
+def checked_values(content: Mapping[str, Any], settings_class: type, source: Path) -> dict[str, Any]:
+    """Check names, types and choices of config-file values against the dataclass."""
+    fields = {field.name: field for field in dataclasses.fields(settings_class)}
+    values = {}
+    for key, value in content.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), list(fields), n=1, cutoff=0.4)
+            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(fields))}"
+            raise UserError(f"{source}: unknown setting '{key}'; {hint}")
+        values[key] = coerced(value, settings_class, fields[key], source)
+    return values
+
+
+def coerced(value: Any, settings_class: type, field: dataclasses.Field[Any], source: Path) -> Any:
+    """``value`` as the field's type; an int stands for a float and text for a path, nothing else is bent."""
+    kind = element_type(settings_class, field)
+    if value is None and default_of(field) is None:
+        return None
+    is_list = field.metadata["nargs"] in {"+", "*"}
+    items = value if is_list and isinstance(value, list) else [value]
+    if field.metadata["nargs"] == "+" and not items:
+        raise UserError(f"{source}: setting '{field.name}' needs at least one value")
+    result = []
+    for item in items:
+        if kind is float and isinstance(item, int) and not isinstance(item, bool):
+            try:
+                item = float(item)
+            except OverflowError:
+                item = math.inf  # refused below
+        if kind is Path and isinstance(item, str):
+            item = Path(item)
+        if kind is str and isinstance(item, datetime.date):
+            item = item.isoformat()  # YAML reads 2016-07-01 as a date
+        # bool is a subclass of int: `epochs: true` must not pass for 1
+        wrong_bool = isinstance(item, bool) and kind is not bool
+        if isinstance(kind, type) and (wrong_bool or not isinstance(item, kind)):
+            raise UserError(f"{source}: setting '{field.name}' must be {kind.__name__}, got {item!r}")
+        if isinstance(item, float) and not math.isfinite(item):
+            raise UserError(f"{source}: setting '{field.name}' must be a finite number, got {item}")
+        choices = field.metadata["choices"]
+        if choices and item not in choices:
+            raise UserError(
+                f"{source}: setting '{field.name}' must be one of {', '.join(map(str, choices))}, got {item!r}"
+            )
+        result.append(item)
+    return result if is_list else result[0]
+
+
+def finite_float(text: str) -> float:
+    """A flag's number; "nan" and "inf" are not settings."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    return value
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None
+
+
+def element_type(settings_class: type, field: dataclasses.Field[Any]) -> Any:
+    """The type of one value: ``int`` for ``int``, ``int | None`` and ``list[int]`` alike."""
+    kind = typing.get_type_hints(settings_class)[field.name]
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if typing.get_origin(kind) is list:
+        kind = typing.get_args(kind)[0]
+    return kind

@@ -1,0 +1,216 @@
+"""From price tables to what the model eats: splits, scale, starting quantiles, token sequences.
+
+Everything fitted here is fitted on training origins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stocklora.cli.console import UserError
+from stocklora.dataset.prompts import DayEncoder, EncodedSequence
+from stocklora.dataset.windows import (
+    SPLITS,
+    DaySequence,
+    SplitDates,
+    choose_split_dates,
+    count_origins,
+    log_returns_ahead,
+    pack,
+    split_origins,
+)
+from stocklora.metrics.scores import QUANTILE_LEVELS, Scores, median_index, pinball_loss, score
+from stocklora.volatility.market import Markets
+from stocklora.volatility.random_walk import QuantileBaseline, fit_baselines
+from stocklora.volatility.scales import SCALES
+
+LEAST_TRAINING_ORIGINS = 20  # fewer cannot tell nine quantiles apart
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sequence with what is known and what came at each of its origins.
+
+    Attributes:
+        scale: (targets, horizon). returns: (targets, horizon), NaN where the future is not known yet.
+        teacher: (targets, horizon, levels) quantiles of the return to learn from as well, NaN where there are none.
+    """
+
+    encoded: EncodedSequence
+    scale: np.ndarray
+    returns: np.ndarray
+    teacher: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class ForecastData:
+    """Prices cut into train, validation and test, with the baselines fitted on train.
+
+    Attributes:
+        returns: ticker -> (days, horizon) log returns ahead.
+        origins: ticker -> split -> rows.
+        scales: kind -> ticker -> (days, horizon).
+    """
+
+    prices: Mapping[str, pd.DataFrame]
+    dates: SplitDates
+    window_size: int
+    horizon: int
+    returns: Mapping[str, np.ndarray]
+    origins: Mapping[str, Mapping[str, range]]
+    baselines: Mapping[str, QuantileBaseline]
+    scales: Mapping[str, Mapping[str, np.ndarray]]
+
+    @property
+    def levels(self) -> np.ndarray:
+        return np.array(QUANTILE_LEVELS)
+
+    def sequences(self, split: str, targets_per_sequence: int) -> list[DaySequence]:
+        return [
+            sequence
+            for ticker in self.prices
+            for sequence in pack(ticker, self.origins[ticker][split], self.window_size, targets_per_sequence)
+        ]
+
+    def returns_of(self, split: str) -> np.ndarray:
+        """(n, horizon), tickers in order: the same order as ``sequences`` and ``forecasts_of``."""
+        return np.concatenate([self.returns[name][list(self.origins[name][split])] for name in self.prices])
+
+    def dates_of(self, split: str) -> np.ndarray:
+        """(n,) dates of the origins."""
+        return np.concatenate(
+            [frame.index.to_numpy()[list(self.origins[name][split])] for name, frame in self.prices.items()]
+        )
+
+    def closes_of(self, split: str) -> np.ndarray:
+        """(n,) closes at the origins."""
+        return np.concatenate(
+            [frame["Close"].to_numpy()[list(self.origins[name][split])] for name, frame in self.prices.items()]
+        )
+
+    def forecasts_of(self, baseline: str | QuantileBaseline, split: str) -> np.ndarray:
+        """(n, horizon, levels) of a baseline."""
+        fitted = self.baselines[baseline] if isinstance(baseline, str) else baseline
+        scales = self.scales[fitted.scale.kind if fitted.scale else SCALES[0]]
+        return np.concatenate([fitted.quantiles(scales[name][list(self.origins[name][split])]) for name in self.prices])
+
+    def score(self, quantiles: np.ndarray, split: str) -> Scores:
+        return score(self.closes_of(split), self.returns_of(split), quantiles, self.levels)
+
+    def validation_loss(self, baseline: str | QuantileBaseline) -> float:
+        """Mean quantile loss of a baseline on validation origins."""
+        returns = self.returns_of("validation")
+        return float(pinball_loss(returns, self.forecasts_of(baseline, "validation"), self.levels).mean())
+
+    def better_scale(self) -> str:
+        """The scale whose baseline has the lower quantile loss on validation."""
+        return min(SCALES, key=self.validation_loss)
+
+    def start(self, kind: str) -> QuantileBaseline:
+        """Where a model with this scale starts: around the scaled median or around the drift.
+
+        The point forecast with the lower absolute error on validation decides.
+        """
+        scaled = self.baselines[kind]
+        drifting = scaled.around_drift(self.baselines["drift"].location, self.levels)
+        middle, returns = median_index(self.levels), self.returns_of("validation")
+
+        def absolute_error(baseline: QuantileBaseline) -> float:
+            return float(np.abs(self.forecasts_of(baseline, "validation")[..., middle] - returns).mean())
+
+        return min((scaled, drifting), key=absolute_error)
+
+
+def prepare(
+    prices: Mapping[str, pd.DataFrame],
+    window_size: int,
+    horizon: int,
+    validation_fraction: float = 0.15,
+    test_fraction: float = 0.15,
+    validation_from: str | None = None,
+    test_from: str | None = None,
+) -> ForecastData:
+    """Split by date across all tickers and fit the baselines.
+
+    Raises:
+        UserError: too few days, or split dates that leave a part empty.
+    """
+    dates = choose_split_dates(
+        prices, window_size, horizon, validation_fraction, test_fraction, validation_from, test_from
+    )
+    origins = {name: split_origins(frame, dates, window_size, horizon) for name, frame in prices.items()}
+    for split in SPLITS:
+        total = sum(len(parts[split]) for parts in origins.values())
+        least = LEAST_TRAINING_ORIGINS if split == "train" else 1
+        if total < least:
+            raise UserError(
+                f"only {total} days left to forecast from in the {split} part (at least {least} needed): --window_size "
+                f"{window_size} leaves too few; download more days (--period 2y) or lower --window_size"
+            )
+    returns = {name: log_returns_ahead(frame["Close"].to_numpy(), horizon) for name, frame in prices.items()}
+    training = {name: parts["train"] for name, parts in origins.items()}
+    scales: dict[str, dict[str, np.ndarray]] = {}
+    baselines = fit_baselines(prices, training, returns, np.array(QUANTILE_LEVELS), scales=scales)
+    return ForecastData(prices, dates, window_size, horizon, returns, origins, baselines, scales)
+
+
+def make_examples(
+    prices: Mapping[str, pd.DataFrame],
+    sequences: Sequence[DaySequence],
+    encoder: DayEncoder,
+    scales: Mapping[str, np.ndarray],
+    markets: Markets | None = None,
+) -> list[Example]:
+    """Token ids, scale and, where it is known, the future of every sequence.
+
+    Args:
+        scales: ticker -> (days, horizon), of all tickers or those that the sequences name.
+        markets: of all tickers forecast together; by default of ``prices``.
+    """
+    names = {sequence.ticker for sequence in sequences}
+    returns = {name: log_returns_ahead(prices[name]["Close"].to_numpy(), scales[name].shape[1]) for name in names}
+    return [
+        Example(
+            encoded,
+            scales[encoded.sequence.ticker][list(encoded.sequence.origins)],
+            returns[encoded.sequence.ticker][list(encoded.sequence.origins)],
+        )
+        for encoded in encoder.encode(prices, sequences, markets)
+    ]
+
+
+def data_facts(data: ForecastData, sequences: Mapping[str, Sequence[DaySequence]]) -> dict[str, Any]:
+    """What a weights file says of the data it was trained on."""
+    digest = hashlib.sha256()
+    for name in sorted(data.prices):
+        digest.update(name.encode())
+        digest.update(data.prices[name].index.to_numpy().astype("datetime64[D]").astype(np.int64).tobytes())
+        digest.update(np.ascontiguousarray(data.prices[name].to_numpy(dtype=np.float64)).tobytes())
+    return {
+        "tickers": list(data.prices),
+        "rows": {name: len(frame) for name, frame in data.prices.items()},
+        "first": f"{min(frame.index[0] for frame in data.prices.values()):%Y-%m-%d}",
+        "last": f"{max(frame.index[-1] for frame in data.prices.values()):%Y-%m-%d}",
+        "validation_from": f"{data.dates.validation:%Y-%m-%d}",
+        "test_from": f"{data.dates.test:%Y-%m-%d}",
+        "targets": {split: count_origins(parts) for split, parts in sequences.items()},
+        "sha256": digest.hexdigest(),
+    }
+
+
+def select_tickers(prices: Mapping[str, pd.DataFrame], wanted: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """Only the ``wanted`` tickers, in that order; all of them if none is named.
+
+    Raises:
+        UserError: a ticker that no file has.
+    """
+    missing = [name for name in wanted if name not in prices]
+    if missing:
+        raise UserError(f"no prices of {', '.join(missing)} in the files; they have {', '.join(prices)}")
+    return {name: prices[name] for name in wanted} if wanted else dict(prices)

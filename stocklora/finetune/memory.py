@@ -1,0 +1,273 @@
+"""What a training run takes in memory, by method and option, told before any weight is read.
+
+Counted: the weights, gradients and Adam's two moments of what trains, the activations kept for the backward pass, the
+copies of the best epoch (in the machine's memory), and the program itself. A decoder layer with a gated feed-forward
+part is assumed (Llama, Qwen): about eleven tensors of the hidden size and five of the inner size a token, counted
+in torch's saved tensors. Attention keeps no square of the sequence's length, since its kernels do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_model import backbone_config, padded_tokens
+from lora import LoRAError, find_targets, linear_layers
+from stocklora.cli.console import UserError, print_table, say, warn
+from stocklora.dataset.prepare import Example
+from stocklora.finetune.settings import TrainLoraSettings
+
+FLOAT_BYTES = 4
+NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256  # a code, and the scale of 64 of them, itself a code of 8 bits
+INT8_BYTES = 1.0
+PROGRAM_MB = 700.0  # Python, torch and transformers, measured; a graphics card holds none of it
+FORECAST_TOKENS = 8192  # of one forward pass of ``training.predict``
+WARN_AT = 0.95  # of the free memory
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A base model's sizes, from its configuration.
+
+    Attributes:
+        parameters: all of the backbone's. linear: (out, in) of the linear layers by name. targets: those to adapt.
+    """
+
+    hidden: int
+    inner: int
+    layers: int
+    parameters: int
+    linear: dict[str, tuple[int, int]]
+    targets: tuple[str, ...]
+
+    @property
+    def linear_parameters(self) -> int:
+        return sum(rows * columns for rows, columns in self.linear.values())
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the cost depends on.
+
+    Attributes:
+        width: bytes of a number that the base computes in. tokens: padded tokens of one forward and backward pass.
+        longest: tokens of the longest sequence. head: numbers of the forecast head.
+    """
+
+    method: str
+    quantization: str
+    checkpointing: bool
+    rank: int
+    dora: bool
+    width: int
+    tokens: int
+    longest: int
+    on_cpu: bool
+    head: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Memory of one way to train, MB, on the device that trains.
+
+    Attributes:
+        state_mb: gradients, Adam's moments, and on a CPU the copies of the best epoch.
+        activations_mb: of training or of a forecast, whichever takes more.
+    """
+
+    trainable: int
+    weights_mb: float
+    state_mb: float
+    activations_mb: float
+    program_mb: float
+
+    @property
+    def total_mb(self) -> float:
+        return self.weights_mb + self.state_mb + self.activations_mb + self.program_mb
+
+
+def shape_of(settings: TrainLoraSettings) -> ModelShape:
+    """The base model's sizes; no weight is read or made.
+
+    Raises:
+        UserError: a configuration that cannot be read, or targets that the model does not have.
+    """
+    from transformers import AutoModel
+
+    try:
+        config = backbone_config(settings.model_path, settings.backbone_layers, settings.trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise UserError(f"cannot load the base model in {settings.model_path}: {str(error)[:300]}") from None
+    names = settings.target_modules
+    try:
+        targets = find_targets(model, "all-linear" if names == ["all-linear"] else names)
+    except LoRAError as error:
+        raise UserError(str(error)) from None
+    hidden = int(config.hidden_size)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    linear = {}
+    for name, layer in linear_layers(model).items():
+        rows, columns = layer.weight.shape  # type: ignore[union-attr, misc]
+        linear[name] = (int(columns), int(rows)) if type(layer).__name__ == "Conv1D" else (int(rows), int(columns))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return ModelShape(hidden, int(inner), int(config.num_hidden_layers), parameters, linear, tuple(targets))
+
+
+def setup_of(
+    settings: TrainLoraSettings, shape: ModelShape, examples: Sequence[Example], dtype: torch.dtype, device: Any
+) -> Setup:
+    longest = padded_tokens(max(len(example.encoded.input_ids) for example in examples))
+    tokens = longest * min(settings.batch_size, len(examples))
+    if settings.max_tokens_per_batch is not None:
+        tokens = min(tokens, max(longest, settings.max_tokens_per_batch))
+    outputs = examples[0].scale.shape[1] * 9
+    return Setup(
+        settings.method, settings.quantization, settings.gradient_checkpointing, settings.lora_rank, settings.use_dora,
+        dtype.itemsize, tokens, longest, device.type == "cpu", (shape.hidden + 1) * outputs,
+    )  # fmt: skip
+
+
+def cost_of(shape: ModelShape, setup: Setup) -> Cost:
+    """The memory that ``setup`` takes."""
+    adapted = [shape.linear[name] for name in shape.targets]
+    trainable = setup.head
+    if setup.method == "full":
+        trainable += shape.parameters
+    elif setup.method != "head":
+        trainable += sum(setup.rank * (rows + columns) + rows * setup.dora for rows, columns in adapted)
+    # Gradient and two moments; the state of the start and that of the best epoch, which lie in the machine's memory.
+    state = trainable * FLOAT_BYTES * (5 if setup.on_cpu else 3)
+    transient = _activations(shape, setup, adapted)
+    program = PROGRAM_MB if setup.on_cpu else 0.0
+    return Cost(trainable, _weights(shape, setup) / 1e6, state / 1e6, transient / 1e6, program)
+
+
+def _weights(shape: ModelShape, setup: Setup) -> float:
+    """Bytes of the base and, for a method with adapters, of the float32 adapters beside it."""
+    linear, others = shape.linear_parameters, shape.parameters - shape.linear_parameters
+    if setup.method == "full":
+        return shape.parameters * FLOAT_BYTES
+    each = {"none": float(setup.width), "8bit": INT8_BYTES, "4bit": NF4_BYTES}[setup.quantization]
+    adapters = 0
+    if setup.method != "head":
+        adapters = sum(setup.rank * sum(shape.linear[name]) for name in shape.targets) * FLOAT_BYTES
+    return linear * each + others * setup.width + adapters
+
+
+def _activations(shape: ModelShape, setup: Setup, adapted: Sequence[tuple[int, int]]) -> float:
+    """Bytes at the peak of a training step, or of a forecast if that takes more."""
+    low = setup.width < FLOAT_BYTES
+    passing = (4 * shape.hidden + 3 * shape.inner) * setup.width  # a token's, where nothing is kept
+    largest = max((rows * columns for rows, columns in shape.linear.values()), default=0)
+    # A quantized weight is unpacked for each use; in a full run the weights are kept in the type it computes in too.
+    unpacked = 2.0 * largest * setup.width if setup.quantization != "none" else 0.0
+    if setup.method == "head":
+        return passing * setup.longest + unpacked
+    a_token = float((11 * shape.hidden + 5 * shape.inner) * setup.width)  # kept for backward, in each layer
+    if setup.method == "full" and low:
+        unpacked = float(shape.linear_parameters * setup.width)
+        a_token += 4 * shape.hidden * FLOAT_BYTES  # the norms' own gradients want float32
+    if setup.method == "peft" and low:  # PEFT turns the input of each adapter to float32 and keeps that
+        a_token += sum(columns for _, columns in adapted) * FLOAT_BYTES / shape.layers
+    if setup.method == "peft" and setup.dora:  # and its DoRA keeps the wide outputs and the weights they came from
+        a_token += sum(rows for rows, _ in adapted) * (setup.width + FLOAT_BYTES) / shape.layers
+        unpacked += sum(rows * columns for rows, columns in adapted) * FLOAT_BYTES
+    elif setup.dora:
+        unpacked += 2.0 * largest * FLOAT_BYTES
+    kept = setup.tokens * a_token
+    training = (shape.layers + 1.5) * kept  # the last layer's gradients while all is still there
+    if setup.checkpointing:
+        # Each layer's input, and in turn one layer's activations and their gradients.
+        training = 3 * kept + shape.layers * setup.tokens * shape.hidden * setup.width
+    return max(training, passing * max(FORECAST_TOKENS, setup.longest)) + unpacked
+
+
+def print_plan(shape: ModelShape, setup: Setup) -> None:
+    """What this run is expected to take, and a table of it beside its alternatives."""
+    own = cost_of(shape, setup)
+    say(f"{'memory expected':<19} about {own.total_mb:,.0f} MB")
+    if setup.method == "full":
+        size = shape.parameters * FLOAT_BYTES / 1e6
+        say(f"{'weights file':<19} about {size:,.0f} MB, the whole base, unless the weights stay at the start")
+    adapters = setup.method if setup.method in ("lora", "peft") else "lora"
+    ways = [
+        setup,
+        replace(setup, method="head", quantization="none", checkpointing=False),
+        replace(setup, method=adapters, quantization="none", checkpointing=False),
+        replace(setup, method=adapters, quantization="none", checkpointing=True),
+        replace(setup, method=adapters, quantization="8bit", checkpointing=setup.checkpointing),
+        replace(setup, method=adapters, quantization="4bit", checkpointing=setup.checkpointing),
+        replace(setup, method="full", quantization="none", checkpointing=setup.checkpointing, dora=False),
+    ]
+    rows = []
+    for way in dict.fromkeys(ways):
+        cost = cost_of(shape, way)
+        cells = (cost.weights_mb, cost.state_mb, cost.activations_mb, cost.program_mb, cost.total_mb)
+        mark = "this run: " if way == setup else ""
+        rows.append([mark + flags_of(way), f"{cost.trainable:,}", *(f"{cell:,.0f}" for cell in cells)])
+    where = "memory" if setup.on_cpu else "memory of the graphics card"
+    title = f"Expected {where}, MB, at {setup.tokens:,} tokens a pass"
+    header = ["", "trainable", "weights", "gradients, optimizer", "activations", "program", "total"]
+    print_table(title, header, rows)
+
+
+def flags_of(setup: Setup) -> str:
+    quantized = f" --quantization {setup.quantization}" if setup.quantization != "none" else ""
+    return f"--method {setup.method}{quantized}{' --gradient_checkpointing' if setup.checkpointing else ''}"
+
+
+def warn_if_too_large(shape: ModelShape, setup: Setup, device: torch.device) -> None:
+    """Before anything large is read: a warning where this run is not expected to fit, and what would."""
+    cost, free = cost_of(shape, setup), free_memory_mb(device)
+    if free is not None and cost.total_mb > WARN_AT * free:
+        warn(
+            f"this run is expected to take {cost.total_mb:,.0f} MB, and about {free:,.0f} MB are free: it may end "
+            f"half-way. {advice(shape, setup, free)}"
+        )
+
+
+def advice(shape: ModelShape, setup: Setup, free_mb: float) -> str:
+    """The change that fits and costs least, in a sentence."""
+    if setup.method == "full":
+        ways = [replace(setup, checkpointing=True), replace(setup, method="lora")]
+    elif setup.method == "head":
+        ways = [replace(setup, quantization="4bit")]
+    else:
+        smaller = replace(setup, tokens=setup.longest)
+        ways = [
+            smaller,
+            replace(smaller, checkpointing=True),
+            replace(smaller, checkpointing=True, quantization="8bit"),
+            replace(smaller, checkpointing=True, quantization="4bit"),
+        ]
+    for way in ways:
+        cost = cost_of(shape, way)
+        if cost.total_mb <= WARN_AT * free_mb:
+            alone = " --max_tokens_per_batch 1" if way.tokens < setup.tokens else ""
+            return f"Expected to fit, with {cost.total_mb:,.0f} MB: {flags_of(way)}{alone}"
+    return "Use a smaller base model, --backbone_layers, or a shorter --max_tokens_per_sequence"
+
+
+def free_memory_mb(device: torch.device) -> float | None:
+    """What a run could take in all, MB: free memory and what this process holds already; None if unknown."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0]) / 1e6
+    if device.type != "cpu":
+        return None
+    import psutil
+
+    held = psutil.Process().memory_info().rss
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a container is often allowed less than the machine has
+        group = Path("/sys/fs/cgroup")
+        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(facts["inactive_file"])  # files that can be let go
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    return (max(free, 0) + held) / 1e6

@@ -1,0 +1,337 @@
+"""Batches, forward passes and optimizer steps: what ``training_loop`` makes epochs of."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm_model import StockForecaster, distance_sum, padded_tokens, pinball_sum
+from stocklora.dataset.prepare import Example
+from stocklora.finetune.settings import TrainLoraSettings
+from stocklora.forecaster.methods import load_trained_state, parameter_groups, trained_state
+from stocklora.runtime.distributed import (
+    gathered,
+    is_sharded,
+    load_optimizer_state,
+    prepared,
+    summed,
+    whole_optimizer_state,
+    whole_parameters,
+)
+
+HISTORY_COLUMNS = (
+    "epoch", "step", "train_loss", "validation_pinball_bp", "validation_ratio", "learning_rate", "seconds",
+    "targets_per_s",
+)  # fmt: skip
+
+
+INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded tensors of some examples; ``mask`` is 1 where there is a target; ``teacher`` as ``Example.teacher``."""
+
+    input_ids: Tensor
+    origin_tokens: Tensor
+    scale: Tensor
+    returns: Tensor
+    mask: Tensor
+    teacher: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*[None if part is None else part.to(device) for part in vars(self).values()])  # type: ignore[arg-type]
+
+
+@dataclass
+class TrainingOutcome:
+    """How a run went.
+
+    Attributes:
+        history: one row an epoch, epoch 0 being the untrained model; keys ``HISTORY_COLUMNS``.
+        best_epoch: whose weights the model holds now.
+        unproven_epoch: the epoch of the lowest validation loss where its gain may be chance; the model then
+            holds the weights of epoch 0.
+        gain_in_errors: gain of the lowest loss over the start's, in standard errors.
+        stopped: why training ended before ``--epochs``, or None.
+    """
+
+    history: list[dict[str, float]]
+    best_epoch: int
+    stopped: str | None
+    steps: int
+    targets_per_s: float
+    unproven_epoch: int | None = None
+    gain_in_errors: float = 0.0
+
+    @property
+    def interrupted(self) -> bool:
+        return self.stopped == INTERRUPTED
+
+    @property
+    def best_ratio(self) -> float:
+        return self.history[self.best_epoch]["validation_ratio"]
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Pad on the right: ids with 0, scale with 1 (it divides), returns with 0 and a mask of 0."""
+    tokens = max(len(example.encoded.input_ids) for example in examples)
+    targets = max(len(example.scale) for example in examples)
+    horizon = examples[0].scale.shape[1]
+    input_ids = torch.zeros(len(examples), tokens, dtype=torch.long)
+    origin_tokens = torch.zeros(len(examples), targets, dtype=torch.long)
+    scale = torch.ones(len(examples), targets, horizon)
+    returns = torch.zeros(len(examples), targets, horizon)
+    mask = torch.zeros(len(examples), targets)
+    teacher = None
+    if examples[0].teacher is not None:
+        teacher = torch.full((len(examples), targets, *examples[0].teacher.shape[1:]), torch.nan)
+    for row, example in enumerate(examples):
+        count = len(example.scale)
+        input_ids[row, : len(example.encoded.input_ids)] = torch.from_numpy(example.encoded.input_ids)
+        origin_tokens[row, :count] = torch.from_numpy(example.encoded.origin_tokens)
+        scale[row, :count] = torch.from_numpy(example.scale)
+        returns[row, :count] = torch.from_numpy(np.nan_to_num(example.returns))
+        mask[row, :count] = 1.0
+        if teacher is not None and example.teacher is not None:
+            teacher[row, :count] = torch.from_numpy(example.teacher)
+    return Batch(input_ids, origin_tokens, scale, returns, mask, teacher)
+
+
+def predict(
+    model: StockForecaster,
+    examples: Sequence[Example],
+    device: torch.device,
+    tokens_per_batch: int = 8192,
+    accelerator: Any = None,
+    on_batch: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Uncalibrated quantiles at every origin of the examples, in their order.
+
+    Args:
+        tokens_per_batch: padded tokens of one forward pass, at most (a longer sequence goes alone).
+        accelerator: whose processes share the passes, all of them calling this; each gets all quantiles, the same
+            to the last bit as one process alone would.
+        on_batch: called before each forward pass.
+
+    Returns:
+        (origins, horizon, levels) float64.
+    """
+    groups = list(_by_tokens(examples, tokens_per_batch))
+    count, index = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    was_training = model.training
+    model.eval()
+    mine: dict[int, list[np.ndarray]] = {}
+    try:
+        # What FSDP gathers must not become an inference tensor: training uses it again.
+        with torch.no_grad() if is_sharded(model) else torch.inference_mode():
+            for first in range(0, len(groups), count):
+                on_batch()
+                # A process without a group repeats the last: under FSDP every pass is one of all processes.
+                number = min(first + index, len(groups) - 1)
+                batch = collate(groups[number]).to(device)
+                quantiles = model(batch.input_ids, batch.origin_tokens, batch.scale).cpu().double().numpy()
+                mine[number] = [quantiles[row, : len(example.scale)] for row, example in enumerate(groups[number])]
+    finally:
+        model.train(was_training)
+    if count > 1:
+        mine = {number: rows for part in gathered(accelerator, mine) for number, rows in part.items()}
+    return np.concatenate([row for number in range(len(groups)) for row in mine[number]])
+
+
+def standardize_head(
+    model: StockForecaster, examples: Sequence[Example], device: torch.device, targets: int = 2000
+) -> None:
+    """Fit the head's centre and spread on training origins, about ``targets`` of them spread over all."""
+    every = max(1, sum(len(example.scale) for example in examples) // targets)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        states = []
+        for example in examples[::every]:
+            batch = collate([example]).to(device)
+            states.append(model.hidden_at(batch.input_ids, batch.origin_tokens)[0])
+        model.head.standardize(torch.cat(states))
+    model.train(was_training)
+
+
+def _by_tokens(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[list[Example]]:
+    group: list[Example] = []
+    longest = 0
+    for example in examples:
+        tokens = padded_tokens(len(example.encoded.input_ids))
+        longer = max(longest, tokens)
+        if group and longer * (len(group) + 1) > tokens_per_batch:
+            yield group
+            group, longer = [], tokens
+        group.append(example)
+        longest = longer
+    if group:
+        yield group
+
+
+def accumulate_gradients(
+    model: Any,
+    micro_batches: Sequence[Batch],
+    levels: Tensor,
+    accelerator: Any,
+    total_targets: int,
+    distill_weight: float = 0.0,
+) -> float:
+    """Backward over all micro-batches of one step; gradients are those of the mean over all their targets.
+
+    Args:
+        total_targets: targets of the step over all micro-batches and processes.
+        distill_weight: of the distance to the teacher's quantiles, where batches have some.
+
+    Returns:
+        The mean loss over this process's share, in units of the scale.
+    """
+    device = accelerator.device
+    loss_sum = 0.0
+    for index, batch in enumerate(micro_batches):
+        last = index == len(micro_batches) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            batch = batch.to(device)
+            quantiles = model(batch.input_ids, batch.origin_tokens, batch.scale)
+            loss = pinball_sum(quantiles, batch.returns, batch.scale, levels, batch.mask)
+            if batch.teacher is not None:
+                loss = loss + distill_weight * distance_sum(quantiles, batch.teacher, batch.scale, batch.mask)
+            # Processes average their gradients, and we want their sum over the step's targets.
+            accelerator.backward(loss * accelerator.num_processes / total_targets)
+            loss_sum += float(loss.detach())
+    return loss_sum * accelerator.num_processes / total_targets
+
+
+class NotFiniteError(Exception):
+    """A loss, gradient or forecast that is no number any more; the message says when."""
+
+
+class Optimization:
+    """Model, optimizer and learning-rate schedule, moved a step at a time.
+
+    Attributes:
+        steps: optimizer steps taken so far.
+        total_steps: steps of the whole run if nothing stops it.
+        per_step: sequences of a step, over all processes.
+    """
+
+    def __init__(
+        self,
+        model: StockForecaster,
+        training: Sequence[Example],
+        levels: np.ndarray,
+        settings: TrainLoraSettings,
+        accelerator: Any,
+    ) -> None:
+        from transformers import get_cosine_schedule_with_warmup
+
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, settings),
+            weight_decay=settings.weight_decay,
+        )
+        self.settings, self.accelerator, self.training = settings, accelerator, training
+        self.per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
+        self.steps = 0
+        self.total_steps = math.ceil(len(training) / self.per_step) * settings.epochs
+        warmup = int(settings.warmup_ratio * self.total_steps)
+        self.schedule = get_cosine_schedule_with_warmup(optimizer, warmup, self.total_steps)
+        self.forecaster = model
+        self.model, self.optimizer = prepared(accelerator, model, optimizer)
+        self.levels = torch.tensor(levels, dtype=torch.float32, device=accelerator.device)
+
+    @property
+    def learning_rate(self) -> float:
+        """The adapters' learning rate now."""
+        return float(self.schedule.get_last_lr()[0])
+
+    def epoch(self, number: int, done: int = 0) -> Iterator[tuple[float, int]]:
+        """Steps over the training sequences, in an order of the seed and the epoch's own.
+
+        Args:
+            done: sequences at the order's beginning that were used up before.
+
+        Yields:
+            After each step its mean loss, in units of the scale, and how many targets it had.
+
+        Raises:
+            NotFiniteError: before the step that would have spoiled the weights.
+        """
+        order = np.random.default_rng([self.settings.seed, number]).permutation(len(self.training))
+        self.model.train()
+        for first in range(done, len(order), self.per_step):
+            group = order[first : first + self.per_step]
+            targets = sum(len(self.training[index].scale) for index in group)
+            yield self.step(group, targets), targets
+
+    def step(self, group: np.ndarray, targets: int) -> float:
+        """One optimizer step over the sequences in ``group``, of which this process takes its share."""
+        loss = accumulate_gradients(
+            self.model, self.micro_batches(group), self.levels, self.accelerator, targets,
+            self.settings.distill_weight,
+        )  # fmt: skip
+        (loss,) = summed(self.accelerator, loss / self.accelerator.num_processes)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        if not (math.isfinite(loss) and (norm is None or math.isfinite(_number(norm)))):
+            raise NotFiniteError(f"the loss was no longer finite at step {self.steps + 1}")
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return loss
+
+    def micro_batches(self, group: np.ndarray) -> list[Batch]:
+        """This process's share of a step, cut into batches: as many on every process, since each meets the others.
+
+        Where a last step doesn't go round, a process is short of sequences and makes up for them with one that is
+        masked and adds nothing.
+        """
+        count = self.accelerator.num_processes
+        shares = [self._cut(group[index::count]) for index in range(count)]
+        batches = [collate(part) for part in shares[self.accelerator.process_index]]
+        most = max(map(len, shares))
+        if len(batches) < most:
+            blank = collate([min(self.training, key=lambda example: len(example.encoded.input_ids))])
+            batches += [replace(blank, mask=torch.zeros_like(blank.mask))] * (most - len(batches))
+        return batches
+
+    def _cut(self, group: np.ndarray) -> list[list[Example]]:
+        """A process's share of a step in batches of ``batch_size``, cut on where they have too many tokens."""
+        size, most = self.settings.batch_size, self.settings.max_tokens_per_batch
+        batches = [[self.training[i] for i in group[at : at + size]] for at in range(0, len(group), size)]
+        return batches if most is None else [part for batch in batches for part in _by_tokens(batch, most)]
+
+    def trained(self) -> dict[str, Any]:
+        """``trained_state``, whole even where the model is in shards; a call of all processes."""
+        with whole_parameters(self.forecaster):
+            return trained_state(self.forecaster)
+
+    def load_trained(self, state: Mapping[str, Any]) -> None:
+        with whole_parameters(self.forecaster, write=True):
+            load_trained_state(self.forecaster, state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights that train, moments, schedule and step; a call of all processes."""
+        return {
+            "trained": self.trained(),
+            "optimizer": whole_optimizer_state(self.optimizer),
+            "schedule": self.schedule.state_dict(),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """All of ``state_dict`` but the weights, which the model has to hold already."""
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.steps = int(state["steps"])
+
+
+def _number(norm: Any) -> float:
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

@@ -1,0 +1,248 @@
+"""One run of ``merge_lora.py``: a trained forecaster -> a plain model, or an adapter in PEFT's format.
+
+What was trained is merged into the unquantized base, whatever the base was quantized to in training: rounding the
+merged weights to 4 bits again would lose more than the adapter may have gained.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from llm_model import StockForecaster
+from lora import LoRAError
+from stocklora.base_models.download import describe_model
+from stocklora.base_models.folders import INCOMPLETE, MANIFEST_NAME, check_files
+from stocklora.cli.console import UserError, print_table, say
+from stocklora.finetune.settings import MergeSettings
+from stocklora.forecaster.adapter_folder import HEAD_NAME, check_empty, write_folder
+from stocklora.forecaster.forecaster import Forecaster, assemble, check_base, load_forecaster
+from stocklora.forecaster.methods import merge_into_base
+from stocklora.forecaster.weights_file import WeightsFile, load_weights, save_weights
+from stocklora.metrics.scores import BASIS_POINTS
+from stocklora.runtime.devices import choose_device
+from stocklora.runtime.files import sha256_of
+
+MERGED_KEY = "stocklora_merged_from"  # in the merged model's configuration, so that it is not taken for its base
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+VERIFY_DAYS = 40  # forecasts of each ticker
+VERIFY_TICKERS = 8
+
+
+def merge(settings: MergeSettings) -> None:
+    """Write what ``settings`` asks for, and say what it is.
+
+    Raises:
+        UserError: weights without anything to merge, another base model, or a folder that is there already.
+    """
+    content = load_weights(settings.lora_weights)
+    check_base(content.spec, settings.lora_weights, settings.model_path)
+    method = content.spec.method
+    if method == "head":
+        raise UserError(
+            f"{settings.lora_weights} has nothing to merge: its forecast head alone was trained (--method head), or it "
+            f"is a merged model already"
+        )
+    if settings.export_peft is not None and method == "full":
+        raise UserError(
+            f"{settings.lora_weights} was trained with --method full and has no adapter to export; use --output"
+        )
+    for folder, flag in ((settings.output, "--output"), (settings.export_peft, "--export_peft")):
+        if folder is not None:
+            check_empty(folder, flag)
+    device = choose_device(settings.device)
+    if settings.export_peft is not None:
+        export(settings.export_peft, content, settings, device)
+    if settings.output is None:
+        return
+    write_merged(settings.output, content, settings, device)
+    say(f"next: python framework_llm.py --model_path {settings.output} --lora_weights {settings.output}")
+    if settings.verify:
+        verify(settings.output, content, settings, device)
+
+
+def export(folder: Path, content: WeightsFile, settings: MergeSettings, device: torch.device) -> None:
+    """Write the adapter as PEFT does, with the head beside it."""
+    ours = replace(content, spec=replace(content.spec, method="lora", quantization="none"))
+    forecaster = assembled(ours, settings, device)
+    write_folder(folder, content, forecaster.model.backbone)
+    say(f"adapter: {folder} (PEFT's format, and {HEAD_NAME} with head and calibration)")
+
+
+def write_merged(folder: Path, content: WeightsFile, settings: MergeSettings, device: torch.device) -> None:
+    """A folder with a plain model, its tokenizer, and the forecast head; whole or not at all."""
+    unquantized = replace(content, spec=replace(content.spec, quantization="none"))
+    forecaster = assembled(unquantized, settings, device)
+    try:
+        merge_into_base(forecaster.model)
+    except (LoRAError, ValueError) as error:
+        raise UserError(f"cannot merge {settings.lora_weights}: {error}") from None
+    origin = fingerprint(settings.lora_weights)
+    with made_whole(folder) as unfinished:
+        save_model(unfinished, forecaster.model, settings, content, origin)
+        for path in settings.model_path.iterdir():  # tokenizer, chat template, license, the model's own code
+            known = path.name == MANIFEST_NAME or path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+            if path.is_file() and not known and not (unfinished / path.name).exists():
+                shutil.copyfile(path, unfinished / path.name)
+        was = content.spec.base_model  # whose memory of the past the merged model still has
+        base = describe_model(unfinished) | {"name": f"{was['name']} (merged)", "license": was.get("license")}
+        spec = replace(content.spec, base_model=base, method="head", quantization="none", lora={}, backbone_layers=None)
+        merged = {"weights": settings.lora_weights.name, "sha256": origin, "base": was}
+        training = {**content.training, "merged_from": merged}
+        save_weights(unfinished / HEAD_NAME, WeightsFile(spec, {}, content.head, training))
+        check_files(unfinished, shown=folder, command="python merge_lora.py")
+        size = sum(path.stat().st_size for path in unfinished.iterdir())
+    quantized = content.spec.quantization
+    trained = f", trained over {quantized.replace('bit', '-bit')} weights," if quantized != "none" else ""
+    say(f"merged: {content.spec.method}{trained} into the unquantized {content.spec.base_model['name']}")
+    say(f"model: {folder} ({size / 1e6:,.0f} MB)")
+
+
+def assembled(content: WeightsFile, settings: MergeSettings, device: torch.device) -> Forecaster:
+    """In float32, in which merging loses nothing that matters."""
+    return assemble(
+        content, settings.lora_weights, settings.model_path, device, torch.float32, settings.trust_remote_code
+    )
+
+
+def fingerprint(weights: Path) -> str:
+    """Hash of a weights file, or of the adapter in a folder."""
+    return sha256_of(weights / "adapter_model.safetensors" if weights.is_dir() else weights)
+
+
+def save_model(
+    folder: Path, model: StockForecaster, settings: MergeSettings, content: WeightsFile, origin: str
+) -> None:
+    """The merged backbone in the class that the base was saved as, with its vocabulary head if it has one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    backbone: Any = model.backbone
+    config = AutoConfig.from_pretrained(settings.model_path, trust_remote_code=settings.trust_remote_code)
+    stored: Any = getattr(config, "dtype", None)
+    if isinstance(stored, str):
+        stored = getattr(torch, stored, None)
+    # Its own configuration, dropout included; only layers that were left out stay out.
+    layers = content.spec.backbone_layers
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    whole: Any = backbone
+    with_vocabulary = any("ForCausalLM" in name or "LMHead" in name for name in config.architectures or [])
+    if with_vocabulary:
+        whole = AutoModelForCausalLM.from_pretrained(
+            settings.model_path, config=config, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
+        )
+        setattr(whole, whole.base_model_prefix, backbone)
+        whole.tie_weights()
+    else:
+        whole.config = config
+    setattr(whole.config, MERGED_KEY, origin)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(settings.dtype, stored)
+    if isinstance(dtype, torch.dtype):
+        whole.to(dtype)
+    whole.requires_grad_(False)
+    whole.save_pretrained(folder)
+
+
+@contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """Yield ``FOLDER.incomplete``; it gets its name when the block succeeds, and goes when it does not.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    unfinished = folder.with_name(folder.name + INCOMPLETE)
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if folder.is_dir():
+            folder.rmdir()  # an empty one, as was checked
+        unfinished.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------- verification
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two forecasts of the same days lie apart, in basis points of the log return.
+
+    Attributes:
+        largest_bp, mean_bp: over all origins, days ahead and quantiles. share: the largest over the mean width of the
+            80% interval.
+    """
+
+    largest_bp: float
+    mean_bp: float
+    share: float
+
+
+def difference(quantiles: np.ndarray, reference: np.ndarray) -> Difference:
+    """(origins, horizon, levels) each."""
+    apart = BASIS_POINTS * np.abs(quantiles - reference)
+    width = BASIS_POINTS * float((reference[..., -2] - reference[..., 1]).mean())
+    return Difference(float(apart.max()), float(apart.mean()), float(apart.max()) / width)
+
+
+def verify(folder: Path, content: WeightsFile, settings: MergeSettings, device: torch.device) -> None:
+    """Print how far the forecasts of the merged model, loaded anew, lie from those of the adapters beside the base.
+
+    All compute in float32, so that what differs is what merging and quantization changed.
+    """
+    prices = verification_prices(settings)
+    window = content.spec.window_size
+    origins = {name: range(max(window, len(frame) - VERIFY_DAYS), len(frame)) for name, frame in prices.items()}
+
+    def forecast(forecaster: Forecaster) -> np.ndarray:
+        result = forecaster.quantiles(forecaster.packed_examples(prices, origins))
+        gc.collect()
+        return result
+
+    merged, _ = load_forecaster(folder, folder, device, torch.float32, settings.trust_remote_code)
+    reference = forecast(merged)
+    del merged
+    quantizations = ["none"]
+    if device.type in ("cpu", "cuda") and importlib.util.find_spec("bitsandbytes"):
+        quantizations += [content.spec.quantization] if content.spec.quantization == "8bit" else []
+        quantizations += ["4bit"] if content.spec.method != "full" else []
+    rows = []
+    for quantization in quantizations:
+        spec = replace(content.spec, quantization=quantization)
+        found = difference(forecast(assembled(replace(content, spec=spec), settings, device)), reference)
+        base = {"none": "the unquantized base", "8bit": "an 8-bit base", "4bit": "a 4-bit base"}[quantization]
+        trained = " (as in training)" if quantization == content.spec.quantization else ""
+        what = "the weights file" if content.spec.method == "full" else f"adapters beside {base}"
+        rows.append([what + trained, f"{found.largest_bp:.4g}", f"{found.mean_bp:.4g}", f"{100 * found.share:.2g}"])
+    days = sum(len(rows) for rows in origins.values())
+    say()
+    print_table(
+        f"Forecasts of {days} days ({', '.join(prices)}): how far from the merged model's, basis points",
+        ["", "largest", "mean", "largest, % of the 80% interval"],
+        rows,
+    )
+
+
+def verification_prices(settings: MergeSettings) -> Mapping[str, pd.DataFrame]:
+    """``--data``, or the bundled year of AAPL."""
+    from stocklora.dataset.prepare import select_tickers
+    from stocklora.prices.sources.fetch import SAMPLE_TABLES, sample_folder
+    from stocklora.prices.tables import read_prices
+
+    prices = read_prices(settings.data or [sample_folder() / SAMPLE_TABLES[0]])
+    return select_tickers(prices, list(prices)[:VERIFY_TICKERS])

@@ -1,0 +1,411 @@
+"""How the base model is tuned: which weights train, how they are put on, saved and brought back.
+
+The one place that knows the methods apart. The training loop, the files and the forecaster see a model with
+trainable parameters, and ask here for its parameter groups and its trained state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lora
+from llm_model import StockForecaster
+from lora import LoRAConfig, LoRAError
+from stocklora.cli.console import UserError
+from stocklora.finetune.frozen_states import remembered
+from stocklora.finetune.settings import TrainLoraSettings
+from stocklora.runtime.distributed import is_sharded
+
+
+class Tuning:
+    """What trains in the backbone; this one is ``--method head``: nothing does."""
+
+    def put_on(self, model: StockForecaster, fresh: bool) -> None:
+        """Freeze the backbone and add what trains.
+
+        Args:
+            fresh: whether training is to start from here; else ``load`` follows.
+        """
+        model.backbone.requires_grad_(False)
+
+    def groups(self, model: StockForecaster, settings: TrainLoraSettings) -> list[dict[str, Any]]:
+        """The optimizer's groups of the backbone's parameters, the main one first."""
+        return []
+
+    def state(self, model: StockForecaster) -> dict[str, Tensor]:
+        """Copies on the CPU of all that training changed in the backbone."""
+        return {}
+
+    def load(self, model: StockForecaster, state: Mapping[str, Tensor]) -> None:
+        """Put ``state`` back.
+
+        Raises:
+            LoRAError, RuntimeError: a state that does not fit the model.
+        """
+        if state:
+            raise RuntimeError("it holds adapters, and its method is head")
+
+    def merge(self, model: StockForecaster) -> None:
+        """Turn the backbone into a plain model with what was trained in its weights."""
+
+
+class OwnLoRA(Tuning):
+    """``--method lora``: the adapters of ``lora.py``."""
+
+    def __init__(self, config: LoRAConfig) -> None:
+        self.config = config
+
+    def put_on(self, model: StockForecaster, fresh: bool) -> None:
+        lora.apply_lora(model.backbone, self.config, initialize=fresh)
+
+    def groups(self, model: StockForecaster, settings: TrainLoraSettings) -> list[dict[str, Any]]:
+        trained = {name: value for name, value in model.backbone.named_parameters() if value.requires_grad}
+        return adapter_groups(trained, settings)
+
+    def state(self, model: StockForecaster) -> dict[str, Tensor]:
+        return lora.lora_state_dict(model.backbone)
+
+    def load(self, model: StockForecaster, state: Mapping[str, Tensor]) -> None:
+        lora.load_lora_state_dict(model.backbone, state)
+
+    def merge(self, model: StockForecaster) -> None:
+        lora.merge(model.backbone)
+        lora.remove_lora(model.backbone)
+
+
+class PeftLoRA(Tuning):
+    """``--method peft``: the same adapters by the PEFT library; their state has the names that ``lora.py`` gives.
+
+    PiSSA trains against a base from which its start was taken away. The start is saved too, as ``lora.py`` does, so
+    that no SVD has to come out the same again. It is not left to PEFT, which rounds the factors to a bfloat16 base's
+    type after it took them away unrounded.
+    """
+
+    def __init__(self, config: LoRAConfig) -> None:
+        self.config = config
+        self._start: dict[str, Tensor] = {}  # PiSSA's factors, by name
+
+    def put_on(self, model: StockForecaster, fresh: bool) -> None:
+        import peft
+
+        names = lora.find_targets(model.backbone, self.config.target_modules)
+        layers = [model.backbone.get_submodule(name) for name in names]
+        options = peft.LoraConfig(
+            r=self.config.rank,
+            lora_alpha=self.config.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.config.dropout,
+            target_modules=names,
+            use_rslora=self.config.rslora,
+            use_dora=self.config.dora,
+            bias=self.config.train_bias,  # type: ignore[arg-type]
+            fan_in_fan_out=all(type(layer).__name__ == "Conv1D" for layer in layers),
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on layers of both orientations, which it then gets right
+            model.backbone = peft.get_peft_model(model.backbone, options)  # type: ignore[arg-type]
+        parameters = self._parameters(model)
+        if self.config.train_bias != "none" and not any(name.endswith(".bias") for name in parameters):
+            raise LoRAError(f"--train_bias {self.config.train_bias} finds no bias in this model; leave it out")
+        if self.config.init == "pissa" and fresh:
+            self._take_away(model, self._singular_factors(model))
+            start = {name.replace(".pissa_", ".lora_"): tensor for name, tensor in self._start.items()}
+            fill({name: parameters[name] for name in start}, start)
+
+    def groups(self, model: StockForecaster, settings: TrainLoraSettings) -> list[dict[str, Any]]:
+        return adapter_groups(self._parameters(model), settings)
+
+    def state(self, model: StockForecaster) -> dict[str, Tensor]:
+        return {**copied(self._parameters(model)), **copied(self._start)}
+
+    def load(self, model: StockForecaster, state: Mapping[str, Tensor]) -> None:
+        start = {name: tensor for name, tensor in state.items() if ".pissa_" in name}
+        if (self.config.init == "pissa") != bool(start):
+            raise RuntimeError("it was trained from another start of the adapters (PiSSA)")
+        fill(self._parameters(model), {name: tensor for name, tensor in state.items() if name not in start})
+        if start and not self._start:
+            self._take_away(model, start)
+        elif any(name not in self._start or not torch.equal(start[name], self._start[name]) for name in start):
+            raise RuntimeError("its PiSSA start is not the one that was taken from the base")
+
+    def merge(self, model: StockForecaster) -> None:
+        model.backbone = model.backbone.merge_and_unload(safe_merge=True)  # type: ignore[operator, assignment]
+
+    def _parameters(self, model: StockForecaster) -> dict[str, nn.Parameter]:
+        """What trains, by the names of ``lora.py``."""
+        named = model.backbone.named_parameters()
+        return {name_of_peft(name): parameter for name, parameter in named if parameter.requires_grad}
+
+    def _singular_factors(self, model: StockForecaster) -> dict[str, Tensor]:
+        factors: dict[str, Tensor] = {}
+        for name, layer in self._layers(model):
+            weight = self._weight(layer).float()
+            if self.config.rank > (most := min(weight.shape)):
+                raise LoRAError(f"PiSSA at rank {self.config.rank} is too much for {name}, which has {most} values")
+            A, B = lora.principal_factors(weight, self.config.rank, self.config.scaling)
+            factors |= {f"{name}.pissa_A": A, f"{name}.pissa_B": B}
+        return factors
+
+    def _take_away(self, model: StockForecaster, start: Mapping[str, Tensor]) -> None:
+        """``W <- W - scaling B A`` with the start's factors."""
+        for name, layer in self._layers(model):
+            weight = self._weight(layer)  # a view
+            A, B = (start[f"{name}.pissa_{part}"].to(weight.device) for part in "AB")
+            weight.copy_(torch.addmm(weight.float(), B, A, alpha=-self.config.scaling))
+        self._start = copied(start)
+
+    @staticmethod
+    def _layers(model: StockForecaster) -> list[tuple[str, Any]]:
+        from peft.tuners.lora import LoraLayer
+
+        named = model.backbone.named_modules()
+        return [(name_of_peft(name), module) for name, module in named if isinstance(module, LoraLayer)]
+
+    @staticmethod
+    def _weight(layer: Any) -> Tensor:
+        """(out, in) weight under an adapter."""
+        weight: Tensor = layer.get_base_layer().weight.data
+        return weight.t() if layer.fan_in_fan_out else weight
+
+
+class FullTuning(Tuning):
+    """``--method full``: every weight of the backbone, kept in float32 whatever it computes in."""
+
+    def put_on(self, model: StockForecaster, fresh: bool) -> None:
+        model.backbone.requires_grad_(True)
+
+    def groups(self, model: StockForecaster, settings: TrainLoraSettings) -> list[dict[str, Any]]:
+        matrices = [parameter for parameter in model.backbone.parameters() if parameter.ndim > 1]
+        vectors = [parameter for parameter in model.backbone.parameters() if parameter.ndim < 2]
+        # Norms and biases are not decayed, as is usual: zero is no place for them.
+        return [
+            {"params": matrices, "lr": settings.learning_rate},
+            {"params": vectors, "lr": settings.learning_rate, "weight_decay": 0.0},
+        ]
+
+    def state(self, model: StockForecaster) -> dict[str, Tensor]:
+        return copied(dict(model.backbone.named_parameters()))
+
+    def load(self, model: StockForecaster, state: Mapping[str, Tensor]) -> None:
+        if state:  # none: a run that ended as it began
+            fill(dict(model.backbone.named_parameters()), state)
+
+
+def tuning_for(method: str, fields: Mapping[str, Any]) -> Tuning:
+    """A method by name.
+
+    Args:
+        fields: of ``LoRAConfig``, for the methods with adapters.
+
+    Raises:
+        UserError: a method or a field that this version does not know, or a value out of range.
+    """
+    if method in ("lora", "peft"):
+        try:
+            config = LoRAConfig.from_dict(fields)
+        except LoRAError as error:
+            raise UserError(str(error)) from None
+        return OwnLoRA(config) if method == "lora" else PeftLoRA(config)
+    if method in ("full", "head"):
+        return FullTuning() if method == "full" else Tuning()
+    raise UserError(f"no method {method!r}; there are lora, peft, full and head")
+
+
+def put_on(model: StockForecaster, method: str, fields: Mapping[str, Any], fresh: bool = True) -> None:
+    """Freeze the backbone and add what the method trains.
+
+    Args:
+        fields: of ``LoRAConfig``.
+        fresh: whether training is to start from here; else ``load_trained_state`` follows.
+
+    Raises:
+        UserError: targets that the base model doesn't have.
+    """
+    tuning = tuning_for(method, fields)
+    try:
+        tuning.put_on(model, fresh)
+    except LoRAError as error:
+        raise UserError(str(error)) from None
+    model.tuning = tuning
+
+
+def parameter_groups(model: StockForecaster, settings: TrainLoraSettings) -> list[dict[str, Any]]:
+    """What the optimizer trains, and how fast."""
+    return [
+        *model.tuning.groups(model, settings),
+        {"params": [model.head.linear.weight], "lr": settings.head_learning_rate},
+        # The bias holds the starting quantiles: decay would pull them toward quantiles of nothing.
+        {"params": [model.head.linear.bias], "lr": settings.head_learning_rate, "weight_decay": 0.0},
+    ]
+
+
+def adapter_groups(parameters: Mapping[str, nn.Parameter], settings: TrainLoraSettings) -> list[dict[str, Any]]:
+    """The optimizer's groups of adapters, by the names of their parameters.
+
+    With a ratio, B learns that much faster than A (LoRA+, Hayou et al. 2024, arXiv:2402.12354), and so do lengths
+    (DoRA) and biases, as in PEFT. The latter two are not decayed: zero is no place for them.
+    """
+    rate = settings.learning_rate
+    fast = rate * (settings.lora_plus_ratio or 1.0)
+    A: list[nn.Parameter] = []
+    B: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in parameters.items():
+        (A if ".lora_A" in name else B if ".lora_B" in name else others).append(parameter)
+    if settings.lora_plus_ratio is None:
+        groups: list[dict[str, Any]] = [{"params": A + B, "lr": rate}]
+    else:
+        groups = [{"params": A, "lr": rate}, {"params": B, "lr": fast}]
+    return [*groups, {"params": others, "lr": fast, "weight_decay": 0.0}] if others else groups
+
+
+def trained_state(model: StockForecaster) -> dict[str, dict[str, Tensor]]:
+    """``adapters`` and ``head``: copies on the CPU of all that training changed."""
+    head = {name: tensor.detach().cpu().clone() for name, tensor in model.head.state_dict().items()}
+    return {"adapters": model.tuning.state(model), "head": head}
+
+
+def load_trained_state(model: StockForecaster, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Put ``trained_state`` back.
+
+    Raises:
+        LoRAError, RuntimeError: a state that does not fit the model.
+    """
+    model.tuning.load(model, state["adapters"])
+    model.head.load_state_dict(dict(state["head"]))
+
+
+def merge_into_base(model: StockForecaster) -> None:
+    """Make the backbone a plain model of its class, with what was trained in its weights.
+
+    Raises:
+        LoRAError, ValueError: a quantized base, or weights that would not be finite.
+    """
+    model.tuning.merge(model)
+    model.tuning = Tuning()
+
+
+@contextlib.contextmanager
+def speedups(model: StockForecaster, settings: TrainLoraSettings) -> Iterator[None]:
+    """For training only: ``--compile``, and with ``--method head`` hidden states that are read once.
+
+    Raises:
+        UserError: a model that torch.compile cannot compile here.
+    """
+    with contextlib.ExitStack() as stack:
+        if settings.compile:
+            stack.enter_context(compiled(model))
+        if settings.method == "head":
+            stack.enter_context(remembered(model))
+        yield
+
+
+@contextlib.contextmanager
+def compiled(model: StockForecaster) -> Iterator[None]:
+    """Inside the block training passes run as torch.compile makes them; the weights and their names stay.
+
+    The backbone's repeated blocks are compiled, not the whole: they share their code, which is then compiled once and
+    not once a layer. Passes without gradient, of which there are few, run as they are: they would be compiled again.
+
+    Raises:
+        UserError: it cannot be compiled on this machine.
+    """
+    backbone = model.backbone
+    blocks = repeated_blocks(backbone) or [backbone]
+    for block in blocks:
+        _compile_for_training(block)
+    try:
+        _try_compiled(model)
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+
+
+def _try_compiled(model: StockForecaster) -> None:
+    """One small pass, since the compiler is only asked at the first; mode and random numbers stay as they were.
+
+    Raises:
+        UserError: it cannot be compiled on this machine.
+    """
+    backbone = model.backbone
+    device, was_training = next(backbone.parameters()).device, backbone.training
+    tokens = torch.ones(2, 24, dtype=torch.long, device=device)
+    try:
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            torch.enable_grad(),
+            model._autocast(device.type),
+        ):
+            # In training mode, or it would be compiled again.
+            hidden = backbone.train()(input_ids=tokens, use_cache=False).last_hidden_state
+            trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+            if trained and not is_sharded(model):  # shards gather their gradients in a backward pass of their own
+                torch.autograd.grad(hidden.float().sum(), trained, allow_unused=True)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--compile does not work here ({reason[:200]}); leave the flag out") from None
+    finally:
+        backbone.train(was_training)
+
+
+def repeated_blocks(backbone: nn.Module) -> list[nn.Module]:
+    """The blocks that a transformer is a stack of, if they are all of one class."""
+    stack = next((module for module in backbone.modules() if isinstance(module, nn.ModuleList)), nn.ModuleList())
+    return list(stack) if len({type(block) for block in stack}) == 1 else []
+
+
+def _compile_for_training(block: nn.Module) -> None:
+    plain = block._call_impl
+    trains = any(parameter.requires_grad for parameter in block.parameters())
+    compiled_call = torch.compile(plain, dynamic=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        # The first block's input has no gradient, all others' have: without this each would be compiled for itself.
+        if args and torch.is_tensor(args[0]) and args[0].is_floating_point() and trains and not args[0].requires_grad:
+            args = (args[0].detach().requires_grad_(), *args[1:])
+        return compiled_call(*args, **kwargs)
+
+    block._compiled_call_impl = call  # type: ignore[assignment]
+
+
+def name_of_peft(name: str) -> str:
+    """A module's or parameter's name in a PEFT model -> the name that it has in ``lora.py``."""
+    name = name.removeprefix("base_model.model.").replace(".base_layer.bias", ".bias")
+    for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        name = name.replace(f".{part}.default.weight", f".{part.removesuffix('_vector')}")
+    return name
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def fill(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
+    """Copy ``state`` into the parameters, all of it or nothing.
+
+    Raises:
+        RuntimeError: names are missing or unexpected, or shapes differ.
+    """
+    faults = [f"missing {name}" for name in parameters if name not in state]
+    faults += [f"unexpected {name}" for name in state if name not in parameters]
+    for name in parameters.keys() & state.keys():
+        if not isinstance(state[name], Tensor) or state[name].shape != parameters[name].shape:
+            faults.append(f"{name} has another shape")
+    if faults:
+        raise RuntimeError(_shortened(sorted(faults)))
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+def _shortened(faults: Iterable[str], most: int = 4) -> str:
+    faults = list(faults)
+    return "; ".join(faults[:most]) + (f" and {len(faults) - most} more" if len(faults) > most else "")

@@ -1,0 +1,49 @@
+"""``predictions.csv``: one row a ticker and day ahead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stocklora.prices.calendar import next_sessions
+from stocklora.runtime.files import replacing
+
+PREDICTION_COLUMNS = (
+    "Ticker", "Origin", "Date", "Day", "Last_Close", "Predicted_Close",
+    "P05", "P10", "P25", "P50", "P75", "P90", "P95",
+)  # fmt: skip
+INTERVAL_COLUMNS = {0.05: "P05", 0.10: "P10", 0.25: "P25", 0.50: "P50", 0.75: "P75", 0.90: "P90", 0.95: "P95"}
+
+
+def prediction_rows(
+    ticker: str, frame: pd.DataFrame, quantiles: np.ndarray, levels: np.ndarray
+) -> list[dict[str, Any]]:
+    """Rows of ``predictions.csv`` for one ticker.
+
+    Args:
+        quantiles: (horizon, levels) of the log return from the last row's close.
+    """
+    origin, last_close = frame.index[-1], float(frame["Close"].iloc[-1])
+    dates = next_sessions(ticker, origin, len(quantiles))
+    columns = {int(np.argmin(np.abs(levels - level))): name for level, name in INTERVAL_COLUMNS.items()}
+    rows = []
+    for step, (date, row) in enumerate(zip(dates, quantiles, strict=True), start=1):
+        closes = last_close * np.exp(row)
+        cells = {name: float(closes[index]) for index, name in columns.items()}
+        rows.append(
+            {"Ticker": ticker, "Origin": origin, "Date": date, "Day": step, "Last_Close": last_close,
+             "Predicted_Close": cells["P50"], **cells}
+        )  # fmt: skip
+    return rows
+
+
+def write_predictions(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write ``predictions.csv``: one row a ticker and day, prices with enough digits for a penny stock."""
+    frame = pd.DataFrame(rows, columns=list(PREDICTION_COLUMNS))
+    for name in PREDICTION_COLUMNS[4:]:
+        frame[name] = [float(f"{value:.7g}") for value in frame[name]]
+    with replacing(path) as temporary:
+        frame.to_csv(temporary, index=False, date_format="%Y-%m-%d", lineterminator="\n")

@@ -1,0 +1,177 @@
+"""A forecaster on disk.
+
+Its weights file holds adapters, head, and the metadata that rebuilds the model; it loads with
+``torch.load(weights_only=True)``, so that no file can run code.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import platform
+import warnings
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from stocklora.cli.console import UserError
+from stocklora.metrics.calibration import Calibration
+from stocklora.runtime.files import plain, replacing
+
+FORMAT = "stocklora-forecaster"
+FORMAT_VERSION = 2  # 1: one method (LoRA over an unquantized base), which the specification did not name
+SAME_FUNCTION = (
+    "method", "quantization", "backbone_layers", "prompt", "window_size", "horizon", "indicators", "anonymize",
+)  # fmt: skip
+HEAD_TENSORS = {"mean", "spread", "linear.weight", "linear.bias"}
+
+
+@dataclass(frozen=True)
+class ForecasterSpec:
+    """Everything but the tensors that a forecaster is made of.
+
+    Attributes:
+        base_model: name, source and configuration hash of the base model's folder.
+        lora: fields of ``lora.LoRAConfig``, for the methods with adapters.
+        table: (horizon, levels) starting quantiles.
+        scale: ``volatility.VolatilityScale.to_dict()``.
+        location: (horizon,) log return that the scaled quantiles stand around; empty for 0.
+        indicators: names from ``indicators.INDICATORS``. anonymize: no ticker and no date in the prompt.
+        method, quantization: as the settings of ``train_lora.py``.
+    """
+
+    base_model: dict[str, Any]
+    backbone_layers: int | None
+    prompt: str
+    window_size: int
+    targets_per_sequence: int
+    horizon: int
+    levels: list[float]
+    table: list[list[float]]
+    scale: dict[str, Any]
+    lora: dict[str, Any]
+    calibration: dict[str, float]
+    location: list[float] = field(default_factory=list)
+    indicators: list[str] = field(default_factory=list)
+    anonymize: bool = True
+    method: str = "lora"
+    quantization: str = "none"
+
+    def with_calibration(self, calibration: Calibration) -> ForecasterSpec:
+        return ForecasterSpec(**{**asdict(self), "calibration": calibration.to_dict()})
+
+
+def other_setting(first: ForecasterSpec, second: ForecasterSpec) -> tuple[str, str, str] | None:
+    """The first setting by which the same weights are another function of the prices: its flag, and both values."""
+    for name in SAME_FUNCTION:
+        values = [getattr(spec, name) for spec in (first, second)]
+        if values[0] != values[1]:
+            shown = [" ".join(value) or "nothing" if isinstance(value, list) else str(value) for value in values]
+            return f"--{name}", shown[0], shown[1]
+    return None
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """What a weights file holds.
+
+    Attributes:
+        adapters: what training changed in the base, by name: the two factors of each adapted layer, or with
+            ``full`` each weight (none where training kept nothing). head: the head's state. All on the CPU.
+        training: data, seed, versions, settings and scores of the run that made it; for people to read.
+    """
+
+    spec: ForecasterSpec
+    adapters: dict[str, Any]
+    head: dict[str, Any]
+    training: dict[str, Any]
+
+
+def save_weights(path: Path, content: WeightsFile) -> None:
+    """Write a weights file, atomically."""
+    import torch
+
+    with replacing(path) as temporary:
+        torch.save(
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "spec": asdict(content.spec),
+                "adapters": content.adapters,
+                "head": content.head,
+                "training": plain(content.training),
+            },
+            temporary,
+        )
+
+
+def load_weights(path: Path) -> WeightsFile:
+    """Read a weights file.
+
+    Args:
+        path: the file, or a folder: of an adapter in PEFT's format, or of a merged model (``merge_lora.py``).
+
+    Raises:
+        UserError: missing, damaged, of another kind, or of a newer version.
+    """
+    import torch
+
+    if path.is_dir():
+        from stocklora.forecaster.adapter_folder import read_folder
+
+        return read_folder(path)
+    if not path.is_file():
+        raise UserError(f"no weights file {path}; train one with: python train_lora.py --data FILE --model_path FOLDER")
+    try:
+        with warnings.catch_warnings():  # torch remarks on a foreign pickle before it refuses it
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} is not a plain weights file (damaged, or it holds code, which is never run); train it anew with "
+            f"train_lora.py"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read weights file {path}: {error}; train it anew with train_lora.py") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} was not written by train_lora.py; give its best_lora_weights.pth")
+    if content["format_version"] > FORMAT_VERSION:
+        raise UserError(f"{path} was written by a newer version of this program; update it")
+    try:
+        found = WeightsFile(
+            ForecasterSpec(**content["spec"]), content["adapters"], content["head"], content["training"]
+        )
+        _check(found)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is incomplete ({error}); train it anew with train_lora.py") from None
+    return found
+
+
+def _check(content: WeightsFile) -> None:
+    """What a forecast would be wrong without, silently: head and calibration.
+
+    Raises:
+        KeyError, TypeError, ValueError: saying what is missing or broken.
+    """
+    import torch
+
+    if missing := HEAD_TENSORS - content.head.keys():
+        raise ValueError(f"the forecast head has no {', '.join(sorted(missing))}")
+    for name, tensor in content.head.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"the forecast head's {name} holds numbers that are not finite")
+    fitted = Calibration.from_dict(content.spec.calibration)
+    if not (math.isfinite(fitted.shrinkage) and math.isfinite(fitted.interval_scale)):
+        raise ValueError("the calibration is not finite")
+
+
+def versions() -> dict[str, str]:
+    """Python's and the libraries' versions, for the record."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "pandas"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

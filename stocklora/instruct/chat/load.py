@@ -1,0 +1,151 @@
+"""Chat models from folders: a base, whole or quantized, with the adapters that fit it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stocklora.base_models.folders import TOKENIZER_SETS
+from stocklora.base_models.loading import load_causal_model
+from stocklora.base_models.quiet import quiet_transformers
+from stocklora.cli.console import UserError, one_line
+from stocklora.instruct.chat.model import Answer, ChatModel, ContextError, Sampling, internal_name, memory_errors
+from stocklora.instruct.chat.settings import LoadSettings
+from stocklora.instruct.chat.sources import BASE, Sources
+from stocklora.instruct.rows.chat_template import fit_embeddings, prepare_tokenizer
+from stocklora.runtime.devices import choose_device, choose_dtype
+
+__all__ = [
+    "Answer", "ChatModel", "ContextError", "Sampling", "load_base", "load_chat_model", "load_sources",
+]  # fmt: skip
+
+
+def load_sources(sources: Sources, settings: LoadSettings) -> ChatModel:
+    """Load what ``find_sources`` found."""
+    model = load_chat_model(
+        sources.base,
+        sources.adapters,
+        quantization=settings.quantization,
+        device=settings.device,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    model.base_name = sources.base_name
+    return model
+
+
+def load_chat_model(
+    base: Path,
+    adapters: Mapping[str, Path] | None = None,
+    quantization: str = "none",
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> ChatModel:
+    """A base model with adapters, ready to answer.
+
+    Args:
+        base: a whole model's folder. adapters: PEFT adapter folders by name.
+        quantization: of the base: ``none``, ``8bit`` or ``4bit``. device, dtype: or ``auto``.
+
+    Raises:
+        UserError: it cannot be loaded, or an adapter does not fit the base.
+    """
+    adapters = dict(adapters or {})
+    place = choose_device(device)
+    number_format = choose_dtype(dtype, place)
+    _check_quantization(quantization, place)
+    quiet_transformers()
+    tokenizers = {
+        name: prepare_tokenizer(folder if _has_tokenizer(folder) else base, trust_remote_code)
+        for name, folder in adapters.items()
+    }
+    try:
+        tokenizers[BASE] = prepare_tokenizer(base, trust_remote_code)
+    except UserError:
+        if not tokenizers:  # else the base has no chat template, and is asked by the adapter's
+            raise
+        tokenizers[BASE] = next(iter(tokenizers.values()))
+    model = load_base(base, number_format, place, quantization, trust_remote_code)
+    fit_embeddings(model, max(tokenizers.values(), key=len))
+    if adapters:
+        model = _with_adapters(model, adapters, base)
+    chat = ChatModel(model, tokenizers, list(adapters), base.absolute().name)
+    chat.folders, chat.quantization = {BASE: base, **adapters}, quantization
+    return chat
+
+
+def load_base(
+    base: Path, dtype: torch.dtype, device: torch.device, quantization: str = "none", trust_remote_code: bool = False
+) -> Any:
+    """A causal language model without generation settings of its own.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    from transformers import GenerationConfig
+
+    with memory_errors():
+        model = load_causal_model(
+            base, quantization=quantization, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+    # What a maker recommends for sampling (Qwen: top_k 20) would silently be added to what is asked for.
+    model.generation_config = GenerationConfig()
+    return model.requires_grad_(False).eval()
+
+
+def _with_adapters(model: Any, adapters: Mapping[str, Path], base: Path) -> Any:
+    """``model`` as a ``PeftModel`` with every adapter loaded to its last weight."""
+    import peft
+
+    # With a map of devices PEFT would distribute the model anew.
+    with contextlib.suppress(AttributeError):
+        del model.hf_device_map
+    device = str(next(model.parameters()).device)
+    result: Any = None
+    for index, (name, folder) in enumerate(adapters.items()):
+        internal = internal_name(index)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # missing weights are an error below
+                config = peft.PeftConfig.from_pretrained(str(folder))
+                config.inference_mode = True
+                if config.is_prompt_learning:
+                    raise UserError(f"{folder} is a prompt-tuning adapter; LoRA and its kin can be used here")
+                if result is None:
+                    result = peft.PeftModelForCausalLM(model, config, adapter_name=internal)
+                else:
+                    result.add_adapter(internal, config)
+                loaded = result.load_adapter(str(folder), adapter_name=internal, torch_device=device)
+        except (ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"the adapter '{name}' in {folder} does not fit the base in {base}; give --base_model the model "
+                f"that it was trained over ({one_line(str(error))[:160]})"
+            ) from None
+        lost = [*loaded.missing_keys, *(key for key in loaded.unexpected_keys if "lora_" in key)]
+        if lost:
+            raise UserError(
+                f"the adapter '{name}' in {folder} does not fit the base in {base}: {len(lost)} weights have no "
+                f"counterpart, {lost[0]} among them; give --base_model the model that it was trained over"
+            )
+    return result.requires_grad_(False)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(all((folder / name).is_file() for name in names) for names in TOKENIZER_SETS)
+
+
+def _check_quantization(quantization: str, device: torch.device) -> None:
+    if quantization == "none":
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"--load_in_{quantization} needs bitsandbytes; install it: pip install bitsandbytes")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--load_in_{quantization} works on cpu and cuda, not on {device.type}; add --device cpu")

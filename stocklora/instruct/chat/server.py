@@ -1,0 +1,332 @@
+"""OpenAI's chat API on this machine: FastAPI for the requests, uvicorn for the connections, ``ChatModel`` for answers.
+
+``transformers serve`` speaks the same API, but knows no adapters. Here the base and each adapter are a model of their
+own by name; one answer is computed at a time, and a client that goes away ends its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import Send
+
+from stocklora.cli.console import UserError, say
+from stocklora.instruct.chat.listening import HOST
+from stocklora.instruct.chat.load import Answer, ChatModel, ContextError, Sampling
+from stocklora.instruct.chat.requests import APIError, ChatRequest, conversation_of, sampling_of
+from stocklora.instruct.rows.records import Message
+
+POLL_S = 0.1  # how often a waiting request looks whether its client is still there
+GRACE_S = 10  # for answers to end after Ctrl-C: one token each, or the reading of a long prompt
+
+
+def serve(model: ChatModel, listener: socket.socket, sampling: Sampling, adapter: str) -> None:
+    """Answer requests until Ctrl-C.
+
+    Args:
+        listener: of ``listen``. sampling: what holds where a request does not say otherwise.
+        adapter: the model that is listed first.
+    """
+    address = f"http://{HOST}:{listener.getsockname()[1]}/v1"
+    app = make_app(model, sampling, adapter)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
+    server = _Server(config, app.state.closing)
+
+    @contextlib.asynccontextmanager
+    async def announce(_: FastAPI) -> AsyncIterator[None]:
+        say(f"models: {', '.join(model_names(model, adapter))}")
+        say(f'serving {address} (Ctrl-C ends); with the openai client: OpenAI(base_url="{address}", api_key="-")')
+        yield
+
+    app.router.lifespan_context = announce
+    with listener:
+        server.run(sockets=[listener])
+
+
+def model_names(model: ChatModel, first: str | None = None) -> list[str]:
+    """What requests may call ``model``: its adapters, and the base by its name."""
+    base = model.base_name if model.base_name not in model.adapters else "base"
+    names = [*model.adapters, base]
+    if first in names:
+        names.remove(first)
+        names.insert(0, first)
+    return names
+
+
+def make_app(model: ChatModel, sampling: Sampling, adapter: str | None = None) -> FastAPI:
+    """The web application; ``sampling`` holds where a request does not say otherwise."""
+    app = FastAPI(title="stocklora", docs_url=None, redoc_url=None, openapi_url=None)
+    # Keeps web pages of other origins out, whatever name they make point to this machine.
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    names = model_names(model, adapter)
+    started = int(time.time())
+    turn = asyncio.Lock()
+    closing = app.state.closing = threading.Event()
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model_card(name, started) for name in names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        return _model_card(_known(name, names), started)
+
+    @app.post("/v1/chat/completions")
+    async def complete(request: Request, asked: ChatRequest) -> Any:
+        name = _known(asked.model, names)
+        messages = conversation_of(asked)
+        chosen = sampling_of(asked, sampling)
+        # Refused before a stream begins, when an error can still have a status of its own.
+        ids = await asyncio.to_thread(_prompt_tokens, model, messages, name, chosen)
+        job = _Job(model, messages, name, chosen, asyncio.get_running_loop(), closing)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        if asked.stream:
+            wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
+            return _EventStream(_events(job, head, turn, request, wants_usage), headers={"Cache-Control": "no-cache"})
+        async with _our_turn(turn, request, closing):
+            async for _ in job.pieces(request):
+                pass
+        answer = job.answer or Answer("", "cancelled", ids, 0, 0.0)
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": _finish_reason(answer),
+        }
+        return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(answer)}
+
+    @app.exception_handler(APIError)
+    async def refused(_: Request, error: APIError) -> JSONResponse:
+        return _error(error.status, str(error), error.kind, error.param, error.code)
+
+    @app.exception_handler(UserError)
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return _error(500, _public(error), "server_error", None, None)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            message = f"the body is not valid JSON: {first['ctx']['error']}, at character {first['loc'][-1]}"
+            return _error(400, message, "invalid_request_error", None, None)
+        if first["loc"] == ("body",):
+            message = "the body must be a JSON object, and the header Content-Type: application/json"
+            return _error(400, message, "invalid_request_error", None, None)
+        param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+        return _error(400, f"{param or 'the request'}: {first['msg']}", "invalid_request_error", param, None)
+
+    @app.exception_handler(HTTPException)
+    async def unknown_address(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return _error(error.status_code, message, "invalid_request_error", None, None)
+
+    return app
+
+
+class _Server(uvicorn.Server):
+    """Told to stop, it ends the answers that are being computed."""
+
+    def __init__(self, config: uvicorn.Config, closing: threading.Event) -> None:
+        super().__init__(config)
+        self._closing = closing
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._closing.set()
+        super().handle_exit(sig, frame)
+
+
+class _EventStream(StreamingResponse):
+    """Closes what it streams when the client leaves in the middle of a write; else its turn would not end."""
+
+    media_type = "text/event-stream"
+
+    async def stream_response(self, send: Send) -> None:
+        async with contextlib.aclosing(self.body_iterator):  # type: ignore[type-var]
+            await super().stream_response(send)
+
+
+class _Job:
+    """One answer, computed in a thread and read in the event loop."""
+
+    def __init__(
+        self,
+        model: ChatModel,
+        messages: list[Message],
+        name: str,
+        sampling: Sampling,
+        loop: asyncio.AbstractEventLoop,
+        closing: threading.Event,
+    ) -> None:
+        self.closing = closing
+        self.answer: Answer | None = None
+        self._model, self._messages, self._name, self._sampling = model, messages, name, sampling
+        self._loop = loop
+        self._stop = threading.Event()
+        self._queue: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
+
+    async def pieces(self, request: Request) -> AsyncGenerator[str]:
+        """The answer's text as it comes; ends it when the client or the reader goes away."""
+        worker = asyncio.ensure_future(asyncio.to_thread(self._compute))
+        try:
+            while True:
+                try:
+                    piece = await asyncio.wait_for(self._queue.get(), POLL_S)
+                except TimeoutError:
+                    if await request.is_disconnected():
+                        return
+                    continue
+                if piece is None:
+                    return
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            self._stop.set()
+            # The next answer's turn comes when this computation is over, even if nobody reads its end.
+            await asyncio.shield(worker)
+
+    def _compute(self) -> None:
+        def put(item: str | BaseException | None) -> None:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+        try:
+            self.answer = self._model.answer(
+                self._messages,
+                adapter=self._name,
+                sampling=self._sampling,
+                on_text=put,
+                cancelled=lambda: self._stop.is_set() or self.closing.is_set(),
+                cut_history=False,
+            )
+            put(_stopping() if self.closing.is_set() and self.answer.finish == "cancelled" else None)
+        except BaseException as error:
+            put(error)
+
+
+async def _events(
+    job: _Job, head: dict[str, Any], turn: asyncio.Lock, request: Request, wants_usage: bool
+) -> AsyncIterator[str]:
+    """Server-sent events: the role, each piece of text, how it ended, the usage if wanted, and ``[DONE]``."""
+
+    def event(delta: dict[str, Any] | None, finish: str | None = None, usage: dict[str, Any] | None = None) -> str:
+        choices = [] if delta is None else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
+        body = {**head, "object": "chat.completion.chunk", "choices": choices}
+        if wants_usage:
+            body["usage"] = usage
+        return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+    try:
+        async with _our_turn(turn, request, job.closing), contextlib.aclosing(job.pieces(request)) as pieces:
+            yield event({"role": "assistant", "content": ""})
+            async for piece in pieces:
+                yield event({"content": piece})
+    except Exception as error:  # the status line is gone out already
+        body = _error_body(_public(error), "server_error", None, None)
+        yield f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+        if not isinstance(error, (UserError, APIError)):
+            raise
+        return
+    if job.answer is None:
+        return
+    yield event({}, _finish_reason(job.answer))
+    if wants_usage:
+        yield event(None, usage=_usage(job.answer))
+    yield "data: [DONE]\n\n"
+
+
+@contextlib.asynccontextmanager
+async def _our_turn(turn: asyncio.Lock, request: Request, closing: threading.Event) -> AsyncIterator[None]:
+    """Wait until no other answer is computed, but not longer than the client or the server does."""
+    while True:
+        try:
+            await asyncio.wait_for(turn.acquire(), 10 * POLL_S)
+            break
+        except TimeoutError:
+            if await request.is_disconnected():
+                raise APIError("the client went away", status=499) from None
+    try:
+        if closing.is_set():
+            raise _stopping()
+        yield
+    finally:
+        turn.release()
+
+
+def _prompt_tokens(model: ChatModel, messages: list[Message], name: str, sampling: Sampling) -> int:
+    """Length of the prompt.
+
+    Raises:
+        APIError: it does not fit the model, or the model's chat template refuses it.
+    """
+    try:
+        ids, _, _ = model.fitted(messages, model.tokenizer(name), sampling.max_new_tokens, cut_history=False)
+    except ContextError as error:
+        raise APIError(str(error), param="messages", code="context_length_exceeded") from None
+    except UserError as error:
+        raise APIError(str(error), param="messages") from None
+    return len(ids)
+
+
+def _stopping() -> APIError:
+    return APIError("the server is being stopped", status=503, kind="server_error")
+
+
+def _public(error: Exception) -> str:
+    """What a client may read of an error."""
+    return str(error) if isinstance(error, (UserError, APIError)) else "the server failed; see its output"
+
+
+def _known(name: str, names: list[str]) -> str:
+    if name not in names:
+        raise APIError(
+            f"The model '{name}' does not exist; there are: {', '.join(names)}",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
+    return name
+
+
+def _model_card(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "stocklora"}
+
+
+def _finish_reason(answer: Answer) -> str:
+    return "length" if answer.finish == "length" else "stop"
+
+
+def _usage(answer: Answer) -> dict[str, int]:
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.new_tokens,
+        "total_tokens": answer.prompt_tokens + answer.new_tokens,
+    }
+
+
+def _error_body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+    message = message.encode(errors="backslashreplace").decode()  # it may quote half a surrogate pair
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _error(status: int, message: str, kind: str, param: str | None, code: str | None) -> JSONResponse:
+    return JSONResponse(_error_body(message, kind, param, code), status_code=status)

@@ -1,0 +1,214 @@
+"""What the scripts that use, score and draw a tuned chat model can be told; light to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stocklora.cli.console import UserError
+from stocklora.cli.settings import setting
+from stocklora.finetune.settings import DEVICES, DTYPES
+
+DEMO_MODES = ("interactive", "batch")
+LANGUAGES = ("auto", "zh", "en")
+SPLITS = ("auto", "test", "validation", "train", "all")
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """In which form a model is loaded."""
+
+    base_model: Path | None = setting(
+        None, "base model folder (default: the one the adapter was trained over)", section="model", metavar="FOLDER"
+    )
+    load_in_4bit: bool = setting(False, "quantize the base to 4 bits (nf4)", section="model")
+    load_in_8bit: bool = setting(False, "quantize the base to 8 bits", section="model")
+    any_base: bool = setting(
+        False, "accept a base of the right shape that has another name than the adapter's", section="model"
+    )
+    device: str = setting("auto", "where to compute", choices=DEVICES, section="model")
+    dtype: str = setting("auto", "number format of the weights", choices=DTYPES, section="model")
+    trust_remote_code: bool = setting(False, "run Python code that the base model's folder brings", section="model")
+
+    @property
+    def quantization(self) -> str:
+        """``none``, ``8bit`` or ``4bit``."""
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UserError("--load_in_4bit and --load_in_8bit exclude each other; give one of them")
+        return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else "none"
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How answers are generated."""
+
+    max_new_tokens: int = setting(256, "longest answer, in tokens", section="answers")
+    temperature: float = setting(0.0, "0: the likeliest token each time; above it: sampled", section="answers")
+    top_p: float = setting(1.0, "sample among the likeliest tokens that make up this share", section="answers")
+    repetition_penalty: float = setting(1.0, "above 1: what was said already is less likely", section="answers")
+    seed: int = setting(42, "seed of everything random", section="answers")
+
+    def check_answers(self) -> None:
+        """The limits of these settings.
+
+        Raises:
+            UserError: naming the flag.
+        """
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0.0 <= self.temperature <= 2.0:
+            raise UserError(f"--temperature must be from 0 to 2, got {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"--top_p must be above 0 and at most 1, got {self.top_p}")
+        if not self.repetition_penalty > 0.0:
+            raise UserError(f"--repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed must be from 0 to {2**32 - 1}, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class InferenceSettings(AnswerSettings, LoadSettings):
+    """Settings of ``inference_lora.py``."""
+
+    lora_model: list[str] = setting(
+        [],
+        "adapter folder(s), or the folder of a fully tuned model; NAME= gives an adapter a name of your own",
+        section="model",
+        nargs="+",
+        metavar="[NAME=]FOLDER",
+    )
+    chat: bool = setting(False, "talk to the model in the terminal", section="what to do")
+    prompt: str | None = setting(
+        None, "answer this prompt; - reads it from standard input", section="what to do", metavar="TEXT"
+    )
+    batch: Path | None = setting(
+        None,
+        'answer the prompts of a file: .jsonl or .json (records of any form, or {"prompt": ...}), or lines of text',
+        section="what to do",
+        metavar="FILE",
+    )
+    output: Path | None = setting(
+        None, "where --batch writes (default: FILE.answers.jsonl); a second run goes on where the first one ended",
+        section="what to do",
+        metavar="FILE",
+    )  # fmt: skip
+    merge: Path | None = setting(
+        None, "merge the adapter into the unquantized base and save a plain model", section="what to do", metavar="OUT"
+    )
+    serve: bool = setting(False, "answer OpenAI chat requests on this machine", section="what to do")
+    port: int = setting(8000, "port of --serve; 0 takes a free one", section="what to do")
+    adapter: str | None = setting(
+        None, "which adapter to begin with, by name; none is the base (default: the first)", section="answers"
+    )
+    system: str | None = setting(None, "system message before every conversation", section="answers", metavar="TEXT")
+    batch_size: int = setting(8, "prompts of --batch that are answered at once", section="answers")
+
+    def check(self) -> None:
+        """What excludes each other, as far as can be told without looking at any file.
+
+        Raises:
+            UserError: naming the flags.
+        """
+        self.check_answers()
+        given = {
+            "--chat": self.chat,
+            "--prompt": self.prompt is not None,
+            "--batch": self.batch is not None,
+            "--merge": self.merge is not None,
+            "--serve": self.serve,
+        }
+        modes = [flag for flag, is_given in given.items() if is_given]
+        if len(modes) > 1:
+            raise UserError(f"{' and '.join(modes)} exclude each other; give one of them")
+        if self.output is not None and self.batch is None:
+            raise UserError("--output is where --batch FILE writes its answers; give that too, or leave it out")
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size must be at least 1, got {self.batch_size}")
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"--port must be from 0 to 65535, got {self.port}")
+        if self.merge is not None and self.quantization != "none":
+            raise UserError(
+                "--merge goes into the unquantized base, whatever the adapter was trained over: leave out "
+                f"--load_in_{self.quantization}"
+            )
+
+
+@dataclass(frozen=True)
+class DemoSettings(AnswerSettings, LoadSettings):
+    """Settings of ``examples/demo.py``."""
+
+    model_path: str = setting(
+        "outputs", "folder that training wrote: an adapter or a whole model", section="demo", metavar="FOLDER"
+    )
+    mode: str = setting("interactive", "a chat, or a round of ready questions", choices=DEMO_MODES, section="demo")
+
+
+@dataclass(frozen=True)
+class CompareSettings(AnswerSettings, LoadSettings):
+    """Settings of ``scripts/qlora/test_qlora_model.py``."""
+
+    adapter_path: Path = setting(
+        Path("models/qlora/adapter"), "folder that training wrote", section="comparison", metavar="FOLDER"
+    )
+    test_cases: list[str] = setting(
+        [], "news items, or any other input, one each", section="comparison", nargs="+", metavar="TEXT"
+    )
+    cases_file: Path | None = setting(
+        None, "more of them: .jsonl, .json or lines of text", section="comparison", metavar="FILE"
+    )
+    instruction: str = setting(
+        "分析以下财经快讯对市场的影响", "what to do with each test case; \"\" puts the case alone",
+        section="comparison", metavar="TEXT",
+    )  # fmt: skip
+    output: Path | None = setting(None, "write the answers there too (JSON)", section="comparison", metavar="FILE")
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(AnswerSettings, LoadSettings):
+    """Settings of ``training/evaluate.py``."""
+
+    model_path: Path = setting(
+        Path("outputs"), "folder that training wrote: an adapter or a whole model", section="data", metavar="FOLDER"
+    )
+    data: list[Path] = setting(
+        [], "rows to score (default: the held-out rows of what the model was trained on)", section="data",
+        nargs="+", metavar="FILE",
+    )  # fmt: skip
+    split: str = setting(
+        "auto", "which rows of the data; auto: test for training data, all for --data", choices=SPLITS, section="data"
+    )
+    num_samples: int | None = setting(None, "score at most so many rows, spread over the kinds", section="data")
+    output_dir: Path | None = setting(
+        None, "where to write (default: the model's folder)", section="data", metavar="FOLDER"
+    )
+    tuned_only: bool = setting(False, "leave out the base model: half the time, and no comparison", section="data")
+    batch_size: int = setting(8, "rows that are answered at once", section="answers")
+    resamples: int = setting(2000, "bootstrap resamples for the intervals", section="answers")
+
+    def check(self) -> None:
+        """The limits of these settings.
+
+        Raises:
+            UserError: naming the flag.
+        """
+        self.check_answers()
+        for name, least in (("num_samples", 1), ("batch_size", 1), ("resamples", 100)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class PlotSettings:
+    """Settings of ``visualization/plot_results.py``."""
+
+    model_path: Path = setting(
+        Path("outputs"), "folder that training and evaluation wrote to", section="pictures", metavar="FOLDER"
+    )
+    output_dir: Path | None = setting(
+        None, "where to put the pictures (default: the same folder)", section="pictures", metavar="FOLDER"
+    )
+    language: str = setting(
+        "auto", "of the labels; auto: Chinese where a font has it, else English", choices=LANGUAGES, section="pictures"
+    )
+    font: Path | None = setting(None, "a font file to draw with", section="pictures", metavar="FILE")

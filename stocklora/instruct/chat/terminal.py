@@ -1,0 +1,173 @@
+"""The chat in the terminal, and single questions."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import select
+import stat
+import sys
+from collections.abc import Sequence
+
+from stocklora.cli.console import UserError, say
+from stocklora.instruct.chat.load import Answer, ChatModel, Sampling
+from stocklora.instruct.chat.sources import BASE
+from stocklora.instruct.chat.text_stream import printable, without_reasoning
+from stocklora.instruct.rows.records import Message
+
+# What the scripts ask where nobody asks anything else: one of each kind that the data sets teach.
+QUESTIONS = (
+    "分析以下财经快讯的市场情绪，并说明理由：央行宣布下调存款准备金率0.5个百分点，释放长期资金约1万亿元。",
+    "分析以下财经快讯对市场的影响：美联储宣布加息25个基点。",
+    "从以下快讯中抽取指标、前值、预期值和公布值，只输出JSON：美国10月CPI同比，前值3.7%，预期3.3%，公布3.2%。",
+    "公司公布财报：营收同比增长12%，净利润同比下降5%，低于市场预期。请判断利好还是利空，并说明理由。",
+    "什么是“预期兑现”？请用一个例子说明。",
+)
+HELP = """\
+/adapters        the adapters there are; the one in use has a star
+/adapter NAME    go on with that adapter (none: the base model alone)
+/reset           forget the conversation
+/help            these lines
+/exit            end (so does Ctrl-D; Ctrl-C ends an answer)"""
+
+
+def ask(
+    model: ChatModel, question: str, *, adapter: str | None, sampling: Sampling, system: str | None = None
+) -> Answer:
+    """Print the answer to one question as it comes."""
+    return print_answer(model, [*opening(system), Message("user", question)], adapter, sampling)
+
+
+def ask_all(
+    model: ChatModel,
+    questions: Sequence[str],
+    *,
+    adapter: str | None,
+    sampling: Sampling,
+    system: str | None = None,
+) -> None:
+    """Each question with its answer below it."""
+    for number, question in enumerate(questions, start=1):
+        say(f"{'' if number == 1 else chr(10)}[{number}/{len(questions)}] {question}")
+        ask(model, question, adapter=adapter, sampling=sampling, system=system)
+
+
+def opening(system: str | None) -> list[Message]:
+    """How a conversation begins."""
+    return [Message("system", system)] if system else []
+
+
+def print_answer(model: ChatModel, messages: Sequence[Message], adapter: str | None, sampling: Sampling) -> Answer:
+    """Write an answer to stdout piece by piece, and in brackets what the reader should know of it.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, after what was said so far.
+    """
+
+    on_terminal = sys.stdout.isatty()
+
+    def show(piece: str) -> None:
+        sys.stdout.write(printable(piece) if on_terminal else piece)
+        sys.stdout.flush()
+
+    answer = model.answer(messages, adapter=adapter, sampling=sampling, on_text=show)
+    notes = []
+    if answer.dropped_messages:
+        notes.append(
+            f"the {answer.dropped_messages} oldest messages no longer fit the model's context of "
+            f"{model.context_tokens:,} tokens and were left out"
+        )
+    if answer.finish == "length":
+        notes.append(f"cut at {answer.new_tokens:,} tokens")
+    say("".join(f"\n({note})" for note in notes))
+    return answer
+
+
+def chat(model: ChatModel, *, adapter: str | None, sampling: Sampling, system: str | None = None) -> None:
+    """Talk until /exit or the end of the input.
+
+    An answer that is too long for the context, or interrupted, leaves the conversation as it was.
+    """
+    current = model.adapter_or_base(adapter)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # line editing and history, where there is one
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no text cost the question, not the chat; and a pipe is UTF-8, whatever the system's habit.
+        sys.stdin.reconfigure(encoding=None if sys.stdin.isatty() else "utf-8", errors="surrogateescape")
+    say(f"Chat with {described(model, current)}. /help lists the commands.")
+    history = opening(system)
+    while True:
+        try:
+            line = input("\nyou> ").strip()
+        except EOFError:
+            say()
+            return
+        if not line:
+            continue
+        if line.startswith("/"):
+            command, _, argument = line.partition(" ")
+            argument = argument.strip()
+            if command in ("/exit", "/quit"):
+                return
+            if command == "/reset":
+                history = opening(system)
+                say("The conversation begins anew.")
+            elif command == "/adapters":
+                say("\n".join(f"{'*' if name == current else ' '} {name}" for name in [*model.adapters, BASE]))
+            elif command == "/adapter":
+                try:
+                    if not argument:
+                        raise UserError(f"which one? {', '.join([*model.adapters, BASE])}")
+                    current = model.adapter_or_base(argument)
+                    say(f"From here on {described(model, current)} answers; the conversation goes on.")
+                except UserError as error:
+                    say(str(error))
+            else:
+                say(HELP if command == "/help" else f"No command {command}.\n{HELP}")
+            continue
+        question = Message("user", line)
+        try:
+            answer = print_answer(model, [*history, question], current, sampling)
+        except UserError as error:
+            say(str(error))
+        except KeyboardInterrupt:
+            say("\n(interrupted; the question is forgotten)")
+        else:
+            history += [question, Message("assistant", without_reasoning(answer.text))]
+
+
+def described(model: ChatModel, adapter: str) -> str:
+    """``adapter`` in words."""
+    if adapter != BASE:
+        return f"the adapter '{adapter}' on {model.base_name}"
+    return f"the base {model.base_name} alone" if model.adapters else model.base_name
+
+
+def piped_text() -> str | None:
+    """What came through a pipe or a redirected file on standard input; None where nothing waits there.
+
+    A pipe that stays silent is not waited for: many programs that start others leave one open.
+    """
+    try:
+        descriptor = sys.stdin.fileno()
+        mode = os.fstat(descriptor).st_mode
+    except (OSError, ValueError, AttributeError):  # closed, or a test's stand-in
+        return None
+    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
+        return None  # a terminal, or /dev/null
+    if stat.S_ISFIFO(mode) and sys.platform != "win32" and not select.select([descriptor], [], [], 0.2)[0]:
+        return None
+    return read_stdin() or None
+
+
+def read_stdin() -> str:
+    """All of standard input, as UTF-8.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise UserError("standard input is not UTF-8 text; save it as UTF-8, or use --prompt TEXT") from None

@@ -1,0 +1,312 @@
+"""Scores of a tuned chat model beside its base, on rows that neither was trained on."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from stocklora.cli.console import UserError, progress, say, warn
+from stocklora.cli.extras import SCORES, check_installed
+from stocklora.instruct.chat.settings import EvaluateSettings
+from stocklora.instruct.chat.sources import (
+    BASE,
+    Sources,
+    find_sources,
+    is_adapter,
+    quantization_note,
+    trained_base,
+)
+from stocklora.instruct.evaluation.bootstrap import Resampler
+from stocklora.instruct.evaluation.held_out import held_out_rows
+from stocklora.instruct.evaluation.measures import (
+    BASE_SYSTEM,
+    MEASURES,
+    SENTIMENTS,
+    TUNED_SYSTEM,
+    Prediction,
+    wanted_label,
+)
+from stocklora.instruct.evaluation.scoring import score
+from stocklora.instruct.evaluation.tables import print_results
+from stocklora.instruct.rows.records import Record
+from stocklora.runtime.files import plain, write_json, write_text
+
+RESULTS, PREDICTIONS = "evaluation_results.json", "evaluation_predictions.jsonl"
+LIBRARIES = ("torch", "transformers", "peft", "sacrebleu", "rouge-chinese")
+FORMAT = 1
+
+
+# ---------------------------------------------------------------------------------------------------------- a run
+
+
+def evaluate(settings: EvaluateSettings) -> Path:
+    """Score the models that ``settings`` name, print the tables, write both files; the results' path.
+
+    Raises:
+        UserError: no model, no rows, or rows that do not fit the model.
+    """
+    from stocklora.finetune.fit import check_writable
+
+    check_installed(SCORES, "scoring")
+    folder = settings.output_dir or settings.model_path
+    if settings.output_dir or settings.model_path.is_dir():
+        check_writable(folder, "--output_dir" if settings.output_dir else "--model_path")
+    tuned = [str(settings.model_path)]
+    base = settings.base_model if settings.model_path.is_dir() and is_adapter(settings.model_path) else None
+    sources = find_sources(base, tuned, settings.any_base)
+    held_out = held_out_rows(settings)
+    say(f"scoring {len(held_out.records)} rows: {held_out.note}")
+    if len(held_out.records) < held_out.available:
+        say(f"(of {held_out.available}, each kind in its share)")
+    if note := quantization_note(sources, settings.quantization):
+        say(note)
+    predictions, base_name = _predictions(settings, sources, held_out.records)
+    results = summarize(held_out.records, predictions, settings.resamples, settings.seed)
+    content = {
+        "format": FORMAT,
+        "model_path": str(settings.model_path),
+        "base_model": base_name,
+        "data": {
+            "files": held_out.files,
+            "split": held_out.split,
+            "rows": len(held_out.records),
+            "of": held_out.available,
+        },
+        **results,
+        "settings": {
+            name: getattr(settings, name)
+            for name in ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed", "batch_size",
+                         "resamples", "quantization", "device", "dtype")
+        },
+        "intervals": "95% bootstrap, exact where all rows agree; rows of one event are drawn together",
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: metadata.version(name) for name in LIBRARIES},
+        "machine": _machine(),
+    }  # fmt: skip
+    write_text(
+        folder / PREDICTIONS,
+        "".join(
+            json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+            for row in prediction_rows(held_out.records, predictions)
+        ),
+    )
+    write_json(folder / RESULTS, content)
+    print_results(content)
+    say(f"results: {folder / RESULTS}; answers: {folder / PREDICTIONS}")
+    return folder / RESULTS
+
+
+def _predictions(
+    settings: EvaluateSettings, sources: Sources, records: Sequence[Record]
+) -> tuple[dict[str, list[Prediction]], str | None]:
+    """Answers of the base, where there is one to compare with, and of the tuned model; and the base's name."""
+    from stocklora.instruct.chat.load import load_sources
+
+    predictions: dict[str, list[Prediction]] = {}
+    if sources.adapters:
+        model = load_sources(sources, settings)
+        if not settings.tuned_only:
+            predictions[BASE_SYSTEM] = predict(model, BASE, records, settings, "base")
+        predictions[TUNED_SYSTEM] = predict(model, model.adapters[0], records, settings, "tuned")
+        return predictions, sources.base_name
+    base = settings.base_model or _base_of_whole(settings.model_path)
+    if base is not None and not settings.tuned_only:
+        base_sources = find_sources(base, [])
+        model = load_sources(base_sources, settings)
+        predictions[BASE_SYSTEM] = predict(model, BASE, records, settings, "base")
+        del model
+        gc.collect()
+    elif not settings.tuned_only:
+        warn(f"the base of {settings.model_path} is not here, so there is nothing to compare with; give --base_model")
+    model = load_sources(sources, settings)
+    predictions[TUNED_SYSTEM] = predict(model, BASE, records, settings, "tuned")
+    return predictions, None if base is None else base.name
+
+
+def _base_of_whole(folder: Path) -> Path | None:
+    """The folder that a fully tuned model began as, if it is here."""
+    path = trained_base(folder).get("path")
+    return Path(str(path)) if path and (Path(str(path)) / "config.json").is_file() else None
+
+
+def predict(
+    model: Any, adapter: str, records: Sequence[Record], settings: EvaluateSettings, name: str
+) -> list[Prediction]:
+    """Answers to ``records`` in their order; computed in batches of like length, so that little is padding."""
+    from stocklora.instruct.chat.load import Answer, Sampling
+
+    sampling = Sampling.of(settings)
+    lengths = [sum(len(message.content) for message in record.prompt) for record in records]
+    order = sorted(range(len(records)), key=lambda index: lengths[index])
+    answers: dict[int, Answer] = {}
+    batches: dict[int, int] = {}
+    with progress() as bar:
+        task = bar.add_task(f"answers, {name}", total=len(records))
+        for start in range(0, len(order), settings.batch_size):
+            part = order[start : start + settings.batch_size]
+            found = model.answers([records[index].prompt for index in part], adapter=adapter, sampling=sampling)
+            answers.update(zip(part, found, strict=True))
+            batches.update(dict.fromkeys(part, start))
+            bar.advance(task, len(part))
+    if any(answer.dropped_messages for answer in answers.values()):
+        warn("some conversations were longer than the model's context; their oldest turns were left out")
+    labels = label_sets(records)
+    return [
+        Prediction(
+            answers[index].text,
+            answers[index].finish,
+            answers[index].new_tokens,
+            answers[index].seconds,
+            score(record, answers[index].text, answers[index].finish, labels[kind_of(record)]),
+            batches[index],
+        )
+        for index, record in enumerate(records)
+    ]
+
+
+def label_sets(records: Sequence[Record]) -> dict[str, list[str]]:
+    """The labels that there are for each kind of row."""
+    sets: dict[str, set[str]] = {}
+    for record in records:
+        labels = sets.setdefault(kind_of(record), set())
+        if (label := wanted_label(record)) is not None:
+            labels |= set(SENTIMENTS) if label in SENTIMENTS else {label}
+    return {kind: sorted(labels) for kind, labels in sets.items()}
+
+
+def kind_of(record: Record) -> str:
+    return str(record.meta.get("kind") or "other")
+
+
+# ------------------------------------------------------------------------------------------------------- summary
+
+
+def summarize(
+    records: Sequence[Record], predictions: Mapping[str, Sequence[Prediction]], resamples: int = 2000, seed: int = 42
+) -> dict[str, Any]:
+    """Every measure of every model with its interval, their paired difference, and the values for each kind of row.
+
+    Args:
+        predictions: of each model, one for each of ``records``. The last model's are summarized in ``summary``.
+    """
+    by_event = Resampler([_group(record, index) for index, record in enumerate(records)], resamples, seed)
+    # Rows that were answered at once have one time between them.
+    answered = next(iter(predictions.values()))
+    by_batch = Resampler(
+        [("row", index) if item.batch is None else item.batch for index, item in enumerate(answered)], resamples, seed
+    )
+    systems: dict[str, dict[str, Any]] = {name: {} for name in predictions}
+    difference: dict[str, Any] = {}
+    for measure in MEASURES:
+        draws = by_batch if measure.name == "generation_time_s" else by_event
+        values = {name: measure.values(draws, items, records) for name, items in predictions.items()}
+        used = {
+            name: [measure.applies(item, record) for item, record in zip(items, records, strict=True)]
+            for name, items in predictions.items()
+        }
+        for name in predictions:
+            estimate = draws.estimate(values[name], used[name], (0.0, 1.0) if measure.unit == "%" else None)
+            systems[name][measure.name] = estimate.as_dict() if estimate else None
+        if BASE_SYSTEM in values and TUNED_SYSTEM in values:
+            fewer = min(used.values(), key=sum)
+            estimate = draws.estimate(
+                values[TUNED_SYSTEM] - values[BASE_SYSTEM], fewer, (-1.0, 1.0) if measure.unit == "%" else None
+            )
+            difference[measure.name] = estimate.as_dict() if estimate else None
+    tuned = systems[list(predictions)[-1]]
+    return {
+        "summary": {
+            "success_rate": tuned["success_rate"]["value"],
+            "average_similarity": tuned["chrf"]["value"],
+            "average_generation_time_s": tuned["generation_time_s"]["value"],
+            "average_generation_length": tuned["generated_tokens"]["value"],
+        },
+        "systems": systems,
+        "difference": difference,
+        "by_kind": _by_kind(records, predictions),
+        "expected": _of_expected(records, by_event),
+    }
+
+
+def _by_kind(records: Sequence[Record], predictions: Mapping[str, Sequence[Prediction]]) -> dict[str, Any]:
+    """The measures' plain values over the rows of each kind."""
+    kinds: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        kinds.setdefault(kind_of(record), []).append(index)
+    result: dict[str, Any] = {}
+    for kind, members in sorted(kinds.items()):
+        draws = Resampler(members, 0, 0)
+        chosen = [records[index] for index in members]
+        result[kind] = {"rows": len(members)}
+        for name, items in predictions.items():
+            mine = [items[index] for index in members]
+            result[kind][name] = {measure.name: plain(measure.values(draws, mine, chosen)[0]) for measure in MEASURES}
+    return result
+
+
+def _of_expected(records: Sequence[Record], draws: Resampler) -> dict[str, Any]:
+    """What the expected answers themselves would score where that is not 100%: numbers and length."""
+    scores = [score(record, record.answer, "stop") for record in records]
+    supported = draws.ratio([item.numbers_supported for item in scores], [item.numbers for item in scores])[0]
+    return {
+        "numbers_supported": plain(supported),
+        "answer_characters": sum(len(record.answer) for record in records) / len(records),
+    }
+
+
+def _group(record: Record, index: int) -> Hashable:
+    event = record.meta.get("event_id")
+    return ("row", index) if event in (None, "") else ("event", str(event))
+
+
+def prediction_rows(records: Sequence[Record], predictions: Mapping[str, Sequence[Prediction]]) -> list[dict[str, Any]]:
+    """A row for each record: where it stands, what was asked and expected, what each model said and scored."""
+    rows = []
+    for index, record in enumerate(records):
+        row: dict[str, Any] = {"file": str(record.file), "row": record.row}
+        row |= {name: record.meta[name] for name in ("kind", "event_id", "label", "fields") if name in record.meta}
+        row["prompt"] = [{"role": m.role, "content": m.content} for m in record.prompt]
+        row["expected"] = record.answer
+        for name, items in predictions.items():
+            item = items[index]
+            row[name] = {
+                "answer": item.text,
+                "finish": item.finish,
+                "new_tokens": item.new_tokens,
+                "seconds": round(item.seconds, 4),
+                "scores": asdict(item.scores),
+            }
+        rows.append(plain(row))
+    return rows
+
+
+def _machine() -> dict[str, Any]:
+    from stocklora.runtime.machine import machine_facts
+
+    return machine_facts()
+
+
+def check_results(content: Any, path: Path) -> Mapping[str, Any]:
+    """The content of a results file, if it is one.
+
+    Raises:
+        UserError: it is something else, or of another version.
+    """
+    if not isinstance(content, Mapping) or content.get("format") != FORMAT or not _is_whole(content):
+        raise UserError(f"{path} is not what training/evaluate.py of this version writes; run it again")
+    return content
+
+
+def _is_whole(content: Mapping[str, Any]) -> bool:
+    """Whether the tables are there, with every measure of every model."""
+    if not all(isinstance(content.get(name), Mapping) for name in ("data", "systems", "difference", "expected")):
+        return False
+    names = {measure.name for measure in MEASURES}
+    tables = list(content["systems"].values())
+    return TUNED_SYSTEM in content["systems"] and all(isinstance(it, Mapping) and set(it) >= names for it in tables)

@@ -1,0 +1,227 @@
+"""A news database (SQLite) read without ever writing to it: events, and what prices did after them.
+
+``events`` holds flashes (``content``) and calendar items (``name``, ``previous``, ``consensus``, ``actual``);
+``event_impacts`` holds returns by event, ticker and window. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from stocklora.cli.console import UserError
+
+COLUMNS = {
+    "events": (
+        "event_id", "source", "ts_local", "ts_utc", "country", "name", "content", "previous", "consensus", "actual",
+    ),
+    "event_impacts": ("event_id", "ticker", "window_min", "ret"),
+}  # fmt: skip
+SAMPLE_DATABASE = "finance_news.db"
+MISSING = {"", "none", "null", "nan", "n/a", "-", "--"}
+LARGEST_RETURN = 0.5  # a window of minutes or hours with more than this is a fault of the data
+WRITE_AHEAD = b"\x02"  # at byte 18 of a database in WAL mode
+LOCK_TIMEOUT_S = 5.0
+NUMBER = r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"  # a comma parts thousands; "0,3" is not read as 3
+DAY = re.compile(r"(\d{4})[-/.年](\d{1,2})[-/.月](\d{1,2})(?!\d)|(\d{4})(\d{2})(\d{2})(?!\d)")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One item of the news.
+
+    Attributes:
+        moves: by ticker, (window in minutes, return in basis points) from the shortest window to the longest. Returns
+            are rounded to whole basis points here, so that no text can show another number than it was judged by.
+    """
+
+    event_id: str
+    source: str
+    day: date
+    country: str
+    name: str
+    content: str
+    previous: str | None
+    consensus: str | None
+    actual: str | None
+    moves: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+
+
+def sample_database() -> Path:
+    """The bundled database of invented news."""
+    from stocklora.prices.sources.fetch import sample_folder
+
+    return sample_folder() / SAMPLE_DATABASE
+
+
+def read_events(path: Path | None) -> tuple[list[Event], Counter[str]]:
+    """Events in order of time, and how many rows were left out for which reason.
+
+    Args:
+        path: an SQLite file; None is the bundled one.
+
+    Raises:
+        UserError: no such file, not SQLite, a table or a column missing, or no usable event.
+    """
+    path = path or sample_database()
+    left_out: Counter[str] = Counter()
+    with _opened(path) as connection:
+        _check_tables(connection, path)
+        moves = _moves(connection, left_out)
+        # Named anew, for a table may spell them in capitals; not by rowid, which not every table has.
+        columns = ", ".join(f"{name} AS {name}" for name in COLUMNS["events"])
+        rows = [dict(row) for row in connection.execute(f"SELECT {columns} FROM events")]
+    events = []
+    seen = set()
+    for row in rows:
+        event_id, day = _text(row["event_id"]), _day(row["ts_local"]) or _day(row["ts_utc"])
+        if event_id is None or event_id in seen:
+            left_out["event without an id, or with another's"] += 1
+            continue
+        seen.add(event_id)
+        if day is None:
+            left_out["event without a date"] += 1
+            continue
+        if not (_text(row["content"]) or _text(row["name"])):
+            left_out["event without text"] += 1
+            continue
+        source, country, name, content = (_text(row[key]) or "" for key in ("source", "country", "name", "content"))
+        previous, consensus, actual = (_text(row[key]) for key in ("previous", "consensus", "actual"))
+        numbers = {"previous": previous, "consensus": consensus, "actual": actual}
+        events.append(Event(event_id, source, day, country, name, content, **numbers, moves=moves.get(event_id, {})))
+    orphans = sum(len(windows) for key in moves.keys() - seen for windows in moves[key].values())
+    if orphans:
+        left_out["return of an unknown event"] += orphans
+    if not events:
+        raise UserError(f"{path}: table events has no usable row; each needs event_id, a date and a text")
+    events.sort(key=lambda event: (event.day, event.event_id))
+    return events, left_out
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    try:
+        if not path.is_file():
+            bundled = f"the bundled one is --db data/sample/{SAMPLE_DATABASE}, the default"
+            raise UserError(f"no database {path}; give --db FILE; {bundled}")
+        with path.open("rb") as stream:
+            in_wal_mode = stream.read(100)[18:19] == WRITE_AHEAD
+        logs = {end: path.with_name(path.name + end) for end in ("-wal", "-journal")}
+        unfinished = [log.name for log in logs.values() if log.is_file() and log.stat().st_size]
+        alone = in_wal_mode and not logs["-wal"].exists()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    # A database in WAL mode wants to make files beside itself even for reading; without a log there is nothing to
+    # share with a writer, and `immutable` reads it as it lies. The same helps where locks cannot be had, but not
+    # beside a log or a writer: then what lies there is not the whole of it.
+    modes = [] if alone else ["mode=ro"]
+    if not unfinished:
+        modes.append("mode=ro&immutable=1")
+    problem: Exception | None = None
+    for mode in modes:
+        connection = None
+        try:
+            connection = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, timeout=LOCK_TIMEOUT_S)
+            connection.row_factory = sqlite3.Row
+            connection.execute("SELECT name FROM sqlite_master LIMIT 1").fetchone()
+        except sqlite3.OperationalError as error:
+            problem = error
+            if connection is not None:
+                connection.close()
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                raise UserError(f"{path} is locked by another program that writes to it; try again later") from None
+            continue
+        except sqlite3.DatabaseError as error:
+            if connection is not None:
+                connection.close()
+            raise UserError(f"{path} is not an SQLite database: {error}") from None
+        try:
+            yield connection
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"cannot read {path}: {error}; the file may be damaged") from None
+        finally:
+            connection.close()
+        return
+    open_changes = (
+        f"; {', '.join(unfinished)} holds changes to it: open and close it once in sqlite3" if unfinished else ""
+    )
+    raise UserError(f"cannot open {path}: {problem}{open_changes}")
+
+
+def _check_tables(connection: sqlite3.Connection, path: Path) -> None:
+    tables = {
+        row[0].lower() for row in connection.execute("SELECT name FROM sqlite_master WHERE type IN ('table','view')")
+    }
+    for table, columns in COLUMNS.items():
+        if table not in tables:
+            there = ", ".join(sorted(tables)) or "none"
+            raise UserError(f"{path}: no table {table}; tables there: {there}")
+        present = {row[1].lower() for row in connection.execute(f"PRAGMA table_info({table})")}
+        missing = [column for column in columns if column not in present]
+        if missing:
+            raise UserError(f"{path}: table {table} has no column {', '.join(missing)}; it needs {', '.join(columns)}")
+
+
+def _moves(connection: sqlite3.Connection, left_out: Counter[str]) -> dict[str, dict[str, tuple[tuple[int, int], ...]]]:
+    """By event and ticker: (minutes, basis points) in order of the windows."""
+    found: dict[str, dict[str, dict[int, int]]] = {}
+    for row in connection.execute("SELECT event_id, ticker, window_min, ret FROM event_impacts"):
+        event_id, ticker = _text(row["event_id"]), _text(row["ticker"])
+        minutes, ret = _number(row["window_min"]), _number(row["ret"])
+        if event_id is None or ticker is None or minutes is None or minutes <= 0 or minutes != int(minutes):
+            left_out["return without event, ticker or window"] += 1
+        elif ret is None or abs(ret) > LARGEST_RETURN:
+            left_out["return that is empty, no number or beyond 50%"] += 1
+        else:
+            windows = found.setdefault(event_id, {}).setdefault(ticker, {})
+            if int(minutes) in windows:
+                left_out["return given twice for one window"] += 1
+            windows.setdefault(int(minutes), round(ret * 10_000))
+    return {
+        event_id: {ticker: tuple(sorted(windows.items())) for ticker, windows in sorted(tickers.items())}
+        for event_id, tickers in found.items()
+    }
+
+
+def _text(value: Any) -> str | None:
+    """Text of a cell; what stands for nothing is None."""
+    if value is None or isinstance(value, bytes):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas makes 7 a 7.0 where a column has gaps; an id must stay the same
+    text = str(value).strip()
+    return None if text.lower() in MISSING else text
+
+
+def _number(value: Any) -> float | None:
+    """A number of a cell, also from text; ``0.3%`` is 0.003."""
+    text = _text(value)
+    if text is None:
+        return None
+    digits = text.removesuffix("%").strip()
+    if "," in digits and not re.fullmatch(NUMBER, digits):
+        return None
+    try:
+        number = float(digits.replace(",", "")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _day(value: Any) -> date | None:
+    """The day that a time begins with: ``2025-01-03 09:30:00``, ``2025/1/3``, ``20250103``; none in Unix seconds."""
+    match = DAY.match(_text(value) or "")
+    if match is None:
+        return None
+    try:
+        return date(*(int(part) for part in match.groups() if part))
+    except ValueError:
+        return None

@@ -1,0 +1,337 @@
+"""From a news database to instruction rows: chosen by shares, without duplicates, split by date, each with its origin.
+
+The labels follow from the measured returns and the named thresholds; see ``reactions.Thresholds``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stocklora.cli.console import UserError
+from stocklora.cli.settings import setting
+from stocklora.instruct.news import reaction_questions as reactions
+from stocklora.instruct.news import release_questions as releases
+from stocklora.instruct.news.database import Event, read_events
+from stocklora.instruct.news.near_duplicates import first_of_each
+from stocklora.instruct.news.questions import Maker, Row, Subject, subjects_of
+from stocklora.instruct.news.reactions import Thresholds
+from stocklora.instruct.rows.records import PARTS, Record, cut_days, parse_row, prompt_key, split_records
+
+NEWS, MARKET, EARNINGS = SHARES = ("news", "market", "earnings")
+# share -> kinds, in the order in which they take turns
+MAKERS: dict[str, dict[str, Maker]] = {
+    NEWS: {
+        "sentiment": reactions.make_sentiment,
+        "extraction": reactions.make_extraction,
+        "windows": reactions.make_windows,
+    },
+    MARKET: {
+        "priced_in": reactions.make_priced_in,
+        "watch": reactions.make_watch,
+        "risk": reactions.make_risk,
+    },
+    EARNINGS: {
+        "indicator": releases.make_indicator,
+        "release_extraction": releases.make_release_extraction,
+        "change": releases.make_change,
+    },
+}
+KIND_WORDS = {
+    "sentiment": "情绪与理由", "extraction": "行情抽取（JSON）", "windows": "多窗口比较", "priced_in": "是否预期兑现",
+    "watch": "观望信号", "risk": "短线风险等级", "indicator": "数据解读", "release_extraction": "数据抽取（JSON）",
+    "change": "较前值变化",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class InstructionSettings:
+    """Settings of ``scripts/qlora/build_instruction_dataset.py``."""
+
+    db: Path | None = setting(
+        None, "SQLite file with events and event_impacts (default: the bundled one, whose news are invented)",
+        section="data", metavar="FILE",
+    )  # fmt: skip
+    output: Path = setting(
+        Path("data/qlora/instructions.jsonl"), "rows to write, .jsonl or .json", section="data", metavar="FILE"
+    )
+    num_samples: int = setting(300, "rows to make", section="data", metavar="N")
+    shares: list[float] = setting(
+        [0.6, 0.2, 0.2], "shares of news, market analysis, earnings and indicators", section="data", nargs="+",
+        metavar="SHARE",
+    )  # fmt: skip
+    split: list[float] = setting(
+        [0.7, 0.1, 0.2], "shares of train, validation, test; cut by date, the latest being the test", section="data",
+        nargs="+", metavar="SHARE",
+    )  # fmt: skip
+    seed: int = setting(42, "of the choice of events and of the wording", section="data")
+    strict: bool = setting(False, "stop where a share has too little data, instead of filling up", section="data")
+    show: int = setting(0, "print this many of the rows", section="data", metavar="N")
+
+    reference_minutes: int = setting(
+        15, "window whose return decides the sentiment, in minutes", section="labels", metavar="MINUTES"
+    )
+    neutral_band_bp: int = setting(
+        5, "returns up to this size are neutral, in basis points (5 is 0.05%)", section="labels", metavar="BP"
+    )
+    medium_risk_bp: int = setting(10, "largest move from which the risk is medium", section="labels", metavar="BP")
+    high_risk_bp: int = setting(30, "largest move from which the risk is high", section="labels", metavar="BP")
+    max_characters: int = setting(
+        160, "longer news are shown by their headline, or left out", section="texts", metavar="N"
+    )
+    short_answers: bool = setting(
+        False, "sentiment, priced-in, watch and risk labels without their reasons: for small models", section="texts"
+    )
+    near_duplicate: float = setting(
+        0.8, "news this alike (Jaccard similarity of 3 characters) are one", section="texts", metavar="SHARE"
+    )
+
+    def checked(self) -> InstructionSettings:
+        """Itself, if every value makes sense.
+
+        Raises:
+            UserError: names the setting and what it may be.
+        """
+        for name, least in (("num_samples", 1), ("reference_minutes", 1), ("max_characters", 20), ("show", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.neutral_band_bp < self.medium_risk_bp < self.high_risk_bp:
+            raise UserError(
+                f"--neutral_band_bp, --medium_risk_bp and --high_risk_bp must grow from 0 on; got "
+                f"{self.neutral_band_bp}, {self.medium_risk_bp}, {self.high_risk_bp}"
+            )
+        if len(self.shares) != 3 or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+            raise UserError(f"--shares must be three shares that sum to 1 ({', '.join(SHARES)}); got {self.shares}")
+        if not 0 < self.near_duplicate <= 1:
+            raise UserError(f"--near_duplicate must be above 0 and at most 1, got {self.near_duplicate}")
+        if self.output.suffix.lower() not in (".jsonl", ".json"):
+            raise UserError(f"--output must end in .jsonl or .json, got {self.output}")
+        split_records([], self.split)  # refuses what are no shares
+        return self
+
+    @property
+    def thresholds(self) -> Thresholds:
+        return Thresholds(self.neutral_band_bp, self.medium_risk_bp, self.high_risk_bp)
+
+
+@dataclass(frozen=True)
+class Built:
+    """The rows, what was left out of the database and why, and what a user should know."""
+
+    records: list[Record]
+    left_out: Counter[str]
+    notes: list[str] = field(default_factory=list)
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Rows of (kind, what it asks, share, rows, train, validation, test), and their sum."""
+        counts = Counter((r.meta["share"], r.meta["kind"], r.meta["split"]) for r in self.records)
+        rows = []
+        for share in SHARES:
+            for kind in MAKERS[share]:
+                parts = [counts[share, kind, part] for part in PARTS]
+                if sum(parts):
+                    rows.append((kind, KIND_WORDS[kind], share, *(f"{n:,}" for n in (sum(parts), *parts))))
+        whole = [sum(n for key, n in counts.items() if key[2] == part) for part in PARTS]
+        return [*rows, ("all", "", "", *(f"{n:,}" for n in (sum(whole), *whole)))]
+
+
+def build_dataset(settings: InstructionSettings) -> Built:
+    """Instruction rows from ``settings.db``, in order of date; the same for the same settings and database.
+
+    Raises:
+        UserError: the database is missing or not fit, nothing can be asked of it, or ``strict`` and too little data.
+    """
+    settings.checked()
+    events, left_out = read_events(settings.db)
+    kept = _without_repeats(events, settings, left_out)
+    subjects = [
+        subject
+        for event in kept
+        for subject in subjects_of(
+            event, settings.thresholds, settings.reference_minutes, settings.max_characters, settings.short_answers
+        )
+    ]
+    records, notes = _chosen(subjects, settings)
+    if not records:
+        raise UserError(
+            f"{settings.db or 'the bundled database'}: no event carries a question; it needs returns over "
+            f"{settings.reference_minutes} minutes in event_impacts, or calendar items with previous and actual"
+        )
+    records.sort(key=lambda record: (record.meta["date"], record.meta["event_id"], record.meta["kind"]))
+    return Built(records, left_out, notes)
+
+
+def _without_repeats(events: Sequence[Event], settings: InstructionSettings, left_out: Counter[str]) -> list[Event]:
+    """Events of which no other says the same; of equals one with returns is kept, else the earliest.
+
+    What carries no question is counted, and stays: the days are cut by all that was measured on them.
+    """
+    best_first = sorted(events, key=lambda event: (not event.moves, event.day, event.event_id))
+    by_release: dict[Any, Event] = {}
+    texts: list[tuple[Event, str]] = []
+    silent: list[Event] = []
+    for event in best_first:
+        subject = subjects_of(event, settings.thresholds, settings.reference_minutes, settings.max_characters)[0]
+        if subject.release is not None:
+            key = (subject.release.name, subject.release.actual)  # the same release, once with and once without units
+            if by_release.setdefault(key, event) is not event:
+                left_out["repeats an earlier release"] += 1
+        elif subject.text is not None and event.moves and not event.name:
+            texts.append((event, subject.text))
+        else:
+            silent.append(event)
+            if event.name:
+                left_out["calendar item without an actual value, or nothing to compare it with"] += 1
+            elif subject.text is None:
+                left_out[f"digest, or longer than {settings.max_characters} characters without a headline"] += 1
+            else:
+                left_out["news without a return in event_impacts"] += 1
+    first = first_of_each([text for _, text in texts], settings.near_duplicate)
+    kept = [event for index, (event, _) in enumerate(texts) if first[index] == index]
+    if len(kept) < len(texts):
+        left_out["repeats earlier news in the same or nearly the same words"] += len(texts) - len(kept)
+    return sorted([*kept, *silent, *by_release.values()], key=lambda event: (event.day, event.event_id))
+
+
+class _Source:
+    """The questions of one share in the order in which they are taken: kinds in turn, labels in turn, events anew."""
+
+    def __init__(self, share: str, subjects: Sequence[Subject], seed: int) -> None:
+        self.share = share
+        self.queues: dict[str, deque[tuple[Subject, Row]]] = {}
+        for kind, maker in MAKERS[share].items():
+            by_label: dict[str, list[tuple[Subject, Row]]] = {}
+            asked: set[str] = set()  # events with a question that shows no return: one, however many tickers moved
+            for subject in subjects:
+                # A generator for each row: what one says does not depend on which others there are.
+                key = f"{seed}|{kind}|{subject.event.event_id}|{subject.ticker}"
+                row = maker(subject, random.Random(key))
+                if row is not None and (row["windows"] or subject.event.event_id not in asked):
+                    if not row["windows"]:
+                        asked.add(subject.event.event_id)
+                    label = str(row.get("label") or (row.get("fields") or {}).get("情绪", ""))
+                    by_label.setdefault(label, []).append((subject, row))
+            for label, items in sorted(by_label.items()):
+                random.Random(f"{seed}|{kind}|{label}").shuffle(items)
+            self.queues[kind] = deque(_in_turn([by_label[label] for label in sorted(by_label)]))
+        self.later: dict[str, deque[tuple[Subject, Row]]] = {kind: deque() for kind in self.queues}
+
+    def take(self, used: set[str]) -> Iterator[tuple[str, Subject, Row]]:
+        """Questions one after another; those on events in ``used`` come last."""
+        while any(self.queues.values()) or any(self.later.values()):
+            for kind, queue in self.queues.items():
+                while queue and queue[0][0].event.event_id in used:
+                    self.later[kind].append(queue.popleft())
+                source = queue or self.later[kind]
+                if source:
+                    yield (kind, *source.popleft())
+
+
+def _in_turn(groups: Sequence[Sequence[Any]]) -> list[Any]:
+    longest = max(map(len, groups), default=0)
+    return [group[place] for place in range(longest) for group in groups if place < len(group)]
+
+
+def _parts_by_day(subjects: Sequence[Subject], fractions: Sequence[float]) -> dict[str, list[Subject]]:
+    """Subjects by part. The days are cut by what was measured on them, so that each part has some of every kind."""
+    measured = Counter(s.event.day for s in subjects if s.reference is not None)
+    everything = Counter(subject.event.day for subject in subjects)
+    part_of_day = cut_days(measured, fractions) or cut_days(everything, fractions)
+    if part_of_day is None:
+        raise UserError(f"the database holds {len(everything)} day(s), too few for --split {list(fractions)}")
+    begins = sorted(
+        (min(day for day in part_of_day if part_of_day[day] == part), part) for part in set(part_of_day.values())
+    )
+    parts: dict[str, list[Subject]] = {part: [] for part in PARTS}
+    for subject in subjects:
+        begun = [part for first, part in begins if first <= subject.event.day]
+        parts[begun[-1] if begun else begins[0][1]].append(subject)
+    return parts
+
+
+def _chosen(subjects: Sequence[Subject], settings: InstructionSettings) -> tuple[list[Record], list[str]]:
+    """Rows by part and share; what one lacks is filled up from the others."""
+    by_part = _parts_by_day(subjects, settings.split)
+    sources = {(part, share): _Source(share, by_part[part], settings.seed) for part in PARTS for share in SHARES}
+    used: set[str] = set()
+    asked: set[str] = set()
+    records: list[Record] = []
+    counts: Counter[str] = Counter()
+    questions = {key: source.take(used) for key, source in sources.items()}
+
+    def draw(part: str, share: str, wanted: int) -> int:
+        count = 0
+        while count < wanted and (found := next(questions[part, share], None)) is not None:
+            record = _record(share, part, settings.seed, *found)
+            key = prompt_key(record)
+            if key not in asked:
+                asked.add(key)
+                used.add(found[1].event.event_id)
+                records.append(record)
+                count += 1
+        counts[share] += count
+        return count
+
+    wanted = _quotas(settings.num_samples, settings.shares)
+    missing: Counter[str] = Counter()
+    for share in (MARKET, EARNINGS, NEWS):  # the scarcest first: the plentiful turn to the events that these left over
+        for part, quota in zip(PARTS, _whole(wanted[share], settings.split), strict=True):
+            missing[part] += quota - draw(part, share, quota)
+    short = {share: counts[share] for share in SHARES if counts[share] < wanted[share]}
+    notes = [f"{share}: {count:,} rows where {wanted[share]:,} were asked for" for share, count in short.items()]
+    if short and settings.strict:
+        raise UserError(
+            f"too little data for the shares and the split ({'; '.join(notes)}); lower --num_samples, change --shares, "
+            f"or drop --strict to fill up"
+        )
+    for part in PARTS:  # first within the part, then wherever there is something
+        for share in SHARES:
+            missing[part] -= draw(part, share, missing[part]) if wanted[share] else 0
+    left = sum(missing.values())
+    for part in PARTS:
+        for share in SHARES:
+            left -= draw(part, share, left) if wanted[share] and settings.split[PARTS.index(part)] else 0
+    for share in SHARES:
+        more = counts[share] - short.get(share, wanted[share])
+        if more > 0:
+            notes.append(f"filled up with {more:,} more of {share}")
+    if left:
+        notes.append(
+            f"{len(records):,} rows in all, not {settings.num_samples:,}: the database holds no more questions"
+        )
+    return records, notes
+
+
+def _quotas(rows: int, shares: Sequence[float]) -> dict[str, int]:
+    return dict(zip(SHARES, _whole(rows, shares), strict=True))
+
+
+def _whole(rows: int, shares: Sequence[float]) -> list[int]:
+    """Whole numbers that sum to ``rows``, by largest remainder."""
+    exact = [rows * share for share in shares]
+    counts = [int(value + 1e-9) for value in exact]
+    by_rest = sorted(range(len(shares)), key=lambda place: counts[place] - exact[place])
+    for place in by_rest[: rows - sum(counts)]:
+        counts[place] += 1
+    return counts
+
+
+def _record(share: str, part: str, seed: int, kind: str, subject: Subject, row: Row) -> Record:
+    windows = row.pop("windows", [])
+    event = subject.event
+    moves = dict(subject.moves)
+    scored = {key: row.pop(key) for key in list(row) if key not in ("instruction", "input", "output")}
+    meta = {
+        "kind": kind, "share": share, "event_id": event.event_id, "source": event.source,
+        "ticker": subject.ticker if windows else None, "windows": windows,
+        "returns_bp": [moves[minutes] for minutes in windows],
+        "date": event.day.isoformat(), "split": part, "seed": seed, **scored,
+    }  # fmt: skip
+    record, faults = parse_row({**row, **meta})
+    if record is None:
+        raise RuntimeError(f"{event.event_id}: {faults[0]}")
+    return record

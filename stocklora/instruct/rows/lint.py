@@ -1,0 +1,221 @@
+"""Check instruction rows before anything is trained on them.
+
+    python -m stocklora.instruct.lint data/qlora/instructions.jsonl
+    python -m stocklora.instruct.lint data/*.json --model_path models/smollm2-135m --max_length 512
+
+Every fault is a line: file, row, field, what is wrong. Without a model the rows are checked as text: form, roles and
+their order, empty answers, repeated rows, a question or an event in two parts of the split, labels and JSON that do
+not agree with the answer. With --model_path they are also rendered by the model's chat template: rows that lose
+tokens to --max_length, rows without a supervised token, and the share of tokens that the loss is taken on.
+
+Exit code: 0 without faults, 1 with faults, 2 where a file or the model cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stocklora.cli.console import UserError, print_table, run_script, say
+from stocklora.cli.settings import ScriptParser
+from stocklora.instruct.rows.records import Fault, Record, given_part, prompt_key, read_with_faults
+
+EXIT_FAULTS = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the linter found.
+
+    Attributes:
+        faults: rows that must not be trained on as they are.
+        warnings: what deserves a look and may be meant.
+        rows: rows that could be read.
+        lengths, supervised: tokens of each sequence before cutting, and those the loss is taken on; empty without a
+            tokenizer. A conversation of several answers may be several sequences, see ``tokens.encode_answers``.
+    """
+
+    faults: list[Fault]
+    warnings: list[Fault]
+    rows: int
+    lengths: list[int] = field(default_factory=list)
+    supervised: list[int] = field(default_factory=list)
+
+    @property
+    def bad_rows(self) -> set[tuple[Path, int]]:
+        return {(fault.file, fault.row) for fault in self.faults}
+
+    @property
+    def supervised_share(self) -> float | None:
+        """Share of all tokens that the loss is taken on."""
+        total = sum(self.lengths)
+        return sum(self.supervised) / total if total else None
+
+
+def check_records(records: Sequence[Record], tokenizer: Any = None, max_length: int | None = None) -> Report:
+    """Faults and warnings of ``records``, in their order.
+
+    Args:
+        tokenizer: of ``tokens.prepare_tokenizer``; None checks the text alone.
+        max_length: tokens a row may have; needs a tokenizer.
+    """
+    faults: list[Fault] = []
+    warnings: list[Fault] = []
+    lengths: list[int] = []
+    supervised: list[int] = []
+    first_row: dict[tuple[str, str], Record] = {}
+    first_answer: dict[str, Record] = {}
+    first_part: dict[tuple[str, str], Record] = {}
+    for record in records:
+        question = prompt_key(record)
+        earlier = first_row.setdefault((question, record.answer.strip()), record)
+        if earlier is not record:
+            faults.append(_fault(record, "", f"repeats {_place(earlier, record)}"))
+        elif (other := first_answer.setdefault(question, record)) is not record:
+            warnings.append(_fault(record, "", f"the question of {_place(other, record)} with another answer"))
+        faults.extend(_split_faults(record, question, first_part))
+        faults.extend(_text_faults(record))
+        if tokenizer is not None:
+            faults.extend(_token_faults(record, tokenizer, max_length, lengths, supervised))
+    return Report(faults, warnings, len(records), lengths, supervised)
+
+
+def _split_faults(record: Record, question: str, first: dict[tuple[str, str], Record]) -> Iterator[Fault]:
+    """A part that is none, and a question or an event that stands in two: the test would be known from training."""
+    try:
+        part = given_part(record)
+    except UserError as error:
+        yield _fault(record, "split", str(error).removeprefix(f"{record.where}, split: "))
+        return
+    if part is None:
+        return
+    keys = {("question", question): "asks the same"}
+    if record.meta.get("event_id") not in (None, ""):
+        keys["event", str(record.meta["event_id"])] = "is of the same event"
+    for key, words in keys.items():
+        same = first.setdefault(key, record)
+        if given_part(same) != part:
+            text = f"'{record.meta['split']}', but {_place(same, record)} {words} in '{same.meta['split']}'"
+            yield _fault(record, "split", text)
+            return
+
+
+def _text_faults(record: Record) -> Iterator[Fault]:
+    for index, message in enumerate(record.messages):
+        if "\ufffd" in message.content:
+            yield _fault(record, f"turn {index + 1}", "holds U+FFFD: the text was once read in the wrong encoding")
+    if not {"kind", "event_id"} <= record.meta.keys():  # other files may mean other things by `label`
+        return
+    label, fields = record.meta.get("label"), record.meta.get("fields")
+    if isinstance(label, str) and label and label not in record.answer.split("\n", 1)[0]:
+        yield _fault(record, "label", f"'{label}' does not stand in the answer's first line")
+    if isinstance(fields, dict):
+        try:
+            agrees = json.loads(record.answer) == fields
+        except (ValueError, RecursionError):
+            agrees = False
+        if not agrees:
+            yield _fault(record, "fields", "the answer is not this JSON object")
+
+
+def _token_faults(
+    record: Record, tokenizer: Any, max_length: int | None, lengths: list[int], supervised: list[int]
+) -> Iterator[Fault]:
+    from stocklora.instruct.rows.chat_template import encode_answers
+
+    try:
+        sequences = encode_answers(tokenizer, record, max_length)
+    except UserError as error:
+        yield _fault(record, "", str(error).removeprefix(f"{record.where}: "))
+        return
+    for encoded in sequences:
+        lengths.append(len(encoded.input_ids) + encoded.lost_tokens)
+        supervised.append(encoded.supervised)
+    # The last sequence is the whole conversation, and so the longest one.
+    if encoded.lost_tokens:
+        lost = f"{encoded.lost_tokens:,} of {lengths[-1]:,} tokens lie beyond max_length {max_length:,}"
+        rest = "its end token among them" if encoded.supervised else "no supervised token is left"
+        yield _fault(record, "answer", f"{lost}, {rest}")
+    elif not encoded.supervised:
+        yield _fault(record, "answer", "no supervised token")
+
+
+def _fault(record: Record, name: str, message: str) -> Fault:
+    return Fault(record.file, record.row, name, message)
+
+
+def _place(record: Record, seen_from: Record) -> str:
+    return f"row {record.row}" if record.file == seen_from.file else record.where
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = ScriptParser(prog="python -m stocklora.instruct.lint", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="instruction rows, .json or .jsonl")
+    parser.add_argument("--model_path", type=Path, metavar="FOLDER", help="model whose tokenizer and template to use")
+    parser.add_argument(
+        "--max_length", type=int, metavar="TOKENS", help="tokens that training will keep of a row; needs --model_path"
+    )
+    parser.add_argument("--quiet", action="store_true", help="the summary alone, without a line for each fault")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    return run_script(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.max_length is not None and arguments.max_length < 1:
+        raise UserError(f"--max_length must be at least 1, got {arguments.max_length}")
+    if arguments.max_length is not None and arguments.model_path is None:
+        raise UserError("--max_length counts tokens of a model: give --model_path FOLDER as well")
+    records, unreadable = read_with_faults(arguments.files)
+    tokenizer = None
+    if arguments.model_path is not None:
+        from stocklora.instruct.rows.chat_template import prepare_tokenizer
+
+        tokenizer = prepare_tokenizer(arguments.model_path)
+    report = check_records(records, tokenizer, arguments.max_length)
+    order = {path: place for place, path in enumerate(arguments.files)}
+    faults = sorted([*unreadable, *report.faults], key=lambda fault: (order[fault.file], fault.row))
+    if not records and not faults:
+        raise UserError(f"{', '.join(map(str, arguments.files))}: no rows")
+    if not arguments.quiet:
+        for fault in faults:
+            say(str(fault))
+        for warning in report.warnings:
+            say(f"warning: {warning}")
+    summarize(records, faults, report)
+    return EXIT_FAULTS if faults else 0
+
+
+def summarize(records: Sequence[Record], faults: Sequence[Fault], report: Report) -> None:
+    """A table of what the files hold, and one line with the verdict."""
+    bad = len({(fault.file, fault.row) for fault in faults})
+    rows = [("rows", f"{len(records):,}")]
+    for name in ("split", "kind"):
+        counts = Counter(str(record.meta[name]) for record in records if record.meta.get(name))
+        rows += [(f"{name} {value}", f"{count:,}") for value, count in sorted(counts.items())]
+    if records:
+        questions = [sum(len(message.content) for message in record.prompt) for record in records]
+        rows.append(("characters of a question, median", f"{statistics.median(questions):,.0f}"))
+        answers = [len(record.answer) for record in records]
+        rows.append(("characters of an answer, median", f"{statistics.median(answers):,.0f}"))
+    if report.lengths:
+        rows.append(("tokens of a row, median", f"{statistics.median(report.lengths):,.0f}"))
+        rows.append(("tokens of a row, most", f"{max(report.lengths):,}"))
+        rows.append(("tokens supervised", f"{100 * (report.supervised_share or 0):.1f}%"))
+    print_table("Instruction rows", ("", "value"), rows)
+    warned = f", {len(report.warnings):,} warning(s)" if report.warnings else ""
+    say(f"{len(faults):,} fault(s) in {bad:,} row(s){warned}" if faults else f"no faults{warned}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Checkpoints of instruction tuning: whole ones told from half ones, and a run told from another. No heavy imports."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stocklora.cli.console import UserError, say, warn
+
+MANIFEST = "stocklora_checkpoint.json"  # written last
+RUN_NAME = "training_settings.json"
+STATE_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+# Settings that change nothing in what is computed.
+FREE = {
+    "resume_from_checkpoint", "output_dir", "save_total_limit", "logging_steps", "report_to", "preflight_only",
+    "device", "data_path", "validation_path", "model_path",
+}  # fmt: skip
+# Settings without which the checkpoint does not fit the model at all.
+SHAPE = ("method", "lora_r", "lora_target_modules", "use_dora")
+
+
+def contents(folder: Path) -> dict[str, int]:
+    """Size in bytes of every file in ``folder``, by name."""
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The whole checkpoints in ``folder``, in the order of their steps."""
+    found = [path for path in folder.glob("checkpoint-*") if _step(path) is not None and fault_of(path) is None]
+    return sorted(found, key=lambda path: _step(path) or 0)
+
+
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None where it is whole."""
+    missing = [name for name in STATE_FILES if not (folder / name).is_file()]
+    if missing:
+        return f"it has no {missing[0]}"
+    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "model.safetensors",
+                                                      "model.safetensors.index.json")):  # fmt: skip
+        return "it has no weights"
+    if not (folder / MANIFEST).is_file():
+        return f"it has no {MANIFEST}, which is written last: the run was stopped while it wrote the checkpoint"
+    try:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, size in listed.items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+                return f"{name} is missing or has another size than when it was written"
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    return None
+
+
+def find_checkpoint(given: str | None, output_dir: Path) -> Path | None:
+    """The checkpoint that ``--resume_from_checkpoint`` means.
+
+    Raises:
+        UserError: there is none, or only half of one; the message names one that can be resumed.
+    """
+    if given is None:
+        return None
+    if given in ("last", "auto", "true", "True"):
+        whole = checkpoints_in(output_dir)
+        if not whole:
+            raise UserError(
+                f"--resume_from_checkpoint {given}: no whole checkpoint in {output_dir}; leave the flag out to "
+                "begin anew"
+            )
+        return whole[-1]
+    folder = Path(given)
+    others = checkpoints_in(folder if folder.is_dir() and not _step(folder) else folder.absolute().parent)
+    hint = f"; there is {others[-1]}" if others else f"; {folder.parent} holds no other: leave the flag out"
+    if not folder.is_dir():
+        raise UserError(f"--resume_from_checkpoint: no folder {folder}{hint}")
+    fault = fault_of(folder)
+    if fault is not None:
+        raise UserError(f"--resume_from_checkpoint {folder}: {fault}{hint}")
+    return folder
+
+
+def check_room(output_dir: Path) -> None:
+    """Refuse a folder with checkpoints of a run that has not finished: they may be worth hours.
+
+    Raises:
+        UserError: it has some.
+    """
+    if not _all_checkpoints(output_dir):
+        return
+    try:
+        finished = json.loads((output_dir / RUN_NAME).read_text(encoding="utf-8")).get("finished") is True
+    except (OSError, ValueError, AttributeError):
+        finished = False
+    if not finished:
+        raise UserError(
+            f"{output_dir} holds checkpoints of a run that has not finished; go on with --resume_from_checkpoint last, "
+            f"give another --output_dir, or remove {output_dir}"
+        )
+
+
+def make_room(output_dir: Path) -> None:
+    """Remove a finished run's checkpoints, which a new run there would take for its own."""
+    for path in _all_checkpoints(output_dir):
+        shutil.rmtree(path)
+
+
+def _all_checkpoints(output_dir: Path) -> list[Path]:
+    """Whole or not."""
+    return [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and _step(path) is not None]
+
+
+def check_same_run(checkpoint: Path, facts: Mapping[str, Any]) -> None:
+    """Compare this run's settings and data with those that ``checkpoint`` was made with.
+
+    What differs without changing the model's shape is allowed, and said: such a run goes on from the checkpoint, but
+    does not end where the earlier one would have.
+
+    Args:
+        facts: ``method``, the settings by name, ``model`` (the base's configuration hash) and ``data`` (hashes).
+
+    Raises:
+        UserError: the checkpoint is of another model or of adapters of another shape.
+    """
+    path = checkpoint / RUN_NAME
+    if not path.is_file():
+        path = checkpoint.absolute().parent / RUN_NAME
+    if not path.is_file():
+        warn(f"{checkpoint} does not say with which settings it was made; they cannot be compared")
+        return
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if earlier.get("model") != facts["model"]:
+        raise UserError(f"{checkpoint} was made from another model; give its --model_path, or begin anew")
+    differing = [name for name in facts if name in earlier and name not in FREE and earlier[name] != facts[name]]
+    for name in SHAPE:
+        if name in differing:
+            raise UserError(
+                f"{checkpoint} was made with {name} {_shown(earlier[name])}, not {_shown(facts[name])}; give the same, "
+                f"or begin anew without --resume_from_checkpoint"
+            )
+    if differing:
+        changes = ", ".join(f"{name} {_shown(earlier[name])} -> {_shown(facts[name])}" for name in differing)
+        warn(f"going on from {checkpoint} with changes ({changes}): this is not the exact continuation of that run")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _step(folder: Path) -> int | None:
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match[1]) if match else None
+
+
+def drop_later(checkpoint: Path, output_dir: Path) -> None:
+    """Remove what a run left behind after the checkpoint it is taken up from; it is computed anew."""
+    step = _step(checkpoint)
+    for path in output_dir.glob("checkpoint-*"):
+        if step is not None and path.is_dir() and (_step(path) or 0) > step:
+            say(f"removing {path}, which is later than {checkpoint}")
+            shutil.rmtree(path)

@@ -1,0 +1,202 @@
+"""Rows to train on: read, checked, split, as tokens and labels, and laid into sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stocklora.cli.console import UserError, progress, warn
+from stocklora.instruct.rows.chat_template import Encoded, encode, encode_answers
+from stocklora.instruct.rows.records import PARTS, Record, read_with_faults, split_records
+from stocklora.instruct.sft.settings import SftSettings
+from stocklora.runtime.files import sha256_of
+
+MOST_FAULTS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """A conversation and its tokens. One of several answers may need several; see ``tokens.encode_answers``."""
+
+    record: Record
+    encoded: Encoded
+
+
+@dataclass
+class InstructionData:
+    """What a run trains on.
+
+    Attributes:
+        parts: rows by part: ``train``, ``validation``, ``test`` (never looked at here).
+        skipped: rows left out, by reason.
+        files: each file's path, sha256 and whether its rows only validate.
+    """
+
+    parts: dict[str, list[EncodedRow]]
+    skipped: dict[str, int]
+    files: list[dict[str, Any]]
+    split: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def train(self) -> list[EncodedRow]:
+        return self.parts["train"]
+
+    @property
+    def validation(self) -> list[EncodedRow]:
+        return self.parts["validation"]
+
+
+def read_data(settings: SftSettings, tokenizer: Any) -> InstructionData:
+    """The rows of ``settings``, checked and split, as tokens.
+
+    Raises:
+        UserError: bad rows, unless they are to be skipped; no row left to train on.
+    """
+    fractions = (
+        1.0 - settings.validation_fraction - settings.test_fraction,
+        settings.validation_fraction,
+        settings.test_fraction,
+    )
+    skipped: dict[str, int] = {}
+    records = _checked(settings.data_path, settings, tokenizer, skipped)
+    if settings.validation_path:  # a file of its own: what would have validated trains
+        fractions = (1.0 - settings.test_fraction, 0.0, settings.test_fraction)
+    split = split_records(records, fractions, settings.seed)
+    if settings.validation_path:
+        split["validation"] = _checked(settings.validation_path, settings, tokenizer, skipped)
+    parts = {name: _encoded(split[name], settings, tokenizer, skipped) for name in PARTS}
+    if not parts["train"]:
+        raise UserError(
+            f"no row left to train on in {', '.join(map(str, settings.data_path))}: {len(records)} read, skipped: "
+            f"{skipped or 'none'}; lower --validation_fraction and --test_fraction, or give more rows"
+        )
+    files = [
+        {"path": str(path), "sha256": sha256_of(path), "validation_only": path in settings.validation_path}
+        for path in [*settings.data_path, *settings.validation_path]
+    ]
+    how = {"fractions": list(fractions), "seed": settings.seed}
+    return InstructionData(parts, skipped, files, how | {name: len(rows) for name, rows in parts.items()})
+
+
+def _checked(paths: Sequence[Path], settings: SftSettings, tokenizer: Any, skipped: dict[str, int]) -> list[Record]:
+    """The rows without faults; what has some stops the run, or is counted in ``skipped``."""
+    from stocklora.instruct.rows.lint import check_records
+
+    records, unreadable = read_with_faults(paths)
+    # Not by max_length: a smaller one is the way out of too little memory. What it cuts is counted and warned of.
+    report = check_records(records, tokenizer)
+    faults = [*unreadable, *report.faults]
+    if not faults:
+        return records
+    bad = {(fault.file, fault.row) for fault in faults}
+    if not settings.skip_bad_rows:
+        shown = "; ".join(str(fault) for fault in faults[:MOST_FAULTS_SHOWN])
+        more = f"; and {len(faults) - MOST_FAULTS_SHOWN} more" if len(faults) > MOST_FAULTS_SHOWN else ""
+        raise UserError(
+            f"{len(bad)} bad row(s): {shown}{more}. Mend them (all of them: python -m stocklora.instruct.lint "
+            f"{faults[0].file}), or leave them out with --skip_bad_rows"
+        )
+    skipped["with faults"] = skipped.get("with faults", 0) + len(bad)
+    warn(f"{len(bad)} bad row(s) left out, the first: {faults[0]}")
+    return [record for record in records if (record.file, record.row) not in bad]
+
+
+def _encoded(
+    records: Sequence[Record], settings: SftSettings, tokenizer: Any, skipped: dict[str, int]
+) -> list[EncodedRow]:
+    rows = []
+    with progress() as bar:
+        task = bar.add_task("tokens", total=len(records))
+        for record in records:
+            if settings.mask_history:
+                sequences = [encode(tokenizer, record, settings.max_length)]
+            else:
+                sequences = encode_answers(tokenizer, record, settings.max_length)
+            bar.advance(task)
+            for encoded in sequences:
+                if encoded.supervised:
+                    rows.append(EncodedRow(record, encoded))
+                    continue
+                # The prompt alone fills max_length: there is nothing to learn from it.
+                skipped["without supervised token"] = skipped.get("without supervised token", 0) + 1
+    return rows
+
+
+def dataset_of(rows: Sequence[EncodedRow], max_length: int | None = None) -> Any:
+    """A ``datasets.Dataset`` with ``input_ids`` and ``labels``, which TRL trains on as they are.
+
+    Args:
+        max_length: lay rows together into sequences of at most so many tokens; ``seq_lengths`` then tells them apart.
+    """
+    from datasets import Dataset
+
+    groups: list[list[EncodedRow]] = [[row] for row in rows]
+    if max_length is not None:
+        groups = list(_packed(rows, max_length))
+    columns: dict[str, list[Any]] = {
+        "input_ids": [[token for row in group for token in row.encoded.input_ids] for group in groups],
+        "labels": [[label for row in group for label in row.encoded.labels] for group in groups],
+    }
+    if max_length is not None:
+        columns["seq_lengths"] = [[len(row.encoded.input_ids) for row in group] for group in groups]
+    return Dataset.from_dict(columns)
+
+
+def _packed(rows: Sequence[EncodedRow], max_length: int) -> Iterator[list[EncodedRow]]:
+    """Best-fit decreasing: the longest rows first, each into the fullest sequence that still has room.
+
+    By hand, since ``trl.pack_dataset`` is free to change its order from version to version, and a resumed run must
+    find the sequences of the run it continues.
+    """
+    groups: list[list[EncodedRow]] = []
+    room: list[int] = []
+    for row in sorted(rows, key=lambda row: -len(row.encoded.input_ids)):  # stable: rows of one length keep their order
+        length = len(row.encoded.input_ids)
+        fits = [place for place, left in enumerate(room) if left >= length]
+        if fits:
+            place = min(fits, key=lambda place: room[place])
+            groups[place].append(row)
+            room[place] -= length
+        else:
+            groups.append([row])
+            room.append(max_length - length)
+    yield from groups
+
+
+def check_packing(model: Any, tokenizer: Any) -> None:
+    """Refuse to pack where the model's attention lets one row of a sequence see another.
+
+    Without FlashAttention, Transformers makes a block-diagonal mask from positions that begin anew; whether a model
+    does is asked of the model itself: a row's outputs must not depend on the row before it.
+
+    Raises:
+        UserError: it does.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    words = [token % len(tokenizer) for token in range(3, 11)]
+    row = torch.tensor([words], device=device)
+    other = torch.tensor([[(token + 5) % len(tokenizer) for token in words]], device=device)
+    positions = torch.arange(len(words), device=device)[None]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            ends = [
+                model(
+                    input_ids=torch.cat([before, row], dim=1), position_ids=positions.repeat(1, 2), use_cache=False
+                ).logits[0, len(words) :]
+                for before in (row, other)
+            ]
+        apart = torch.equal(*ends)
+    except (TypeError, ValueError):  # a model that is not told positions
+        apart = False
+    model.train(was_training)
+    if not apart:
+        raise UserError(
+            "--packing: in this model rows of one sequence see each other, which would train on the wrong context; "
+            "leave out --packing"
+        )

@@ -1,0 +1,307 @@
+"""The page before the first step: what trains, on which tokens, what is cut off, the memory, and one row as it is seen.
+
+Most failed runs could have been seen to fail here: targets that match nothing, answers cut off, a loss on the wrong
+tokens, memory that is not there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stocklora.cli.console import print_table, say, warn
+from stocklora.finetune.memory import FLOAT_BYTES, INT8_BYTES, NF4_BYTES, PROGRAM_MB, WARN_AT, free_memory_mb
+from stocklora.instruct.rows.chat_template import IGNORED, end_token_id
+from stocklora.instruct.sft.data import EncodedRow, InstructionData
+from stocklora.instruct.sft.settings import SftSettings
+
+HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768  # TRL computes the output head in tiles of so many tokens and tokens' scores
+MOST_SCORES = 3 * HEAD_TOKENS * HEAD_COLUMNS  # more than a pass on a CPU has at once; see sft_trainer.AnswerTrainer
+SPARE_MB = 256.0  # that ``machine.keep_freed_memory`` lets the C library hold
+OPEN, CLOSE = "⟦", "⟧"  # around supervised tokens where there are no colours
+SHOWN_PROMPT, SHOWN_ANSWER = 700, 900  # characters of the example
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of some rows; ``supervised`` is what the loss is taken on."""
+
+    rows: int
+    tokens: int
+    supervised: int
+    lost: int
+    rows_cut: int
+    longest: int
+
+    @property
+    def share(self) -> float:
+        return self.supervised / max(1, self.tokens)
+
+
+def count_tokens(rows: Sequence[EncodedRow]) -> TokenCounts:
+    encoded = [row.encoded for row in rows]
+    return TokenCounts(
+        rows=len(encoded),
+        tokens=sum(len(row.input_ids) for row in encoded),
+        supervised=sum(row.supervised for row in encoded),
+        lost=sum(row.lost_tokens for row in encoded),
+        rows_cut=sum(row.lost_tokens > 0 for row in encoded),
+        longest=max((len(row.input_ids) for row in encoded), default=0),
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory that a run is expected to take, MB, on the device that trains.
+
+    Attributes:
+        state_mb: gradients and Adam's two moments, float32. head_mb: tiles of the output head's scores.
+    """
+
+    weights_mb: float
+    state_mb: float
+    activations_mb: float
+    head_mb: float
+    program_mb: float
+
+    @property
+    def total_mb(self) -> float:
+        return self.weights_mb + self.state_mb + self.activations_mb + self.head_mb + self.program_mb
+
+
+def expected_memory(model: Any, settings: SftSettings, load: PassLoad, dtype: torch.dtype, on_cpu: bool) -> Memory:
+    """Arithmetic on the model's sizes: a decoder with a gated feed-forward part is assumed (Llama, Qwen).
+
+    Args:
+        model: with its adapters on. load: what the largest forward and backward pass holds.
+        dtype: that the pass computes in.
+    """
+    tokens = load.tokens
+    config = model.config.get_text_config()
+    hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
+    inner = int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden)
+    width = dtype.itemsize
+    weights = 0.0
+    adapted_inputs = 0
+    for name, parameter in model.named_parameters():
+        kind = type(parameter).__name__
+        each = float(parameter.element_size())
+        weights += parameter.numel() * each
+        if kind == "Params4bit":  # two codes in a byte, and their scales
+            weights += 2 * parameter.numel() * (NF4_BYTES - 0.5)
+        elif kind == "Int8Params":
+            weights += parameter.numel() * (INT8_BYTES - each)
+        if ".lora_A." in name:
+            adapted_inputs += parameter.shape[1]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    state = sum(parameter.numel() for parameter in trainable) * FLOAT_BYTES * 3
+    linear = [
+        parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and "lora_" not in name and "embed" not in name
+    ]
+    a_token = float((11 * hidden + 5 * inner) * width)  # kept for the backward pass, in each layer
+    if settings.method != "full" and adapted_inputs:
+        # Each adapter keeps its input, and with dropout a mask and what it let through.
+        copies = 1 + (settings.lora_dropout > 0) * 1.25
+        a_token += copies * adapted_inputs * (FLOAT_BYTES if width < FLOAT_BYTES else width) / layers
+    if settings.method == "full" and width < FLOAT_BYTES:
+        a_token += 4 * hidden * FLOAT_BYTES
+    kept = tokens * a_token
+    activations = (layers + 1.5) * kept
+    if settings.gradient_checkpointing:
+        activations = 3 * kept + layers * tokens * hidden * width
+    if settings.quantization != "none":
+        activations += 2.0 * max(linear, default=0) * width  # unpacked for each use
+    elif settings.method == "full" and width < FLOAT_BYTES:
+        activations += sum(linear) * width  # autocast's copies
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    if on_cpu and load.scored * vocabulary <= MOST_SCORES:
+        # Scores of the kept positions with their gradient, and three float32 copies of the supervised ones.
+        head = vocabulary * (2.0 * width * load.scored + 3.0 * FLOAT_BYTES * load.supervised)
+    else:
+        # A tile of scores in the computing type; where no Triton kernel folds it, the backward pass has eight in
+        # float32.
+        tile = min(tokens, HEAD_TOKENS) * min(vocabulary, HEAD_COLUMNS)
+        head = tile * (width + (8 if on_cpu else 0) * FLOAT_BYTES) + 2 * tokens * hidden * FLOAT_BYTES
+    program = PROGRAM_MB + SPARE_MB if on_cpu else 0.0
+    return Memory(weights / 1e6, state / 1e6, activations / 1e6, head / 1e6, program)
+
+
+@dataclass(frozen=True)
+class PassLoad:
+    """The largest forward and backward pass: its padded tokens, those supervised, and those whose scores are computed.
+
+    Rows are scored at the positions that are supervised in any of them; see ``sft_trainer.AnswerTrainer``.
+    """
+
+    tokens: int
+    supervised: int
+    scored: int
+
+
+def load_of_a_pass(settings: SftSettings, data: InstructionData, packed_length: int | None) -> PassLoad:
+    counts, rows = count_tokens(data.train), min(settings.batch_size, len(data.train))
+    if packed_length is not None:
+        supervised = round(counts.share * packed_length)
+        return PassLoad(packed_length * rows, supervised * rows, min(packed_length, supervised * rows) * rows)
+    most = max((row.encoded.supervised for row in data.train), default=0)
+    return PassLoad(counts.longest * rows, most * rows, min(counts.longest, most * rows) * rows)
+
+
+def matched_modules(model: Any) -> Counter[str]:
+    """How many layers carry an adapter, by the last part of their names."""
+    found: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and len(getattr(module, "lora_A", ())):
+            found[name.rpartition(".")[2]] += 1
+    return found
+
+
+def print_preflight(
+    model: Any,
+    tokenizer: Any,
+    data: InstructionData,
+    settings: SftSettings,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    steps: int,
+    sequences: int,
+) -> dict[str, Any]:
+    """Print the page; the same facts are returned, for training_info.json.
+
+    Args:
+        steps: that the run will take at most. sequences: that an epoch has, which are fewer than rows when packed.
+    """
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = _parameters(model)
+    modules = matched_modules(model)
+    say()
+    say("Pre-flight")
+    _fact("model", f"{settings.model_path} ({total:,} parameters)")
+    quantized = f", {settings.quantization} weights" if settings.quantization != "none" else ""
+    _fact("method", f"{settings.method}{quantized}, {str(dtype).removeprefix('torch.')} on {device}")
+    if modules:
+        _fact("adapted layers", f"{sum(modules.values())}: " + ", ".join(f"{k} x{n}" for k, n in modules.items()))
+    _fact("trainable", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)")
+    end = tokenizer.convert_ids_to_tokens(end_token_id(tokenizer))
+    _fact("tokens", f"end {end}, padding {tokenizer.pad_token}")
+    rows = len({(row.record.file, row.record.row) for row in data.train})
+    packed = f", packed into {sequences:,} sequences" if settings.packing else ""
+    if rows < len(data.train):
+        # See tokens.encode_answers.
+        packed = f", {len(data.train):,} sequences as the chat template writes their earlier answers otherwise{packed}"
+    _fact("steps", f"{steps:,} at most, {settings.num_epochs} epochs of {rows:,} rows{packed}")
+    counts = {name: count_tokens(rows) for name, rows in data.parts.items()}
+    print_table(
+        "Tokens",
+        ("part", "rows", "tokens", "supervised", "share", "longest row", "rows cut", "tokens lost"),
+        [
+            (name, f"{c.rows:,}", f"{c.tokens:,}", f"{c.supervised:,}", f"{100 * c.share:.1f}%", f"{c.longest:,}",
+             f"{c.rows_cut:,}", f"{c.lost:,}")
+            for name, c in counts.items()
+        ],
+    )  # fmt: skip
+    for reason, number in data.skipped.items():
+        warn(f"{number} row(s) {reason} left out")
+    if counts["train"].rows_cut:
+        c = counts["train"]
+        warn(
+            f"--max_length {settings.max_length} cuts {c.rows_cut} of {c.rows} training rows: their ends, and so the "
+            f"token that ends the answer, are not learned; give a larger one, or shorter rows"
+        )
+    if not data.validation:
+        warn("no validation rows: nothing tells when the model begins to learn its rows by heart")
+    load = load_of_a_pass(settings, data, settings.max_length if settings.packing else None)
+    memory = expected_memory(model, settings, load, dtype, device.type == "cpu")
+    where = "memory" if device.type == "cpu" else "memory of the graphics card"
+    print_table(
+        f"Expected {where}, MB, at {load.tokens:,} tokens a pass",
+        ("weights", "gradients, optimizer", "activations", "output head", "program", "total"),
+        [[f"{part:,.0f}" for part in (memory.weights_mb, memory.state_mb, memory.activations_mb, memory.head_mb,
+                                      memory.program_mb, memory.total_mb)]],
+    )  # fmt: skip
+    free = free_memory_mb(device)
+    if free is not None:
+        # This process holds the weights already, and on a CPU they count as free for it.
+        needed = memory.total_mb - (memory.weights_mb if device.type != "cpu" else 0.0)
+        if needed > WARN_AT * free:
+            warn(
+                f"this run is expected to take {needed:,.0f} MB, and about {free:,.0f} MB are free: it may end "
+                f"half-way; try --batch_size 1, --gradient_checkpointing, --use_qlora or a smaller --max_length"
+            )
+    _warn_of_disk(settings, trainable)
+    print_example(tokenizer, data.train[0])
+    return {
+        "parameters": total,
+        "trainable": trainable,
+        "adapted_layers": dict(modules),
+        "sequences": sequences,
+        "expected_memory_mb": round(memory.total_mb),
+        "tokens": {name: c.__dict__ | {"share_supervised": round(c.share, 4)} for name, c in counts.items()},
+    }
+
+
+def print_example(tokenizer: Any, row: EncodedRow) -> None:
+    """One row as the model sees it, with what is supervised marked: green on a terminal, in brackets elsewhere."""
+    spans = [
+        (supervised, _shortened(tokenizer.decode(ids), SHOWN_ANSWER if supervised else SHOWN_PROMPT))
+        for supervised, ids in _spans(row)
+    ]
+    cut = f" (cut: {row.encoded.lost_tokens} tokens lost)" if row.encoded.lost_tokens else ""
+    say(f"Example: {row.record.where}{cut}; the loss is taken on what is marked")
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.text import Text
+
+        Console().print(Text.assemble(*((text, "bold green" if marked else "dim") for marked, text in spans)))
+    else:
+        say("".join(f"{OPEN}{text}{CLOSE}" if marked else text for marked, text in spans))
+    say()
+
+
+def _spans(row: EncodedRow) -> list[tuple[bool, list[int]]]:
+    """Token ids in runs: whether the loss is taken on them, and they."""
+    pairs = zip(row.encoded.labels, row.encoded.input_ids, strict=True)
+    return [
+        (supervised, [token for _, token in run])
+        for supervised, run in itertools.groupby(pairs, lambda pair: pair[0] != IGNORED)
+    ]
+
+
+def _shortened(text: str, most: int) -> str:
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} [...] {text[-half:]}"
+
+
+def _fact(name: str, words: str) -> None:
+    say(f"{name:<16}{words}")
+
+
+def _parameters(model: Any) -> int:
+    """All parameters, those of 4-bit weights counted by their number and not by their bytes."""
+    return sum(
+        parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1) for parameter in model.parameters()
+    )
+
+
+def _warn_of_disk(settings: SftSettings, trainable: int) -> None:
+    # A checkpoint holds the weights that train and two moments of each; the best one is kept beside the last ones.
+    needed = trainable * FLOAT_BYTES * 3 * (settings.save_total_limit + 1)
+    folder = next(path for path in [settings.output_dir.absolute(), *settings.output_dir.absolute().parents]
+                  if Path(path).exists())  # fmt: skip
+    free = shutil.disk_usage(folder).free
+    if needed > WARN_AT * free:
+        warn(
+            f"{settings.save_total_limit + 1} checkpoints take about {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB "
+            f"of the disk are free; lower --save_total_limit or free some space"
+        )

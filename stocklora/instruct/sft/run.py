@@ -1,0 +1,337 @@
+"""Instruction tuning from settings to a folder that loads: full, LoRA and QLoRA, over TRL's trainer and PEFT."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from stocklora.base_models.folders import describe_model
+from stocklora.cli.console import EXIT_INTERRUPTED, UserError, say, warn
+from stocklora.instruct.sft.checkpoints import (
+    RUN_NAME,
+    check_room,
+    check_same_run,
+    drop_later,
+    find_checkpoint,
+    make_room,
+)
+from stocklora.instruct.sft.settings import Resolved, effective
+from stocklora.instruct.sft.setup import (
+    Prepared,
+    arguments_of,
+    check_files,
+    check_tracker,
+    find_model,
+    prepare,
+    run_facts,
+    steps_of,
+    tracker_advice,
+)
+from stocklora.runtime.files import plain, write_json
+
+LOCK_NAME = ".training.lock"
+INFO_NAME = "training_info.json"
+CURVE_NAME = "loss_curve.png"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+
+
+def run_training(resolved: Resolved[Any], script: str, arguments: Sequence[str] | None = None) -> int:
+    """Train as ``resolved`` says; the script's exit code.
+
+    Args:
+        script: path of the script as the user wrote it, for the command that goes on with a stopped run.
+        arguments: of that command (default: those of this one).
+
+    Raises:
+        UserError: anything that the user can mend.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("this trains in one process; start it with python, not with accelerate launch or torchrun")
+    # What can be known to fail is looked at first: the imports take seconds, the model minutes.
+    settings = dataclasses.replace(resolved.settings, model_path=find_model(resolved.settings.model_path))
+    check_files(settings)
+    check_tracker(settings.report_to)
+    with alone_in(settings.output_dir, needed=not settings.preflight_only):
+        checkpoint = find_checkpoint(settings.resume_from_checkpoint, settings.output_dir)
+        if checkpoint is None and not settings.preflight_only:
+            check_room(settings.output_dir)
+        resolved = Resolved(settings, resolved.sources)
+        resolved.print()
+        with advice_on_failures(settings.output_dir), quiet_libraries():
+            return _train(resolved, checkpoint, script, sys.argv[1:] if arguments is None else arguments)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, needed: bool) -> Iterator[None]:
+    """Hold ``folder`` for one run: two would mix their logs and delete each other's checkpoints.
+
+    A killed run lets go of it by itself. Where nothing comes of the run, a folder made for it goes again.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    if not needed:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    was_there = folder.is_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK_NAME)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another run is writing into {folder}; give another --output_dir, or wait for it") from None
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        (folder / LOCK_NAME).unlink(missing_ok=True)
+        if not was_there and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No bars, no advice on optional kernels and no notices about names of the future among our lines."""
+    from stocklora.base_models.quiet import quiet_transformers
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        quiet_transformers()
+        import datasets
+
+        datasets.disable_progress_bars()
+        yield
+
+
+@contextlib.contextmanager
+def advice_on_failures(output_dir: Path) -> Iterator[None]:
+    """Turn a full memory or disk, and a tracker that fails, into advice.
+
+    Each library has its own error for the first two, so their words are read.
+
+    Raises:
+        UserError: naming the flags that help.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        if any(words in text for words in ("out of memory", "not enough memory", "can't allocate memory")):
+            raise UserError(
+                "the memory is full; try --batch_size 1, --gradient_checkpointing, --use_qlora, a smaller --max_length "
+                "or a smaller model"
+            ) from None
+        if "No space left" in text or "enforce fail at inline_container" in text:  # torch.save says it the second way
+            raise UserError(
+                f"the disk of {output_dir} is full; free some space or give another --output_dir, and go on with "
+                f"--resume_from_checkpoint last"
+            ) from error
+        if type(error).__module__.startswith("wandb."):  # no network, a key that is no longer good
+            raise UserError(tracker_advice(error)) from None
+        raise
+
+
+def _train(resolved: Resolved[Any], checkpoint: Path | None, script: str, arguments: Sequence[str]) -> int:
+    import transformers
+
+    from stocklora.instruct.sft.data import check_packing, dataset_of
+    from stocklora.instruct.sft.preflight import print_preflight
+    from stocklora.instruct.sft.trainer import AnswerTrainer, StopGently, TrainingLog, callbacks
+    from stocklora.runtime.machine import keep_freed_memory
+
+    prepared = prepare(resolved.settings)
+    settings, data = prepared.settings, prepared.data
+    if settings.packing:
+        check_packing(prepared.model, prepared.tokenizer)
+    train_set = dataset_of(data.train, settings.max_length if settings.packing else None)
+    held_out = dataset_of(data.validation) if data.validation else None
+    steps = steps_of(settings, len(train_set))
+    facts = run_facts(prepared)
+    if checkpoint is not None:
+        check_same_run(checkpoint, facts)
+    page = print_preflight(
+        prepared.model, prepared.tokenizer, data, settings, dtype=prepared.dtype, device=prepared.device, steps=steps,
+        sequences=len(train_set),
+    )  # fmt: skip
+    if settings.preflight_only:
+        return 0
+    if checkpoint is not None:
+        drop_later(checkpoint, settings.output_dir)
+    else:
+        make_room(settings.output_dir)  # not before: what fails until here leaves the finished run as it was
+    write_json(settings.output_dir / RUN_NAME, facts | {"sources": resolved.sources, "finished": False})
+    keep_freed_memory()
+    log, stop = TrainingLog(settings.output_dir), StopGently()
+    trainer = AnswerTrainer(
+        model=prepared.model,
+        args=arguments_of(prepared, steps, judged=held_out is not None, resumed=checkpoint is not None),
+        train_dataset=train_set,
+        eval_dataset=held_out,
+        processing_class=prepared.tokenizer,
+        callbacks=[*callbacks(settings, held_out is not None), log, stop],
+    )
+    for unwanted in (transformers.PrinterCallback, transformers.ProgressCallback):
+        trainer.remove_callback(unwanted)
+    for parameter in prepared.model.parameters():
+        # TRL makes adapters over a quantized base bfloat16, which has too few digits for small steps.
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    try:
+        with stop:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        log.close()
+    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
+        where = settings.output_dir / f"checkpoint-{trainer.state.global_step}"
+        say(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; go on with:")
+        say(f"  {resume_command(script, arguments, where)}")
+        return EXIT_INTERRUPTED
+    _finish(Resolved(settings, resolved.sources), prepared, trainer, page, facts, checkpoint)
+    return 0
+
+
+def resume_command(script: str, arguments: Sequence[str], checkpoint: Path) -> str:
+    """The command that goes on from ``checkpoint``: the one that was given, with the flag for it."""
+    kept = []
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == "--resume_from_checkpoint":
+            skip = True
+        elif not argument.startswith("--resume_from_checkpoint="):
+            kept.append(argument)
+    return shlex.join(["python", script, *kept, "--resume_from_checkpoint", checkpoint.as_posix()])
+
+
+def _finish(
+    resolved: Resolved[Any],
+    prepared: Prepared,
+    trainer: Any,
+    page: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    checkpoint: Path | None,
+) -> None:
+    """Write the folder that is used from now on, and say what came of the run."""
+    from stocklora.instruct.sft.trainer import LOG_NAME, read_log
+    from stocklora.plots.curves import plot_loss_curve
+    from stocklora.runtime.machine import machine_facts, peak_memory_mb
+
+    settings = prepared.settings
+    folder, state = settings.output_dir, trainer.state
+    log = read_log(folder / LOG_NAME)
+    judged = [entry for entry in log if entry.get("eval_loss") is not None]
+    if prepared.data.validation and (not judged or not math.isfinite(state.best_metric or math.nan)):
+        raise UserError("the loss is not a number any more: lower --learning_rate, or use --dtype float32")
+    save_model(prepared, trainer.accelerator.unwrap_model(trainer.model), folder)
+    start = next((entry["eval_loss"] for entry in judged if entry["step"] == 0), None)
+    losses = {
+        "validation_start": start,
+        "validation_best": state.best_metric,
+        "validation_best_step": state.best_global_step,
+        "train_last": next((entry["loss"] for entry in reversed(log) if entry.get("loss") is not None), None),
+    }
+    info = {
+        "base_model": {"path": str(settings.model_path), **describe_model(settings.model_path)},
+        "method": settings.method,
+        "quantization": settings.quantization,
+        "dtype": str(prepared.dtype).removeprefix("torch."),
+        "settings": effective(settings),
+        "sources": resolved.sources,
+        "data": {
+            "files": prepared.data.files,
+            "split": prepared.data.split,
+            "skipped": prepared.data.skipped,
+        },
+        "model": page,
+        "losses": losses,
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "stopped_early": state.global_step < state.max_steps,
+        "seconds": max((entry["seconds"] for entry in log), default=0.0),
+        "peak_memory_mb": round(peak_memory_mb(prepared.device.type)),
+        "resumed_from": None if checkpoint is None else str(checkpoint),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: _version(name) for name in LIBRARIES},
+        "machine": machine_facts(),
+    }
+    plot_loss_curve(log, folder / CURVE_NAME, f"{settings.model_path.name}, {settings.method}")
+    write_json(folder / INFO_NAME, plain(info))
+    write_json(folder / RUN_NAME, {**facts, "sources": resolved.sources, "finished": True})
+    _report(settings, losses, info)
+
+
+def _report(settings: Any, losses: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+    start, best = losses["validation_start"], losses["validation_best"]
+    if info["stopped_early"]:
+        say(f"stopped early: no lower validation loss in {settings.early_stopping_patience} judgements")
+    if start is not None and best is not None:
+        say(f"validation loss {start:.4f} -> {best:.4f}, lowest at step {losses['validation_best_step']}")
+        if best >= start:
+            warn("the validation loss did not fall: try another --learning_rate, or more rows")
+    say(f"{info['seconds']:,.0f} s, {info['peak_memory_mb']:,} MB at most")
+    folder = settings.output_dir
+    say(f"{'model' if settings.method == 'full' else 'adapter'}: {folder}")
+    if settings.method == "full":
+        say(f"next: python inference_lora.py --base_model {folder} --chat")
+        return
+    bits = f" --load_in_{settings.quantization}" if settings.use_qlora else ""
+    say(f"next: python inference_lora.py --base_model {settings.model_path} --lora_model {folder}{bits} --chat")
+
+
+def save_model(prepared: Prepared, model: Any, folder: Path) -> None:
+    """Write adapter or model, and the tokenizer, into ``folder``; what other methods left there goes.
+
+    Everything is written aside and then moved in, so that a stop leaves no mixture of two runs.
+    """
+    from stocklora.instruct.rows.chat_template import end_token_ids
+
+    full = prepared.settings.method == "full"
+    if full:
+        # As the base's own weights were kept, so that whatever reads the base reads this.
+        if prepared.base_dtype is not None:
+            model.to(prepared.base_dtype)
+        generation = model.generation_config
+        before = generation.eos_token_id
+        ends = {before} if isinstance(before, int) else set(before or ())
+        generation.eos_token_id = sorted(ends | end_token_ids(prepared.tokenizer))
+        model.config.use_cache = True
+    aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        model.save_pretrained(str(aside))
+        prepared.tokenizer.save_pretrained(str(aside))
+        (aside / "README.md").unlink(missing_ok=True)  # PEFT's form with nothing filled in; ours is training_info.json
+        for name in ADAPTER_FILES if full else MODEL_FILES:
+            (folder / name).unlink(missing_ok=True)
+        if full:
+            for shard in folder.glob("model-*.safetensors"):
+                shard.unlink()
+        for path in sorted(aside.iterdir()):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,247 @@
+"""Price tables that are read one ticker at a time, so that a wide backtest does not hold them all.
+
+The files are validated once and each ticker is kept as a small binary file; afterwards a store behaves as a
+read-only ``dict[str, DataFrame]`` whose values are loaded when asked for and forgotten after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import io
+import json
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from stocklora.cli.console import UserError
+from stocklora.dataset.windows import log_returns_ahead
+from stocklora.prices.csv_columns import PRICE_COLUMNS
+from stocklora.prices.tables import price_files, read_table, refuse_mixed, trusted_meta
+from stocklora.runtime.files import write_json
+
+LARGE_FILE_BYTES = 8 * 2**20  # unpacked; a larger table of several tickers is split before it is read
+ROWS_HELD = 50_000  # rows of text in memory while a large table is split
+INDEX_NAME = "tickers.json"
+
+UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error)
+
+
+class PriceStore(Mapping[str, pd.DataFrame]):
+    """Tickers in a folder of binary files, in the order of the price files; see ``spool``.
+
+    Raises:
+        FileNotFoundError: ``spool`` has not been there, or not to its end.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._names: dict[str, int] = {
+            name: place for place, name in enumerate(json.loads((folder / INDEX_NAME).read_text(encoding="utf-8")))
+        }
+        self._last: tuple[str, pd.DataFrame] | None = None
+
+    def __getitem__(self, ticker: str) -> pd.DataFrame:
+        # Passes ask for a ticker's prices and then for its returns: keep the one just read.
+        if self._last is None or self._last[0] != ticker:
+            with np.load(self.folder / f"{self._names[ticker]:05d}.npz") as content:
+                index = pd.DatetimeIndex(content["dates"].astype("datetime64[ns]"), name="Date")
+                self._last = ticker, pd.DataFrame(content["values"], index=index, columns=list(PRICE_COLUMNS))
+        # Copied only if somebody writes into it: the next caller gets what the file holds.
+        return self._last[1].copy(deep=False)
+
+    def __contains__(self, ticker: object) -> bool:
+        return ticker in self._names  # the mixin would read the file
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class ReturnsAhead(Mapping[str, np.ndarray]):
+    """``log_returns_ahead`` of every ticker, computed when asked for."""
+
+    def __init__(self, prices: Mapping[str, pd.DataFrame], horizon: int) -> None:
+        self.prices, self.horizon = prices, horizon
+
+    def __getitem__(self, ticker: str) -> np.ndarray:
+        return log_returns_ahead(self.prices[ticker]["Close"].to_numpy(), self.horizon)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.prices)
+
+    def __len__(self) -> int:
+        return len(self.prices)
+
+
+def spool(paths: Sequence[Path], folder: Path, wanted: Sequence[str] = ()) -> PriceStore:
+    """Validate price files and write each ticker into ``folder``, in place of a store that is there.
+
+    A file of ``LARGE_FILE_BYTES`` or more with a Ticker column is split on disk first, so that no more than one
+    ticker's rows (and ``ROWS_HELD`` rows of text) are in memory; only to name a fault's line is it read whole.
+
+    Args:
+        paths: CSV files or folders of them. wanted: only these tickers; all if none is named.
+
+    Raises:
+        UserError: as ``read_prices``; a wanted ticker that no file has; a folder that cannot be written.
+    """
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    _clear(folder)
+    try:
+        with _pieces_in(folder) as pieces:
+            names = _spool(paths, folder, pieces, wanted)
+        write_json(folder / INDEX_NAME, names)  # last: half a store is no store
+    except BaseException:
+        _clear(folder)
+        raise
+    return PriceStore(folder)
+
+
+def _spool(paths: Sequence[Path], folder: Path, pieces: Path, wanted: Sequence[str]) -> list[str]:
+    """Write the tickers; their names in order."""
+    home: dict[str, Path] = {}
+    names: list[str] = []
+    adjustments: dict[str, Path] = {}
+    for path in price_files(paths):
+        meta = trusted_meta(path)
+        if meta is not None and meta.get("adjust"):
+            adjustments.setdefault(str(meta["adjust"]), path)
+        for ticker, frame in _tables(path, meta, pieces):
+            if ticker in home:
+                raise UserError(f"{path}: ticker {ticker} is also in {home[ticker]}; give only one of the two files")
+            home[ticker] = path
+            if not wanted or ticker in wanted:
+                _write(folder / f"{len(names):05d}.npz", frame)
+                names.append(ticker)
+    refuse_mixed(adjustments)
+    missing = [name for name in wanted if name not in home]
+    if missing:
+        shown = ", ".join(list(home)[:20]) + (" ..." if len(home) > 20 else "")
+        raise UserError(f"no prices of {', '.join(missing)} in the files; they have {shown}")
+    return names
+
+
+def _clear(folder: Path) -> None:
+    """Remove a store, or what a failure left of one."""
+    with _writing(folder):
+        for path in (folder / INDEX_NAME, *folder.glob("[0-9][0-9][0-9][0-9][0-9]*.npz")):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _pieces_in(folder: Path) -> Iterator[Path]:
+    """A folder for the pieces of large tables that is gone afterwards, come what may."""
+    with _writing(folder):
+        made = tempfile.TemporaryDirectory(prefix=".pieces-", dir=folder)
+    with made as name:
+        yield Path(name)
+
+
+def _write(path: Path, frame: pd.DataFrame) -> None:
+    dates = frame.index.to_numpy().astype("datetime64[D]")
+    with _writing(path.parent):
+        np.savez(path, dates=dates, values=frame[list(PRICE_COLUMNS)].to_numpy(dtype=np.float64))
+
+
+def _tables(path: Path, meta: Mapping[str, object] | None, folder: Path) -> Iterator[tuple[str, pd.DataFrame]]:
+    """``read_table`` ticker by ticker, by way of pieces in ``folder`` where the file is large."""
+    size = path.stat().st_size  # of a pipe 0, which nobody but read_table may open
+    is_large = 4 * size >= LARGE_FILE_BYTES and size * (4 if _is_gzip(path) else 1) >= LARGE_FILE_BYTES
+    column = _ticker_column(path) if is_large else None
+    if column is None:
+        yield from read_table(path, meta).items()
+        return
+    for piece in _split(path, meta, column, folder):
+        try:
+            tables = read_table(piece)
+        except UserError:
+            read_table(path, meta)  # says where in the user's own file the fault is
+            raise
+        piece.unlink()
+        yield from tables.items()
+
+
+def _is_gzip(path: Path) -> bool:
+    """By its content, as ``read_table`` decides."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(2) == b"\x1f\x8b"
+    except OSError:
+        return False
+
+
+def _open(path: Path) -> io.TextIOWrapper:
+    if _is_gzip(path):
+        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _ticker_column(path: Path) -> int | None:
+    """Where the header has ``Ticker``; None also for what cannot be read: ``read_table`` says why."""
+    if path.suffix.lower() == ".gz" and not _is_gzip(path):
+        return None
+    try:
+        with _open(path) as stream:
+            names = [name.strip().lower() for name in next(csv.reader(stream), [])]
+    except UNREADABLE:
+        return None
+    return names.index("ticker") if "ticker" in names else None
+
+
+def _rows(path: Path, meta: Mapping[str, object] | None) -> Iterator[list[str]]:
+    """The rows that ``read_table`` counts."""
+    try:
+        with _open(path) as stream:
+            for row in csv.reader(stream):
+                if any(cell.strip() for cell in row):
+                    yield row
+    except UNREADABLE:
+        read_table(path, meta)  # names the line
+        raise
+
+
+def _split(path: Path, meta: Mapping[str, object] | None, column: int, folder: Path) -> Iterator[Path]:
+    """One CSV in ``folder`` for each ticker of ``path``, which is read line by line: rows stand in any order."""
+    pieces: dict[str, tuple[Path, list[list[str]]]] = {}
+    held = 0
+
+    def flush() -> None:
+        with _writing(folder.parent):
+            for piece, rows in pieces.values():
+                if rows:
+                    with piece.open("a", newline="", encoding="utf-8") as stream:
+                        csv.writer(stream).writerows(rows)
+                    rows.clear()
+
+    rows = _rows(path, meta)
+    header = next(rows)
+    for row in rows:
+        ticker = row[column].strip() if column < len(row) else ""
+        if ticker not in pieces:
+            pieces[ticker] = folder / f"{len(pieces):05d}.csv", [header]
+        pieces[ticker][1].append(row)
+        held += 1
+        if held >= ROWS_HELD:
+            flush()
+            held = 0
+    flush()
+    if not pieces:
+        read_table(path, meta)  # says that there is no row
+    yield from [piece for piece, _ in pieces.values()]

@@ -1,0 +1,299 @@
+"""Price tables on disk: read, validate, write.
+
+A table is a CSV (or ``.csv.gz``) with the columns ``Date,Open,High,Low,Close,Volume``, preceded by
+``Ticker`` when it holds several. Beside it stands ``FILE.meta.json``: source, adjustment, interval,
+rows, tickers, dates, sha256 and time. In memory a history is a frame with a strictly increasing,
+timezone-free ``DatetimeIndex`` named ``Date`` and float64 columns in the order of ``PRICE_COLUMNS``.
+
+Everything a script reads comes through :func:`read_prices`, which accepts a table whole or refuses it
+with one line naming file, row and column. Rows are counted as an editor counts lines: the header is 1.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime as dt
+import difflib
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stocklora.cli.console import UserError, warn
+from stocklora.prices.csv_columns import PRICE_COLUMNS, at, decoded, parse_dates, parse_numbers, split_rows
+from stocklora.runtime.files import replacing, sha256_of, write_json
+
+QUOTES = PRICE_COLUMNS[:4]
+ADJUSTMENTS = ("none", "splits", "all")
+
+# Adjusting multiplies four prices by one factor, and rounding then lets a close stand a hair above its
+# high. A gap up to this fraction of the price is rounding, a wider one is a wrong bar.
+BAR_TOLERANCE = 1e-5
+
+NAME_WITH_YEAR = re.compile(r"([A-Za-z0-9.^=-]+)_(19|20)\d{2}(\D.*)?$")
+
+
+def read_prices(paths: Path | Sequence[Path], *, min_rows: int = 0) -> dict[str, pd.DataFrame]:
+    """Read and validate one or several price files or folders of them.
+
+    Args:
+        paths: CSV or ``.csv.gz`` files, or folders, whose ``*.csv`` and ``*.csv.gz`` are all read.
+        min_rows: the fewest rows a ticker may have.
+
+    Returns:
+        One frame a ticker, in the order of the files and of first appearance in them.
+
+    Raises:
+        UserError: any table is not whole, a ticker stands in two files, or files of different
+            adjustment are mixed.
+    """
+    files = price_files([paths] if isinstance(paths, (str, Path)) else paths)
+    frames: dict[str, pd.DataFrame] = {}
+    home: dict[str, Path] = {}
+    adjustments: dict[str, Path] = {}
+    for path in files:
+        meta = trusted_meta(path)
+        if meta is not None and meta.get("adjust"):
+            adjustments.setdefault(str(meta["adjust"]), path)
+        for ticker, frame in read_table(path, meta).items():
+            if ticker in home:
+                raise UserError(f"{path}: ticker {ticker} is also in {home[ticker]}; give only one of the two files")
+            if len(frame) < min_rows:
+                raise UserError(
+                    f"{path}: {ticker} has {len(frame)} rows, but {min_rows} are needed; "
+                    "download a longer --period or lower the window"
+                )
+            frames[ticker], home[ticker] = frame, path
+    refuse_mixed(adjustments)
+    return frames
+
+
+def refuse_mixed(adjustments: Mapping[str, Path]) -> None:
+    """Raise unless all sidecars agree on how prices were adjusted (``{adjustment: a file that has it}``)."""
+    if "mixed" in adjustments:
+        raise UserError(
+            f"{adjustments['mixed']}: its sidecar says that files of different adjustment are mixed in it; "
+            "download all tickers again with one --adjust"
+        )
+    if len(adjustments) > 1:
+        (one, first), (other, second) = list(adjustments.items())[:2]
+        raise UserError(
+            f"{second} is adjusted for '{other}' but {first} for '{one}'; prices of different adjustment cannot "
+            "be mixed: download them again with one --adjust"
+        )
+
+
+def price_files(paths: Iterable[Path]) -> list[Path]:
+    """The files that ``paths`` name, folders opened; each once, in order."""
+    files: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if is_table(p) and not p.name.startswith("."))
+            if not inside:
+                raise UserError(f"{path}: the folder holds no .csv or .csv.gz file; run download.py --output {path}/")
+            files.update(dict.fromkeys(inside))
+        elif path.exists():
+            files[path] = None
+        else:
+            near = difflib.get_close_matches(path.name, siblings(path), n=1, cutoff=0.6)
+            hint = f"did you mean {path.with_name(near[0])}?" if near else f"run: python download.py --output {path}"
+            raise UserError(f"{path}: no such file; {hint}")
+    if not files:
+        raise UserError("no price file was given; run: python download.py")
+    return list(files)
+
+
+def siblings(path: Path) -> list[str]:
+    try:
+        return [p.name for p in path.parent.iterdir() if is_table(p)]
+    except OSError:
+        return []
+
+
+def is_table(path: Path) -> bool:
+    return path.name.lower().endswith((".csv", ".csv.gz"))
+
+
+def read_table(path: Path, meta: Mapping[str, Any] | None = None) -> dict[str, pd.DataFrame]:
+    """Read one file; see :func:`read_prices`. ``meta`` is its sidecar, used for a single ticker's name."""
+    columns, rows, lines = split_rows(path, decoded(path))
+    place = {name: index for index, name in enumerate(columns)}
+    cells = {name: [row[place[name]] for row in rows] for name in place}
+    dates = parse_dates(path, cells["Date"], lines)
+    numbers = {name: parse_numbers(path, name, cells[name], lines) for name in PRICE_COLUMNS}
+    check_bars(path, numbers, lines)
+
+    if "Ticker" in place:
+        tickers = np.array([cell.strip() for cell in cells["Ticker"]], dtype=object)
+        for index in np.flatnonzero(tickers == ""):
+            raise UserError(f"{at(path, lines[index], 'Ticker')}: the cell is empty; name the ticker of this row")
+    else:
+        tickers = np.full(len(rows), ticker_of(path, meta), dtype=object)
+
+    table = pd.DataFrame(numbers, index=pd.DatetimeIndex(dates, name="Date"), dtype="float64")
+    frames = {}
+    for ticker, places in pd.Series(np.arange(len(rows))).groupby(tickers, sort=False):
+        index = places.to_numpy()
+        check_order(path, str(ticker) if "Ticker" in place else "", dates[index], lines[index])
+        frames[str(ticker)] = table.iloc[index]
+    return frames
+
+
+def check_bars(path: Path, numbers: Mapping[str, np.ndarray], lines: np.ndarray) -> None:
+    """High is the highest and low the lowest of a bar, up to ``BAR_TOLERANCE``."""
+    opens, high, low, close = (numbers[name] for name in QUOTES)
+    for index in np.flatnonzero(high < low * (1 - BAR_TOLERANCE)):
+        raise UserError(
+            f"{at(path, lines[index], 'High')}: high {high[index]:g} is below low {low[index]:g}; "
+            "correct or delete that line"
+        )
+    for name, value in (("Open", opens), ("Close", close)):
+        outside = (value > high * (1 + BAR_TOLERANCE)) | (value < low * (1 - BAR_TOLERANCE))
+        for index in np.flatnonzero(outside):
+            raise UserError(
+                f"{at(path, lines[index], name)}: {name.lower()} {value[index]:g} is outside the day's range "
+                f"{low[index]:g} to {high[index]:g}; correct or delete that line"
+            )
+
+
+def check_order(path: Path, ticker: str, dates: np.ndarray, lines: np.ndarray) -> None:
+    """Dates of one ticker strictly increase."""
+    steps = np.diff(dates)
+    for index in np.flatnonzero(steps <= np.timedelta64(0)):
+        whose = f" of {ticker}" if ticker else ""
+        day, before = (str(dates[i])[:10] for i in (index + 1, index))
+        place = at(path, lines[index + 1], "Date")
+        if day == before:
+            raise UserError(f"{place}: {day}{whose} is there twice; delete one of the two lines")
+        raise UserError(f"{place}: {day}{whose} comes after {before}; sort the file by date, oldest first")
+
+
+def ticker_of(path: Path, meta: Mapping[str, Any] | None = None) -> str:
+    """The ticker of a file without a ``Ticker`` column: from the sidecar, ``AAPL_2024_2025`` or the stem."""
+    named = (meta or {}).get("tickers") or []
+    if len(named) == 1:
+        return str(named[0])
+    stem = re.sub(r"\.csv(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+    match = NAME_WITH_YEAR.fullmatch(stem)
+    return match[1] if match else stem
+
+
+def validated(frame: pd.DataFrame, ticker: str) -> pd.DataFrame:
+    """Check a frame in memory against the contract; return it with the columns in order.
+
+    Raises:
+        ValueError: it breaks the contract. A program made it, so this is no mistake of a user.
+    """
+    missing = [name for name in PRICE_COLUMNS if name not in frame.columns]
+    if missing:
+        raise ValueError(f"{ticker}: missing columns {missing}")
+    index = frame.index
+    if not isinstance(index, pd.DatetimeIndex) or index.tz is not None or not index.equals(index.normalize()):
+        raise ValueError(f"{ticker}: the index must be a timezone-free DatetimeIndex of whole days")
+    if not (index.is_monotonic_increasing and index.is_unique):
+        raise ValueError(f"{ticker}: dates must strictly increase")
+    frame = frame[PRICE_COLUMNS].astype("float64").rename_axis(columns=None)
+    frame.index = index.as_unit("ns").rename("Date")
+    values = frame.to_numpy()
+    if not np.isfinite(values).all() or (values[:, :4] <= 0).any() or (values[:, 4] < 0).any():
+        raise ValueError(f"{ticker}: prices must be finite and positive, volumes finite and not negative")
+    if bar_faults(frame).any():
+        raise ValueError(f"{ticker}: a bar's high is not its highest or its low not its lowest price")
+    return frame
+
+
+def bar_faults(frame: pd.DataFrame) -> np.ndarray:
+    """Mask of bars whose high or low does not hold the other prices, beyond rounding."""
+    body = frame[["Open", "Close"]].to_numpy()
+    high, low = frame["High"].to_numpy(), frame["Low"].to_numpy()
+    return (
+        (high < low * (1 - BAR_TOLERANCE))
+        | (body > high[:, None] * (1 + BAR_TOLERANCE)).any(axis=1)
+        | (body < low[:, None] * (1 - BAR_TOLERANCE)).any(axis=1)
+    )
+
+
+def write_prices(frames: Mapping[str, pd.DataFrame], path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Write one table and its sidecar, each atomically, such that :func:`read_prices` gives the same back.
+
+    Args:
+        frames: one frame a ticker; several make a long table with a ``Ticker`` column.
+        path: a ``.csv`` or ``.csv.gz`` file.
+        meta: what only the caller knows: ``source``, ``adjust``, ``interval`` and anything else worth
+            keeping. Rows, tickers, dates, sha256 and (unless given) time are filled in.
+
+    Returns:
+        The sidecar's content.
+    """
+    path = Path(path)
+    if not frames:
+        raise ValueError("no prices to write")
+    checked = {ticker: validated(frame, ticker) for ticker, frame in frames.items()}
+    content = table_text(checked).encode()
+    if path.suffix.lower() == ".gz":
+        content = gzip.compress(content, mtime=0)  # the same prices make the same bytes
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+    days = [frame.index for frame in checked.values() if len(frame)]
+    full = {
+        **meta,
+        "rows": sum(map(len, checked.values())),
+        "tickers": list(checked),
+        "first_date": str(min(day[0] for day in days).date()) if days else None,
+        "last_date": str(max(day[-1] for day in days).date()) if days else None,
+        "sha256": sha256_of(path),
+        "time": meta.get("time") or dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+    }
+    write_json(meta_path(path), full)
+    return full
+
+
+def table_text(frames: Mapping[str, pd.DataFrame]) -> str:
+    """The CSV: shortest digits that read back to the same float, whole volumes without a point."""
+    several = len(frames) > 1
+    out = io.StringIO()
+    out.write(",".join([*(["Ticker"] if several else []), "Date", *PRICE_COLUMNS]) + "\n")
+    writer = csv.writer(out, lineterminator="\n")
+    for ticker, frame in frames.items():
+        days = frame.index.strftime("%Y-%m-%d")
+        for day, row in zip(days, frame.to_numpy().tolist(), strict=True):
+            volume = int(row[4]) if row[4].is_integer() else row[4]
+            writer.writerow([*([ticker] if several else []), day, *row[:4], volume])
+    return out.getvalue()
+
+
+def meta_path(path: Path) -> Path:
+    return path.with_name(path.name + ".meta.json")
+
+
+def read_meta(path: Path) -> dict[str, Any] | None:
+    """The sidecar of a price file, or None where there is none.
+
+    Raises:
+        UserError: the sidecar is there but is not JSON of a mapping.
+    """
+    side = meta_path(Path(path))
+    try:
+        content = json.loads(side.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{side}: not a readable sidecar ({error}); delete it or download the prices again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{side}: not a sidecar (no mapping); delete it or download the prices again")
+    return content
+
+
+def trusted_meta(path: Path) -> dict[str, Any] | None:
+    """The sidecar, unless the table has changed since it was written: then it speaks of another table."""
+    meta = read_meta(path)
+    if meta is not None and meta.get("sha256") != sha256_of(path):
+        warn(f"{path} has changed since {meta_path(path).name} was written; that sidecar is ignored")
+        return None
+    return meta

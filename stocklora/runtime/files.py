@@ -1,0 +1,128 @@
+"""Files that are either the old ones or the new ones, never half of each."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from stocklora.cli.console import UserError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; rename it over ``path`` if the block succeeds.
+
+    The temporary name keeps the suffix, since some writers choose the format by it. Missing parent
+    folders are made. A link stays a link: the file it points to is replaced. A device or a pipe
+    (``/dev/stdout``) is written to, not replaced. On any failure the temporary file goes and ``path``
+    is as it was; errors of the block itself pass unchanged, unless the disk is full.
+
+    Raises:
+        UserError: the folder cannot be written, the disk is full, or ``path`` is a folder.
+    """
+    path = Path(path)
+    with _write_errors(path):
+        target = Path(os.path.realpath(path)) if path.is_symlink() else path
+        is_special = target.exists() and not target.is_file()
+        if target.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder; give a file name")
+        if target.parent.exists() and not target.parent.is_dir():
+            raise UserError(f"cannot write {path}: {target.parent} is a file, not a folder")
+        if not is_special:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        # a name's length has a limit (255 bytes), and the random part needs room
+        handle, name = tempfile.mkstemp(
+            prefix=f".{target.stem[:40]}.",
+            suffix=target.suffix if len(target.suffix) <= 20 else "",
+            dir=None if is_special else target.parent,
+        )
+        os.close(handle)
+    temporary = Path(name)
+    try:
+        try:
+            yield temporary
+        except Exception as error:
+            if _disk_is_full(temporary, error):
+                raise UserError(f"cannot write {path}: the disk is full; free some space") from error
+            raise
+        with _write_errors(path):
+            if is_special:
+                with temporary.open("rb") as source, target.open("wb") as sink:
+                    shutil.copyfileobj(source, sink)
+                return
+            with temporary.open("rb+") as stream:
+                os.fsync(stream.fileno())  # the bytes before the name, even when the power goes
+            temporary.chmod(_mode_for(target))
+            os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _disk_is_full(temporary: Path, error: Exception) -> bool:
+    """Whether a writer failed for want of space; torch and safetensors don't say it with an OSError."""
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return True
+    if isinstance(error, (OSError, UserError)):
+        return False
+    return shutil.disk_usage(temporary.parent).free < 1_000_000
+
+
+def _mode_for(target: Path) -> int:
+    """The old file's permissions, or for a new one what the user's umask says (mkstemp's are private)."""
+    if target.exists():
+        return target.stat().st_mode & 0o777
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text with ``\\n`` line ends, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write readable, strictly valid JSON, atomically.
+
+    NumPy numbers and arrays become plain ones, NaN and infinities null, anything else unknown its text.
+    """
+    write_text(path, json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """``value`` in plain Python types, which JSON and a weights-only load accept; a NaN becomes None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if hasattr(value, "tolist"):  # NumPy and torch, without importing either
+        return plain(value.tolist())
+    return str(value)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

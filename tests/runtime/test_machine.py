@@ -1,0 +1,54 @@
+"""Machine facts and peak memory: what result files and scripts print."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from source_tree import REPO_ROOT
+
+from stocklora.runtime.machine import machine_facts
+
+
+def test_facts_are_plain_and_complete() -> None:
+    facts = machine_facts()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["cpu"]
+    assert 1 <= facts["cores"] <= psutil.cpu_count()
+    assert facts["memory_gb"] == pytest.approx(psutil.virtual_memory().total / 1e9, abs=0.1)
+    assert facts["python"].startswith("3.")
+    assert facts["torch"].startswith("2.")
+
+
+def test_facts_do_not_import_torch(repo_root: Path) -> None:
+    code = (
+        "import sys; from stocklora.runtime.machine import machine_facts; machine_facts(); "
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.strip() == "False"
+
+
+def test_peak_memory_grows_with_what_is_used_and_stays() -> None:
+    # In a process of its own: training elsewhere in this one may have told it to keep what it frees.
+    code = """
+import numpy as np, psutil
+from stocklora.runtime.machine import peak_memory_mb
+before = max(peak_memory_mb(), psutil.Process().memory_info().rss / 1e6)
+block = np.ones(50_000_000)  # 400 MB, touched
+during = peak_memory_mb()
+del block
+assert during > psutil.Process().memory_info().rss / 1e6
+assert during >= before + 300
+assert peak_memory_mb() >= during
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO_ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,255 @@
+"""train_lora.py, framework_llm.py and quick_start.py as a user runs them, with right input and wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from price_tables import random_prices
+from source_tree import RunScript
+
+from stocklora.forecaster.weights_file import load_weights
+from stocklora.prices.calendar import sessions_between
+from stocklora.prices.tables import write_prices
+
+COLUMNS = "Ticker,Origin,Date,Day,Last_Close,Predicted_Close,P05,P10,P25,P50,P75,P90,P95"
+META = {"source": "test", "adjust": "all", "interval": "1d"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, run_script: RunScript, tiny_model: Path, sample_csv: Path) -> tuple[Path, str]:
+    """A folder with a short run's checkpoints, and what the run printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = run_script(
+        "train_lora.py", "--data", sample_csv, "--model_path", tiny_model, "--epochs", 2, "--batch_size", 1, cwd=folder
+    )
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def error_line(result) -> str:
+    assert result.returncode == 2, (result.stdout, result.stderr)
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("warning:")]
+    assert len(errors) == 1, result.stderr
+    assert errors[0].startswith("error: ")
+    return errors[0]
+
+
+def test_training_announces_itself_and_reports_beside_the_random_walk(trained):
+    folder, printed = trained
+    for word in ("parameters", "trainable", "tokens a day", "sequences", "tokens an epoch", "memory expected"):
+        assert word in printed
+    for word in ("MAE", "RMSE", "MAPE", "direction", "pinball", "80% covers", "last close (random walk)", "this model"):
+        assert word in printed
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {
+        "best_lora_weights.pth", "training_history.csv", "training_curve.png",
+    }  # fmt: skip
+
+
+def test_weights_load_as_plain_data_and_hold_the_metadata(trained, tiny_model):
+    folder, _ = trained
+    raw = torch.load(folder / "checkpoints/best_lora_weights.pth", weights_only=True)
+    assert raw["spec"]["base_model"]["config_sha256"]
+    assert raw["spec"]["window_size"] == 30
+    assert raw["spec"]["lora"]["rank"] == 8
+    training = raw["training"]
+    assert training["seed"] == 42
+    assert training["data"]["tickers"] == ["AAPL"]
+    assert len(training["data"]["sha256"]) == 64
+    assert set(training["test_scores"]) == {"naive", "drift", "ewma", "har", "harx", "model"}
+    assert "torch" in training["versions"]
+
+
+def test_the_forecast_is_three_real_sessions_with_ordered_quantiles(trained, run_script, tiny_model, sample_csv):
+    folder, _ = trained
+    result = run_script(
+        "framework_llm.py", "--test_csv", sample_csv, "--model_path", tiny_model, "--plot", "chart.png", cwd=folder
+    )
+    assert result.returncode == 0, result.stderr
+    for word in ("trainable parameters", "peak memory", "2025-11-03", "80% from"):
+        assert word in result.stdout
+    text = (folder / "predictions.csv").read_text()
+    assert text.splitlines()[0] == COLUMNS
+    table = pd.read_csv(folder / "predictions.csv", parse_dates=["Origin", "Date"])
+    assert table["Date"].tolist() == list(pd.to_datetime(["2025-11-03", "2025-11-04", "2025-11-05"]))
+    assert (table["Origin"] == pd.Timestamp("2025-10-31")).all()
+    assert table["Day"].tolist() == [1, 2, 3]
+    quantiles = table[["P05", "P10", "P25", "P50", "P75", "P90", "P95"]].to_numpy()
+    assert (np.diff(quantiles, axis=1) > 0).all()
+    assert (table["Predicted_Close"] == table["P50"]).all()
+    # Days further ahead are less certain, and no honest forecast of AAPL strays far from the last close.
+    assert (np.diff(table["P90"] - table["P10"]) > 0).all()
+    assert ((table["Predicted_Close"] / table["Last_Close"] - 1).abs() < 0.03).all()
+    assert (folder / "chart.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_many_tickers_are_trained_and_forecast_together(run_script, tiny_models, tmp_path):
+    days = sessions_between("AAA", "2022-01-03", "2022-12-30")
+    frames = {f"T{index}": random_prices(len(days), index).set_index(days) for index in range(5)}
+    write_prices(frames, tmp_path / "many.csv", META)
+    options = ["--model_path", tiny_models["gpt2"]]
+    result = run_script("train_lora.py", "--data", "many.csv", *options, "--epochs", 1, "--prompt", "returns",
+                        "--tickers", "T0", "T1", "T2", cwd=tmp_path)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "T0, T1, T2" in result.stdout
+    result = run_script("framework_llm.py", "--test_csv", "many.csv", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    table = pd.read_csv(tmp_path / "predictions.csv")
+    assert table["Ticker"].tolist() == [name for name in frames for _ in range(3)]
+    # One batch or one by one: the same forecast, for the market is every ticker in the file.
+    result = run_script("framework_llm.py", "--test_csv", "many.csv", "--tickers", "T3", "--output", "one.csv",
+                        *options, cwd=tmp_path)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    alone = pd.read_csv(tmp_path / "one.csv").drop(columns=["Ticker", "Origin", "Date"]).to_numpy()
+    together = table[table["Ticker"] == "T3"].drop(columns=["Ticker", "Origin", "Date"]).to_numpy()
+    np.testing.assert_allclose(alone, together, rtol=2e-3)
+
+
+def test_the_documents_prompt_trains_and_forecasts(run_script, tiny_models, sample_csv, tmp_path):
+    options = ["--model_path", tiny_models["llama"]]
+    result = run_script("train_lora.py", "--data", sample_csv, *options, "--prompt", "ohlcv", "--epochs", 1,
+                        "--max_tokens_per_sequence", 3000, cwd=tmp_path)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    result = run_script("framework_llm.py", "--test_csv", sample_csv, *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_config_file_speaks_and_flags_win(run_script, tiny_model, sample_csv, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"data: ['{sample_csv}']\nmodel_path: '{tiny_model}'\nepochs: 0\nlora_rank: 4\nsave_dir: here\n"
+    )
+    result = run_script("train_lora.py", "--config", "run.yaml", "--lora_rank", 2, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert load_weights(tmp_path / "here/best_lora_weights.pth").spec.lora["rank"] == 2
+    (tmp_path / "run.yaml").write_text("lora_rnak: 4\n")
+    assert "did you mean 'lora_rank'?" in error_line(run_script("train_lora.py", "--config", "run.yaml", cwd=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give --data"),
+        (["--data", "SAMPLE", "--model_path", "nowhere"], "no model at nowhere; run: python download_model.py"),
+        (["--data", "SAMPLE", "--model_path", "MODEL", "--target_modules", "q_proj", "nonsense"], "nonsense"),
+        (["--data", "SAMPLE", "--model_path", "MODEL", "--window_size", "240"], "too few days"),
+        (["--data", "SAMPLE", "--model_path", "MODEL", "--tickers", "TSLA"], "no prices of TSLA"),
+        (["--data", "SAMPLE", "--model_path", "MODEL", "--epochs", "-1"], "--epochs must be 0 or more"),
+        (["--data", "SAMPLE", "--model_path", "MODEL", "--lora_rank", "0"], "--lora_rank must be above 0"),
+        (["--data", "SAMPLE", "--model_path", "MODEL", "--learning_rate", "-1"], "--learning_rate must be above 0"),
+        (["--data", "SAMPLE", "--model_path", "MODEL", "--test_from", "1999-01-01"], "must lie in order"),
+        (["--data", "SAMPLE", "--model_path", "MODEL", "--seed", "-1"], "--seed must be from 0"),
+        (["--data", "SAMPLE", "--model_path", "MODEL", "--save_dir", "/dev/null/x"], "cannot write into --save_dir"),
+        (["--data", "SAMPLE", "--model_path", "MODEL", "--backbone_layers", "9"], "has 2 layers"),
+        (["--data", "SAMPLE", "--model_path", "MODEL", "--targets_per_sequence", "400"], None),
+        (["--data", "SAMPLE", "--model_path", "MODEL", "--device", "cuda"], "--device cuda"),
+    ],
+)
+def test_mistakes_in_training_are_one_line_and_write_nothing(
+    run_script, tiny_model, sample_csv, tmp_path, options, message
+):
+    if message == "--device cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    given = [{"SAMPLE": sample_csv, "MODEL": tiny_model}.get(option, option) for option in options]
+    result = run_script("train_lora.py", *given, cwd=tmp_path, timeout_s=120)
+    if message is None:  # more targets than days only means one sequence: no mistake
+        assert result.returncode == 0, result.stderr
+        return
+    assert message in error_line(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sequence_beyond_the_context_is_an_error_not_a_cut(run_script, tiny_models, sample_csv, tmp_path):
+    options = ["--data", sample_csv, "--model_path", tiny_models["gpt2"], "--targets_per_sequence", 100]
+    assert "lower --targets_per_sequence" in error_line(run_script("train_lora.py", *options, cwd=tmp_path))
+    options = ["--data", sample_csv, "--model_path", tiny_models["gpt2"], "--prompt", "ohlcv"]
+    assert "lower --window_size or use --prompt returns" in error_line(
+        run_script("train_lora.py", *options, cwd=tmp_path)
+    )
+
+
+def test_a_failed_run_leaves_the_previous_artefacts(trained, run_script, tiny_model, sample_csv, tmp_path):
+    folder, _ = trained
+    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()}
+    (tmp_path / "bad.csv").write_text("Date,Open,High,Low,Close,Volume\n2024-01-02,1,2,3,x,5\n")
+    error_line(run_script("train_lora.py", "--data", "bad.csv", "--model_path", tiny_model, cwd=tmp_path))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()} == before
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path("ran_code").touch, ())
+
+
+def damaged_weights(kind: str, good: Path, path: Path) -> None:
+    if kind == "truncated":
+        path.write_bytes(good.read_bytes()[:5000])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "code":
+        path.write_bytes(pickle.dumps(Evil()))
+    elif kind == "code inside torch":
+        torch.save({"format": "stocklora-forecaster", "x": Evil()}, path)
+    elif kind == "foreign":
+        torch.save({"weight": torch.zeros(3)}, path)
+    elif kind == "newer":
+        torch.save({**torch.load(good, weights_only=True), "format_version": 99}, path)
+    elif kind == "incomplete":
+        content = torch.load(good, weights_only=True)
+        del content["head"]
+        torch.save(content, path)
+    elif kind == "other shape":
+        content = torch.load(good, weights_only=True)
+        content["adapters"].popitem()
+        torch.save(content, path)
+
+
+@pytest.mark.parametrize(
+    "kind", ["truncated", "empty", "code", "code inside torch", "foreign", "newer", "incomplete", "other shape"]
+)
+def test_damaged_weights_are_one_line_and_never_run_code(trained, run_script, tiny_model, sample_csv, tmp_path, kind):
+    damaged_weights(kind, trained[0] / "checkpoints/best_lora_weights.pth", tmp_path / "weights.pth")
+    (tmp_path / "predictions.csv").write_text("old")
+    result = run_script("framework_llm.py", "--test_csv", sample_csv, "--model_path", tiny_model,
+                        "--lora_weights", "weights.pth", cwd=tmp_path)  # fmt: skip
+    assert "weights.pth" in error_line(result)
+    assert (tmp_path / "predictions.csv").read_text() == "old"
+    assert not (tmp_path / "ran_code").exists()
+
+
+def test_mistakes_in_forecasting_are_one_line(trained, run_script, tiny_models, sample_csv, tmp_path):
+    folder, _ = trained
+    weights = folder / "checkpoints/best_lora_weights.pth"
+
+    def error_of(*options: object) -> str:
+        return error_line(run_script("framework_llm.py", *options, cwd=tmp_path))
+
+    good = ["--test_csv", sample_csv, "--lora_weights", weights]
+    assert "is another model" in error_of(*good, "--model_path", tiny_models["llama"])
+    assert "trained with a window of 30 days" in error_of(
+        *good, "--model_path", tiny_models["qwen3"], "--window_size", 20
+    )
+    assert "no weights file" in error_of("--test_csv", sample_csv, "--model_path", tiny_models["qwen3"])
+    write_prices({"X": random_prices(30)}, tmp_path / "short.csv", META)
+    assert "a forecast needs 31" in error_of(
+        "--test_csv", "short.csv", "--lora_weights", weights, "--model_path", tiny_models["qwen3"]
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"short.csv", "short.csv.meta.json"}
+
+
+def test_quick_start_tells_the_whole_story(run_script, tiny_model, tmp_path):
+    result = run_script("quick_start.py", "--model_path", tiny_model, "--epochs", 1, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for step in range(1, 6):
+        assert f"[{step}/5]" in result.stdout
+    made = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert made == {"sample_test.csv", "sample_test.csv.meta.json", "checkpoints", "predictions.csv", "forecast.png",
+                    "backtest.png"}  # fmt: skip
+    assert len(pd.read_csv(tmp_path / "demo/predictions.csv")) == 3
+    assert json.loads((tmp_path / "demo/sample_test.csv.meta.json").read_text())["source"] == "sample"
