@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from stocklora.backtest.settings import BacktestSettings
 from stocklora.cli.console import run_script
 from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
-from stocklora.finetune.settings import BacktestSettings
 
 
 def build_parser() -> argparse.ArgumentParser:

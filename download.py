@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from stocklora.cli.console import run_script
 from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
-from stocklora.prices.sources.fetch import DownloadSettings
+from stocklora.prices.sources.request import DownloadSettings
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from stocklora.cli.console import UserError, run_script, say, warn
 from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
-from stocklora.finetune.settings import ForecastSettings
+from stocklora.forecaster.settings import ForecastSettings
 
 if TYPE_CHECKING:
     from stocklora.forecaster.ensemble import Ensemble
@@ -138,7 +138,7 @@ def announce(ensemble: Ensemble) -> None:
 
 
 def show(settings: ForecastSettings, prices: dict, rows: list[dict[str, Any]]) -> None:
-    from stocklora.metrics.tables import print_forecast
+    from stocklora.forecaster.predictions import print_forecast
 
     print_forecast(rows)
     say(f"saved: {settings.output}")

@@ -51,14 +51,15 @@ def run(settings: InferenceSettings) -> int:
     if note := quantization_note(sources, settings.quantization):
         say(note)
 
-    from stocklora.cli.extras import SERVER, check_installed
+    from stocklora.cli.checks import SERVER, check_installed
     from stocklora.instruct.chat.listening import listen
 
     if settings.serve:
         check_installed(SERVER, "--serve")
     listener = listen(settings.port) if settings.serve else None
 
-    from stocklora.instruct.chat.load import Sampling, load_sources
+    from stocklora.instruct.chat.load import load_sources
+    from stocklora.instruct.chat.model import Sampling
 
     model = load_sources(sources, settings)
     adapter, sampling = model.adapter_or_base(settings.adapter), Sampling.of(settings)

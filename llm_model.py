@@ -16,9 +16,7 @@ Leaf module: it knows torch, transformers and ``lora``; nothing of prices or fil
 from __future__ import annotations
 
 import contextlib
-import types
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -192,28 +190,6 @@ class BackboneFacts:
     context_tokens: int
 
 
-def backbone_config(model_path: Path, layers: int | None = None, trust_remote_code: bool = False) -> Any:
-    """The base model's configuration, cut to its first ``layers`` layers if given.
-
-    Raises:
-        ValueError: more layers than there are.
-    """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    # The base is frozen: its own dropout would only add noise to what the adapters see.
-    for name, value in config.to_dict().items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
-            setattr(config, name, 0.0)
-    if layers is not None:
-        if not 1 <= layers <= config.num_hidden_layers:
-            raise ValueError(f"the base model has {config.num_hidden_layers} layers; {layers} cannot be used")
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
-    return config
-
-
 def facts_of(config: Any) -> BackboneFacts:
     return BackboneFacts(
         hidden_size=hidden_size_of(config),
@@ -224,123 +200,3 @@ def facts_of(config: Any) -> BackboneFacts:
 
 def hidden_size_of(config: Any) -> int:
     return int(config.hidden_size)
-
-
-def load_backbone(
-    model_path: Path,
-    dtype: torch.dtype,
-    layers: int | None = None,
-    trust_remote_code: bool = False,
-    quantization: str = "none",
-    device: torch.device | None = None,
-) -> nn.Module:
-    """The base model without its vocabulary head, frozen, without dropout of its own.
-
-    Args:
-        dtype: of the weights; of a quantized model the type that it computes in, and that of its embeddings.
-        layers: use only the first so many layers.
-        quantization: of the linear layers: ``none``; ``8bit``: rows of int8 with a scale each; ``4bit``: nf4 with
-            quantized scales (Dettmers et al. 2023, arXiv:2305.14314).
-        device: where a quantized model is made; an unquantized one is made on the CPU.
-
-    Raises:
-        ImportError: quantization without bitsandbytes.
-    """
-    from transformers import AutoModel
-
-    config = backbone_config(model_path, layers, trust_remote_code)
-    options: dict[str, Any] = {}
-    if quantization != "none":
-        options = {
-            "quantization_config": quantization_config(quantization, dtype),
-            "device_map": {"": device or torch.device("cpu")},
-        }
-    backbone = AutoModel.from_pretrained(
-        model_path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, **options
-    )
-    if quantization != "none":
-        steady_quantized_layers(backbone)
-    return backbone.requires_grad_(False)
-
-
-def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
-    """What ``from_pretrained`` takes for ``8bit`` or ``4bit``; ``dtype`` is what 4-bit layers compute in."""
-    from transformers import BitsAndBytesConfig
-
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if quantization != "4bit":
-        raise ValueError(f"quantization must be none, 8bit or 4bit, not {quantization!r}")
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-
-
-def steady_quantized_layers(model: nn.Module) -> None:
-    """Make bitsandbytes' layers one causal function, the same in training and in use.
-
-    Its int8 layers quantize what they read as well, unless they train on a CPU: the function that is used is then
-    not the one that was trained (5% away on SmolLM2). They also single out columns by their largest value over all
-    tokens, later days and other tickers of the batch included. Here weights alone are int8. Its nf4 layers repack
-    their weights at the first use without gradient on a CPU with bfloat16, for a kernel that has no gradient.
-    """
-    for module in model.modules():
-        kind = type(module).__name__
-        if kind == "Linear8bitLt":
-            module.forward = types.MethodType(_int8_forward, module)  # type: ignore[method-assign]
-        elif kind == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-def _int8_forward(layer: Any, x: Tensor) -> Tensor:
-    scale = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # bitsandbytes moves it about
-    return _Int8Linear.apply(x, layer.weight.data, scale, layer.bias)
-
-
-class _Int8Linear(torch.autograd.Function):
-    """``y = x W' + bias`` for a frozen ``W = codes * scale / 127``, of which only the codes are kept for backward.
-
-    Shapes: x (..., in), codes (out, in) int8, scale (out,) float32, bias (out,) or None; returns (..., out).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(codes, scale)
-        return F.linear(x, _dequantized(codes, scale, x.dtype), None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        codes, scale = ctx.saved_tensors
-        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
-        grad_x = grad @ _dequantized(codes, scale, grad.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, grad_bias
-
-
-def _dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (codes * (scale / 127.0)[:, None]).to(dtype)
-
-
-def is_causal(backbone: nn.Module, tokens: int = 16) -> bool:
-    """Whether earlier hidden states ignore later tokens; an encoder such as BERT would see the future."""
-    config: Any = backbone.config
-    device = next(backbone.parameters()).device
-    ids = torch.arange(1, tokens + 1, device=device)[None] % int(config.vocab_size)
-    other = ids.clone()
-    other[0, -1] = 0
-    was_training = backbone.training
-    backbone.eval()
-    with torch.no_grad():
-        first, second = (backbone(input_ids=row).last_hidden_state[0, :-1].float() for row in (ids, other))
-    backbone.train(was_training)
-    return torch.allclose(first, second, rtol=1e-3, atol=1e-3)
-
-
-def best_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor computes in it, float32 elsewhere."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type == "cpu":
-        # Without these instructions bfloat16 on a CPU is emulated, and slower than float32.
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if has_bf16 else torch.float32
-    return torch.float32

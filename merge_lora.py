@@ -18,7 +18,7 @@ import sys
 
 from stocklora.cli.console import UserError, run_script
 from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
-from stocklora.finetune.settings import MergeSettings
+from stocklora.forecaster.settings import MergeSettings
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,8 @@ import sys
 
 from stocklora.cli.console import run_script, say
 from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
-from stocklora.finetune.settings import QuickStartSettings, TrainLoraSettings
+from stocklora.demo.settings import QuickStartSettings
+from stocklora.finetune.settings import TrainLoraSettings
 
 TICKER = "AAPL"
 FAST_LAYERS = 8
@@ -49,13 +50,14 @@ def run(settings: QuickStartSettings) -> int:
     started = time.perf_counter()
     folder = settings.output_dir
 
-    from stocklora.base_models.download import check_model_folder, fetch_model
+    from stocklora.base_models.download import fetch_model
+    from stocklora.base_models.folders import check_model_folder
 
     if settings.model_path is not None:
         check_model_folder(settings.model_path)
 
     say("[1/5] Prices: one year of AAPL from the bundled sample")
-    from stocklora.prices.sources.fetch import sample_prices
+    from stocklora.prices.sources.bundled import sample_prices
     from stocklora.prices.tables import write_prices
 
     prices, meta = sample_prices(TICKER, period="1y")
@@ -73,7 +75,8 @@ def run(settings: QuickStartSettings) -> int:
     say(f"      {model_path}")
 
     say("[3/5] LoRA fine-tuning, starting at the random walk")
-    from llm_model import backbone_config, facts_of
+    from llm_model import facts_of
+    from stocklora.base_models.loading import backbone_config
     from stocklora.finetune.fit import fit, report_run
 
     layers = min(FAST_LAYERS, facts_of(backbone_config(model_path)).layers) if settings.fast else None
@@ -110,8 +113,7 @@ def run(settings: QuickStartSettings) -> int:
     )
 
     say("[5/5] The next three closes")
-    from stocklora.forecaster.predictions import write_predictions
-    from stocklora.metrics.tables import print_forecast
+    from stocklora.forecaster.predictions import print_forecast, write_predictions
     from stocklora.runtime.machine import peak_memory_mb
 
     rows = result.forecaster.forecast(prices)

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     from stocklora.dataset.prepare import select_tickers
-    from stocklora.prices.sources.fetch import sample_folder
+    from stocklora.prices.sources.bundled import sample_folder
     from stocklora.prices.tables import read_prices
     from stocklora.runtime.files import write_json
     from stocklora.runtime.machine import machine_facts
@@ -173,7 +173,7 @@ def elsewhere(arguments: argparse.Namespace) -> int:
     from stocklora.cli.console import UserError, say
     from stocklora.dataset.prepare import prepare
     from stocklora.metrics.calibration import fit_calibration
-    from stocklora.prices.sources.fetch import sample_folder
+    from stocklora.prices.sources.bundled import sample_folder
     from stocklora.prices.tables import read_prices
 
     files = {name: read_prices(sample_folder() / name) for name in YEARS}

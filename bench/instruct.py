@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from stocklora.base_models.download import check_model_folder
+    from stocklora.base_models.folders import check_model_folder
     from stocklora.cli.console import print_table, say
     from stocklora.instruct.news.dataset import InstructionSettings, build_dataset
     from stocklora.instruct.rows.records import write_records

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from stocklora.base_models.download import check_model_folder
+    from stocklora.base_models.folders import check_model_folder
     from stocklora.cli.console import print_table, say
     from stocklora.runtime.files import write_json
     from stocklora.runtime.machine import machine_facts
@@ -103,7 +103,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 def bundled_days(folder: Path, tickers: Sequence[str], first: str = FIRST) -> Path:
     """Bundled prices until the end of 2009, as a file."""
-    from stocklora.prices.sources.fetch import sample_folder
+    from stocklora.prices.sources.bundled import sample_folder
     from stocklora.prices.tables import read_prices, write_prices
 
     prices = read_prices(sample_folder() / "us_tech_2000_2013.csv.gz")
@@ -144,7 +144,7 @@ def work(task: Path) -> int:
     from stocklora.finetune.fit import fit
     from stocklora.finetune.settings import TrainLoraSettings
     from stocklora.forecaster.methods import trained_state
-    from stocklora.forecaster.weights_file import WeightsFile, save_weights
+    from stocklora.forecaster.weights import WeightsFile, save_weights
     from stocklora.prices.tables import read_prices
     from stocklora.runtime.machine import peak_memory_mb
 

@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from stocklora.base_models.download import check_model_folder
+    from stocklora.base_models.folders import check_model_folder
     from stocklora.cli.console import print_table, say
     from stocklora.dataset.prepare import prepare, select_tickers
-    from stocklora.prices.sources.fetch import sample_folder
+    from stocklora.prices.sources.bundled import sample_folder
     from stocklora.prices.tables import read_prices
     from stocklora.runtime.files import write_json
     from stocklora.runtime.machine import keep_freed_memory, machine_facts
@@ -85,7 +85,7 @@ def build(arguments: argparse.Namespace, data: Any, layers: int | None) -> tuple
     """A forecaster with rank-8 adapters on all linear layers, and how many targets fit a sequence."""
     from stocklora.dataset.prompts import fit_targets_per_sequence
     from stocklora.forecaster.forecaster import build_forecaster, context_tokens_of, load_encoder
-    from stocklora.forecaster.weights_file import ForecasterSpec
+    from stocklora.forecaster.weights import ForecasterSpec
     from stocklora.runtime.devices import choose_device, choose_dtype
 
     encoder = load_encoder(arguments.model_path, "returns")
@@ -129,7 +129,8 @@ class Trainer:
         """One optimizer step over ``examples``, ``batch_size`` sequences a pass; seconds."""
         import torch
 
-        from stocklora.finetune.optimization import accumulate_gradients, collate
+        from stocklora.finetune.optimization import accumulate_gradients
+        from stocklora.forecaster.batches import collate
 
         targets = sum(len(example.scale) for example in examples)
         micro = [collate(examples[at : at + batch_size]) for at in range(0, len(examples), batch_size)]

@@ -39,7 +39,8 @@ def run(settings: DemoSettings) -> int:
     sources = find_sources(settings.base_model, [settings.model_path], settings.any_base)  # before seconds of imports
     if note := quantization_note(sources, settings.quantization):
         say(note)
-    from stocklora.instruct.chat.load import Sampling, load_sources
+    from stocklora.instruct.chat.load import load_sources
+    from stocklora.instruct.chat.model import Sampling
     from stocklora.instruct.chat.terminal import QUESTIONS, ask_all, chat
 
     model, sampling = load_sources(sources, settings), Sampling.of(settings)

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_model import QuantileHead, StockForecaster, backbone_config, facts_of, is_causal, load_backbone, pinball_sum
+from llm_model import QuantileHead, StockForecaster, facts_of, pinball_sum
+from stocklora.base_models.loading import backbone_config, is_causal, load_backbone
 from stocklora.metrics.scores import QUANTILE_LEVELS, pinball_loss
 
 FAMILIES = ["qwen3", "llama", "gpt2"]

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from stocklora.backtest.settings import BacktestSettings
 from stocklora.backtest.walk_forward import Baselines, Model, Plan
 from stocklora.cli.console import UserError, progress, say, warn
 from stocklora.dataset.indicators import INDICATORS, indicator_table
 from stocklora.dataset.prepare import prepare
 from stocklora.dataset.prompts import returns_lines
-from stocklora.finetune.settings import BacktestSettings
 from stocklora.metrics.calibration import fit_calibration
 from stocklora.prices.store import spool
 from stocklora.volatility.market import markets_of

@@ -22,6 +22,7 @@ from stocklora import __version__
 from stocklora.backtest.aggregate import Tally, write_metrics
 from stocklora.backtest.base_cutoffs import cutoff_note
 from stocklora.backtest.results import REFERENCE, BacktestResult, TickerForecasts
+from stocklora.backtest.settings import BacktestSettings
 from stocklora.backtest.walk_forward import (
     BASELINES,
     Baselines,
@@ -36,11 +37,9 @@ from stocklora.backtest.walk_forward import (
     wait_for_everyone,
 )
 from stocklora.cli.console import UserError, progress, say, warn
-from stocklora.finetune.fit import check_writable
-from stocklora.finetune.settings import BacktestSettings
 from stocklora.metrics.scores import QUANTILE_LEVELS
 from stocklora.prices.store import PriceStore, spool
-from stocklora.runtime.files import plain, replacing, write_json
+from stocklora.runtime.files import check_writable, plain, replacing, write_json
 
 PARTS, PRICES, REFITS, MANIFEST = "parts", "prices", "refits", "manifest.json"
 LEVEL_COLUMNS = tuple(f"P{round(100 * level):02d}" for level in QUANTILE_LEVELS)
@@ -443,7 +442,8 @@ def forecast_columns(forecasts: TickerForecasts) -> dict[str, Any]:
 
 def report(settings: BacktestSettings, result: BacktestResult) -> None:
     """Write metrics and report, print the table and the verdicts."""
-    from stocklora.backtest.report.page import name_of, write_report
+    from stocklora.backtest.report.page import write_report
+    from stocklora.backtest.report.words import name_of
     from stocklora.cli.console import print_table
 
     write_metrics(settings.output_dir / "metrics.csv", result)

@@ -18,8 +18,9 @@ import pandas as pd
 
 from stocklora.backtest.results import TickerForecasts
 from stocklora.cli.console import UserError
-from stocklora.dataset.windows import log_returns_ahead, pack
+from stocklora.dataset.windows import pack
 from stocklora.prices.store import ReturnsAhead
+from stocklora.prices.tables import log_returns_ahead
 from stocklora.volatility.market import Markets, markets_of
 from stocklora.volatility.random_walk import QuantileBaseline, fit_baselines
 from stocklora.volatility.scales import SCALES
@@ -229,7 +230,7 @@ class LanguageModel:
         from stocklora.finetune.fit import WEIGHTS_NAME, fit
         from stocklora.finetune.settings import TrainLoraSettings
         from stocklora.forecaster.ensemble import Ensemble
-        from stocklora.forecaster.weights_file import load_weights
+        from stocklora.forecaster.weights import load_weights
 
         members = []
         for number, (weights, model_path) in enumerate(self.ensemble.members):

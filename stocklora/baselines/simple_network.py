@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from stocklora.baselines.settings import check_model_file
 from stocklora.cli.console import UserError
-from stocklora.forecaster.weights_file import plain
 from stocklora.metrics.scores import median_index
-from stocklora.prices.tables import PRICE_COLUMNS
-from stocklora.runtime.files import replacing
+from stocklora.prices.csv_columns import PRICE_COLUMNS
+from stocklora.runtime.files import plain, replacing
 from stocklora.volatility.random_walk import empirical_quantiles
 from stocklora.volatility.scales import ewma_volatility
 

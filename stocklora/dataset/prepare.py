@@ -21,11 +21,11 @@ from stocklora.dataset.windows import (
     SplitDates,
     choose_split_dates,
     count_origins,
-    log_returns_ahead,
     pack,
     split_origins,
 )
 from stocklora.metrics.scores import QUANTILE_LEVELS, Scores, median_index, pinball_loss, score
+from stocklora.prices.tables import log_returns_ahead
 from stocklora.volatility.market import Markets
 from stocklora.volatility.random_walk import QuantileBaseline, fit_baselines
 from stocklora.volatility.scales import SCALES

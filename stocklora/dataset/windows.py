@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from stocklora.cli.console import UserError
@@ -43,22 +42,6 @@ class SplitDates:
 
     validation: pd.Timestamp
     test: pd.Timestamp
-
-
-def log_returns_ahead(close: np.ndarray, horizon: int) -> np.ndarray:
-    """``log(close[t + h] / close[t])`` for h = 1..horizon.
-
-    Args:
-        close: (days,) closes.
-
-    Returns:
-        (days, horizon) float64; NaN where the day ``t + h`` is not in the table.
-    """
-    log_close = np.log(close)
-    ahead = np.full((len(close), horizon), np.nan)
-    for step in range(1, horizon + 1):
-        ahead[:-step, step - 1] = log_close[step:] - log_close[:-step]
-    return ahead
 
 
 def choose_split_dates(

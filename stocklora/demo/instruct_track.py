@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stocklora.cli.console import UserError, say
-from stocklora.finetune.settings import QuickStartSettings
+from stocklora.demo.settings import QuickStartSettings
 
 # Short questions of two kinds, with answers of a fixed form: what a model of 135 M weights learns in minutes.
 KINDS = ("sentiment", "extraction")
@@ -29,7 +29,8 @@ def run(settings: QuickStartSettings) -> int:
     started = time.perf_counter()
     folder = settings.output_dir / "instruct"
 
-    from stocklora.base_models.download import check_model_folder, fetch_model
+    from stocklora.base_models.download import fetch_model
+    from stocklora.base_models.folders import check_model_folder
 
     if settings.model_path is not None:
         check_model_folder(settings.model_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,20 +12,22 @@ import numpy as np
 import pandas as pd
 import torch
 
-from stocklora.base_models.download import check_model_folder, describe_model
+from stocklora.base_models.folders import check_model_folder, describe_model
 from stocklora.cli.console import UserError, say, warn
 from stocklora.dataset.prepare import Example, ForecastData, data_facts, make_examples, prepare
 from stocklora.dataset.prompts import DayEncoder, check_lengths, fit_targets_per_sequence
 from stocklora.dataset.windows import SPLITS, DaySequence
 from stocklora.finetune.loop import train
 from stocklora.finetune.memory import print_plan, setup_of, shape_of, warn_if_too_large
-from stocklora.finetune.optimization import HISTORY_COLUMNS, TrainingOutcome, predict
+from stocklora.finetune.optimization import HISTORY_COLUMNS, TrainingOutcome
 from stocklora.finetune.resume import FOLDER, Checkpoints, identity_of, resume_command
 from stocklora.finetune.settings import TrainLoraSettings
+from stocklora.finetune.speedups import speedups
 from stocklora.finetune.warm_start import start_from, with_teacher
+from stocklora.forecaster.batches import predict
 from stocklora.forecaster.forecaster import Forecaster, build_forecaster, context_tokens_of, load_encoder
-from stocklora.forecaster.methods import speedups, trained_state
-from stocklora.forecaster.weights_file import ForecasterSpec, WeightsFile, save_weights, versions
+from stocklora.forecaster.methods import trained_state
+from stocklora.forecaster.weights import ForecasterSpec, WeightsFile, save_weights
 from stocklora.metrics.calibration import fit_calibration
 from stocklora.metrics.scores import Scores
 from stocklora.metrics.tables import print_scores
@@ -40,8 +41,8 @@ from stocklora.runtime.distributed import (
     shards_models,
     whole_parameters,
 )
-from stocklora.runtime.files import plain, replacing
-from stocklora.runtime.machine import keep_freed_memory, peak_memory_mb
+from stocklora.runtime.files import check_writable, plain, replacing
+from stocklora.runtime.machine import keep_freed_memory, peak_memory_mb, versions
 from stocklora.volatility.scales import SCALES
 
 WEIGHTS_NAME = "best_lora_weights.pth"
@@ -246,23 +247,6 @@ def with_enough_days(prices: Mapping[str, pd.DataFrame], least: int) -> dict[str
     return {name: frame for name, frame in prices.items() if len(frame) >= least} or dict(prices)
 
 
-def check_writable(folder: Path, flag: str = "--save_dir") -> None:
-    """An unwritable folder is found before the work, not after it.
-
-    Raises:
-        UserError: naming the folder.
-    """
-    try:
-        made = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-        if made:
-            folder.rmdir()  # a run that fails leaves nothing behind
-    except OSError as error:
-        raise UserError(f"cannot write into {flag} {folder}: {error.strerror or error}") from None
-
-
 def baseline_on_test(data: ForecastData, name: str) -> np.ndarray:
     """A baseline's test forecasts; the volatility-scaled ones calibrated on validation days, as the model is."""
     quantiles = data.forecasts_of(name, "test")
@@ -371,7 +355,7 @@ def lora_fields(settings: TrainLoraSettings) -> dict[str, Any]:
 
 def save_run(run: FittedRun, settings: TrainLoraSettings, sequences: Mapping[str, Any]) -> None:
     """Weights, history and curve; each replaces its predecessor only when whole."""
-    from stocklora.plots.forecasts import plot_training_curve
+    from stocklora.plots.curves import plot_training_curve
 
     model = run.forecaster.model
     training = {

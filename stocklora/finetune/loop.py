@@ -22,11 +22,11 @@ from stocklora.finetune.optimization import (
     NotFiniteError,
     Optimization,
     TrainingOutcome,
-    predict,
     standardize_head,
 )
 from stocklora.finetune.resume import Checkpoints, Interruption, random_state, set_random_state
 from stocklora.finetune.settings import TrainLoraSettings
+from stocklora.forecaster.batches import predict
 from stocklora.forecaster.methods import load_trained_state
 from stocklora.metrics.scores import BASIS_POINTS, pinball_loss
 from stocklora.runtime.distributed import gathered, summed

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from llm_model import backbone_config, padded_tokens
+from llm_model import padded_tokens
 from lora import LoRAError, find_targets, linear_layers
+from stocklora.base_models.loading import backbone_config
 from stocklora.cli.console import UserError, print_table, say, warn
 from stocklora.dataset.prepare import Example
 from stocklora.finetune.settings import TrainLoraSettings

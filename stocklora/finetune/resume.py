@@ -28,8 +28,8 @@ import torch
 
 from stocklora.cli.console import UserError, say, warn
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.forecaster.weights_file import versions
 from stocklora.runtime.files import plain, replacing, sha256_of, write_json
+from stocklora.runtime.machine import versions
 
 FORMAT = "stocklora-run-state"
 FORMAT_VERSION = 1

@@ -18,7 +18,7 @@ from stocklora.dataset.windows import SplitDates
 from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.forecaster.forecaster import Forecaster, load_forecaster
 from stocklora.forecaster.methods import load_trained_state
-from stocklora.forecaster.weights_file import ForecasterSpec, WeightsFile, load_weights, other_setting
+from stocklora.forecaster.weights import ForecasterSpec, WeightsFile, load_weights, other_setting
 from stocklora.runtime.devices import choose_dtype
 
 

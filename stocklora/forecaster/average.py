@@ -18,7 +18,7 @@ from torch import Tensor
 from lora import LoRAConfig
 from stocklora.adapters.arithmetic import average_adapters, average_weights
 from stocklora.cli.console import UserError
-from stocklora.forecaster.weights_file import ForecasterSpec, WeightsFile, other_setting
+from stocklora.forecaster.weights import ForecasterSpec, WeightsFile, other_setting
 
 SAME_START = ("levels", "table", "location", "scale")
 

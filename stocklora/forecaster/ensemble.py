@@ -24,8 +24,8 @@ import torch
 from stocklora.cli.console import UserError, warn
 from stocklora.forecaster.average import average
 from stocklora.forecaster.forecaster import Forecaster, assemble
-from stocklora.forecaster.predictions import INTERVAL_COLUMNS
-from stocklora.forecaster.weights_file import WeightsFile, load_weights
+from stocklora.forecaster.weights import WeightsFile, load_weights
+from stocklora.metrics.scores import INTERVAL_COLUMNS
 
 T = TypeVar("T")
 

@@ -12,18 +12,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from llm_model import StockForecaster, backbone_config, facts_of, is_causal, load_backbone
+from llm_model import StockForecaster, facts_of
 from lora import LoRAError
-from stocklora.base_models.download import check_model_folder, describe_model
-from stocklora.base_models.quiet import quiet_transformers
+from stocklora.base_models.folders import check_model_folder, describe_model
+from stocklora.base_models.loading import backbone_config, is_causal, load_backbone, quiet_transformers
 from stocklora.cli.console import UserError, warn
 from stocklora.dataset.prepare import Example, make_examples
 from stocklora.dataset.prompts import DayEncoder, check_lengths
 from stocklora.dataset.windows import DaySequence, last_origin, pack
-from stocklora.finetune.optimization import predict
+from stocklora.forecaster.batches import predict
 from stocklora.forecaster.methods import load_trained_state, put_on
 from stocklora.forecaster.predictions import prediction_rows
-from stocklora.forecaster.weights_file import ForecasterSpec, WeightsFile, load_weights
+from stocklora.forecaster.weights import ForecasterSpec, WeightsFile, load_weights
 from stocklora.metrics.calibration import Calibration
 from stocklora.runtime.devices import memory_errors
 from stocklora.volatility.market import Markets, markets_of

@@ -18,10 +18,11 @@ import pandas as pd
 
 from stocklora.cli.console import UserError, say, warn
 from stocklora.dataset.prepare import select_tickers
-from stocklora.finetune.settings import ForecastSettings
+from stocklora.forecaster.settings import ForecastSettings
 from stocklora.prices.calendar import Clock, exchange_of, is_complete, next_sessions, utc_now
 from stocklora.prices.sources.download import describe, fetch_or_fail, finish
-from stocklora.prices.sources.fetch import DownloadSettings, fetch_prices, request_of, tickers_of
+from stocklora.prices.sources.fetch import fetch_prices
+from stocklora.prices.sources.request import DownloadSettings, request_of, tickers_of
 from stocklora.prices.tables import meta_path, price_files, read_prices
 
 Prices = dict[str, pd.DataFrame]

@@ -9,8 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,24 @@ import torch
 
 from llm_model import StockForecaster
 from lora import LoRAError
-from stocklora.base_models.download import describe_model
-from stocklora.base_models.folders import INCOMPLETE, MANIFEST_NAME, check_files
+from stocklora.base_models.folders import (
+    MANIFEST_NAME,
+    WEIGHT_SUFFIXES,
+    check_empty,
+    check_files,
+    describe_model,
+    made_whole,
+)
 from stocklora.cli.console import UserError, print_table, say
-from stocklora.finetune.settings import MergeSettings
-from stocklora.forecaster.adapter_folder import HEAD_NAME, check_empty, write_folder
 from stocklora.forecaster.forecaster import Forecaster, assemble, check_base, load_forecaster
 from stocklora.forecaster.methods import merge_into_base
-from stocklora.forecaster.weights_file import WeightsFile, load_weights, save_weights
+from stocklora.forecaster.settings import MergeSettings
+from stocklora.forecaster.weights import HEAD_NAME, WeightsFile, load_weights, save_weights, write_folder
 from stocklora.metrics.scores import BASIS_POINTS
 from stocklora.runtime.devices import choose_device
 from stocklora.runtime.files import sha256_of
 
 MERGED_KEY = "stocklora_merged_from"  # in the merged model's configuration, so that it is not taken for its base
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 VERIFY_DAYS = 40  # forecasts of each ticker
 VERIFY_TICKERS = 8
 
@@ -155,27 +158,6 @@ def save_model(
     whole.save_pretrained(folder)
 
 
-@contextmanager
-def made_whole(folder: Path) -> Iterator[Path]:
-    """Yield ``FOLDER.incomplete``; it gets its name when the block succeeds, and goes when it does not.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    unfinished = folder.with_name(folder.name + INCOMPLETE)
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        if folder.is_dir():
-            folder.rmdir()  # an empty one, as was checked
-        unfinished.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
 # ------------------------------------------------------------------------------------------------- verification
 
 
@@ -241,7 +223,7 @@ def verify(folder: Path, content: WeightsFile, settings: MergeSettings, device: 
 def verification_prices(settings: MergeSettings) -> Mapping[str, pd.DataFrame]:
     """``--data``, or the bundled year of AAPL."""
     from stocklora.dataset.prepare import select_tickers
-    from stocklora.prices.sources.fetch import SAMPLE_TABLES, sample_folder
+    from stocklora.prices.sources.bundled import SAMPLE_TABLES, sample_folder
     from stocklora.prices.tables import read_prices
 
     prices = read_prices(settings.data or [sample_folder() / SAMPLE_TABLES[0]])

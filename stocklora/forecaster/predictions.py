@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from stocklora.cli.console import print_table, say
+from stocklora.metrics.scores import INTERVAL_COLUMNS
 from stocklora.prices.calendar import next_sessions
 from stocklora.runtime.files import replacing
 
@@ -15,7 +18,6 @@ PREDICTION_COLUMNS = (
     "Ticker", "Origin", "Date", "Day", "Last_Close", "Predicted_Close",
     "P05", "P10", "P25", "P50", "P75", "P90", "P95",
 )  # fmt: skip
-INTERVAL_COLUMNS = {0.05: "P05", 0.10: "P10", 0.25: "P25", 0.50: "P50", 0.75: "P75", 0.90: "P90", 0.95: "P95"}
 
 
 def prediction_rows(
@@ -47,3 +49,29 @@ def write_predictions(path: Path, rows: list[dict[str, Any]]) -> None:
         frame[name] = [float(f"{value:.7g}") for value in frame[name]]
     with replacing(path) as temporary:
         frame.to_csv(temporary, index=False, date_format="%Y-%m-%d", lineterminator="\n")
+
+
+MOST_ROWS = 30  # more than a screen is for the file
+
+
+def print_forecast(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of ``predictions.csv`` as a table: the closes with their 80% intervals."""
+    print_table(
+        "Forecast",
+        ("ticker", "date", "day", "last close", "forecast", "80% from", "to", "change"),
+        [
+            (
+                row["Ticker"],
+                f"{row['Date']:%Y-%m-%d}",
+                row["Day"],
+                f"{row['Last_Close']:,.2f}",
+                f"{row['Predicted_Close']:,.2f}",
+                f"{row['P10']:,.2f}",
+                f"{row['P90']:,.2f}",
+                f"{100 * (row['Predicted_Close'] / row['Last_Close'] - 1):+.2f}%",
+            )
+            for row in rows[:MOST_ROWS]
+        ],
+    )
+    if len(rows) > MOST_ROWS:
+        say(f"... and {len(rows) - MOST_ROWS} more rows")

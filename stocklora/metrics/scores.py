@@ -99,3 +99,6 @@ def score(last_close: np.ndarray, returns: np.ndarray, quantiles: np.ndarray, le
         coverage_80=coverage(returns, quantiles, levels, 0.80),
         origins=len(returns),
     )
+
+
+INTERVAL_COLUMNS = {0.05: "P05", 0.10: "P10", 0.25: "P25", 0.50: "P50", 0.75: "P75", 0.90: "P90", 0.95: "P95"}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
-from stocklora.cli.console import print_table, say
+from stocklora.cli.console import print_table
 from stocklora.metrics.scores import Scores
 
 FORECASTERS = {
@@ -16,30 +15,6 @@ FORECASTERS = {
     "harx": "random walk, HAR-X volatility",
     "model": "this model",
 }
-MOST_ROWS = 30  # more than a screen is for the file
-
-
-def print_forecast(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of ``predictions.csv`` as a table: the closes with their 80% intervals."""
-    print_table(
-        "Forecast",
-        ("ticker", "date", "day", "last close", "forecast", "80% from", "to", "change"),
-        [
-            (
-                row["Ticker"],
-                f"{row['Date']:%Y-%m-%d}",
-                row["Day"],
-                f"{row['Last_Close']:,.2f}",
-                f"{row['Predicted_Close']:,.2f}",
-                f"{row['P10']:,.2f}",
-                f"{row['P90']:,.2f}",
-                f"{100 * (row['Predicted_Close'] / row['Last_Close'] - 1):+.2f}%",
-            )
-            for row in rows[:MOST_ROWS]
-        ],
-    )
-    if len(rows) > MOST_ROWS:
-        say(f"... and {len(rows) - MOST_ROWS} more rows")
 
 
 def print_scores(scores: Mapping[str, Scores], title: str) -> None:

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stocklora.plots.fonts import latin_font
-from stocklora.plots.style import INK, MODEL, MUTED, UP, WALK, dot_of, new_figure, save_figure, set_step_axis, set_title
+from stocklora.plots.style import (
+    INK,
+    MODEL,
+    MUTED,
+    UP,
+    WALK,
+    dot_of,
+    new_figure,
+    save_figure,
+    set_step_axis,
+    set_title,
+)
+
+if TYPE_CHECKING:
+    from stocklora.finetune.optimization import TrainingOutcome
 
 
 def plot_loss_curve(log: Sequence[Mapping[str, Any]], path: Path, subtitle: str = "") -> None:
@@ -39,4 +53,37 @@ def plot_loss_curve(log: Sequence[Mapping[str, Any]], path: Path, subtitle: str 
         bottom.plot(*zip(*rate, strict=True), color=WALK, linewidth=1.6, marker=dot_of(rate))
     bottom.set_ylabel("learning rate", color=MUTED)
     set_step_axis(bottom, "step", [entry["step"] for entry in log])
+    save_figure(figure, path)
+
+
+def plot_training_curve(outcome: TrainingOutcome, path: Path) -> None:
+    """Validation loss against the untrained model's, epoch by epoch, and the training loss below it."""
+    epochs = [row["epoch"] for row in outcome.history]
+    ratios = [row["validation_ratio"] for row in outcome.history]
+    figure, (top, bottom) = new_figure(2, 6.0, (3, 2))
+    set_title(
+        top,
+        "Validation loss relative to the random walk",
+        "below 1: the model has learned something that holds on days it was not trained on",
+    )
+    top.axhline(1.0, color=WALK, linewidth=1.2, linestyle="--")
+    top.plot(epochs, ratios, color=MODEL, marker="o", markersize=4)
+    best = outcome.best_epoch
+    top.plot([best], [ratios[best]], "o", color=UP, markersize=9, zorder=3)
+    top.annotate(
+        f"kept: epoch {best}, {ratios[best]:.4f}",
+        (best, ratios[best]),
+        (9, -14),
+        color=UP,
+        fontsize=9.5,
+        textcoords="offset points",
+    )
+    # A curve that stays within a thousandth of 1 should look flat.
+    low, high = min([*ratios, 0.998]), max([*ratios, 1.002])
+    top.set_ylim(low - 0.25 * (high - low), high + 0.2 * (high - low))
+    top.set_ylabel("ratio", color=MUTED)
+    bottom.plot(epochs[1:], [row["train_loss"] for row in outcome.history[1:]], color=INK, marker="o", markersize=4)
+    bottom.set_ylabel("training loss\n(units of the scale)", color=MUTED)
+    bottom.set_xlabel("epoch", color=MUTED)
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     save_figure(figure, path)

@@ -20,9 +20,8 @@ import numpy as np
 import pandas as pd
 
 from stocklora.cli.console import UserError
-from stocklora.dataset.windows import log_returns_ahead
 from stocklora.prices.csv_columns import PRICE_COLUMNS
-from stocklora.prices.tables import price_files, read_table, refuse_mixed, trusted_meta
+from stocklora.prices.tables import log_returns_ahead, price_files, read_table, refuse_mixed, trusted_meta
 from stocklora.runtime.files import write_json
 
 LARGE_FILE_BYTES = 8 * 2**20  # unpacked; a larger table of several tickers is split before it is read

@@ -297,3 +297,19 @@ def trusted_meta(path: Path) -> dict[str, Any] | None:
         warn(f"{path} has changed since {meta_path(path).name} was written; that sidecar is ignored")
         return None
     return meta
+
+
+def log_returns_ahead(close: np.ndarray, horizon: int) -> np.ndarray:
+    """``log(close[t + h] / close[t])`` for h = 1..horizon.
+
+    Args:
+        close: (days,) closes.
+
+    Returns:
+        (days, horizon) float64; NaN where the day ``t + h`` is not in the table.
+    """
+    log_close = np.log(close)
+    ahead = np.full((len(close), horizon), np.nan)
+    for step in range(1, horizon + 1):
+        ahead[:-step, step - 1] = log_close[step:] - log_close[:-step]
+    return ahead

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import torch
 
-from llm_model import best_dtype
 from stocklora.cli.console import UserError
 
 
@@ -43,3 +42,14 @@ def memory_errors() -> Iterator[None]:
             "the graphics card's memory is full; try --batch_size 1, --gradient_checkpointing, --backbone_layers 8, "
             "a smaller base model, or --device cpu"
         ) from None
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor computes in it, float32 elsewhere."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        # Without these instructions bfloat16 on a CPU is emulated, and slower than float32.
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.float32

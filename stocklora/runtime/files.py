@@ -126,3 +126,20 @@ def sha256_of(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_writable(folder: Path, flag: str = "--save_dir") -> None:
+    """An unwritable folder is found before the work, not after it.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    try:
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+        if made:
+            folder.rmdir()  # a run that fails leaves nothing behind
+    except OSError as error:
+        raise UserError(f"cannot write into {flag} {folder}: {error.strerror or error}") from None

@@ -11,8 +11,8 @@ from price_tables import random_prices
 
 from stocklora.backtest import walk_forward
 from stocklora.backtest.leakage import MUTATIONS, check_backtest, find_leaks, mutated
+from stocklora.backtest.settings import BacktestSettings
 from stocklora.dataset import indicators
-from stocklora.finetune.settings import BacktestSettings
 from stocklora.prices.tables import write_prices
 from stocklora.volatility import harx
 from stocklora.volatility import random_walk as baselines

@@ -15,9 +15,10 @@ import pytest
 from price_tables import random_prices
 
 from stocklora.backtest import run as backtest_run
+from stocklora.backtest.settings import BacktestSettings
 from stocklora.backtest.walk_forward import Baselines, Plan, choose_cuts
 from stocklora.cli.console import UserError
-from stocklora.finetune.settings import BacktestSettings, TrainLoraSettings
+from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.metrics.scores import QUANTILE_LEVELS, pinball_loss
 from stocklora.prices.tables import read_prices, write_prices
 

@@ -182,7 +182,7 @@ def test_a_killed_download_is_no_model_and_goes_on_with_a_range(
     fetch: Fetch, hub: Hub, tmp_path: Path, environment: dict[str, str], how: signal.Signals
 ) -> None:
     """Killed, or Ctrl-C, in the middle of a file; the next run asks for the rest of it only."""
-    from stocklora.base_models.download import check_model_folder
+    from stocklora.base_models.folders import check_model_folder
     from stocklora.cli.console import UserError
 
     files = small_model(24 * MEBIBYTE)

@@ -13,14 +13,8 @@ from typing import Any
 import pytest
 
 from stocklora.base_models import download as base_models
-from stocklora.base_models.download import (
-    DownloadModelSettings,
-    check_model_folder,
-    config_sha256,
-    describe_model,
-    fetch_model,
-    model_folder,
-)
+from stocklora.base_models.download import DownloadModelSettings, fetch_model, model_folder
+from stocklora.base_models.folders import check_model_folder, config_sha256, describe_model
 from stocklora.base_models.hubs import RemoteFile, select_files
 from stocklora.cli.console import UserError
 

@@ -17,10 +17,9 @@ from scipy import stats
 from stocklora.baselines import classical as peers
 from stocklora.baselines.classical import PACKAGES, PEERS, WINDOW_DAYS, peer_quantiles, require_peer
 from stocklora.cli.console import UserError
-from stocklora.dataset.windows import log_returns_ahead
 from stocklora.metrics.scores import QUANTILE_LEVELS, pinball_loss
-from stocklora.prices.sources.fetch import sample_folder
-from stocklora.prices.tables import read_prices
+from stocklora.prices.sources.bundled import sample_folder
+from stocklora.prices.tables import log_returns_ahead, read_prices
 
 LEVELS = np.array(QUANTILE_LEVELS)
 STATSFORECAST = ("autoarima", "autoets", "autotheta")

@@ -33,7 +33,8 @@ from stocklora.baselines.simple_network import (
 )
 from stocklora.cli.console import UserError
 from stocklora.prices.calendar import next_sessions
-from stocklora.prices.tables import PRICE_COLUMNS, read_prices
+from stocklora.prices.csv_columns import PRICE_COLUMNS
+from stocklora.prices.tables import read_prices
 
 CPU = torch.device("cpu")
 COLUMNS = ["Ticker", "Origin", "Date", "Day", "Last_Close", "Predicted_Close"]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from price_tables import random_prices
 
 from stocklora.cli.console import UserError
-from stocklora.dataset.windows import SPLITS, choose_split_dates, last_origin, log_returns_ahead, pack, split_origins
+from stocklora.dataset.windows import SPLITS, choose_split_dates, last_origin, pack, split_origins
+from stocklora.prices.tables import log_returns_ahead
 
 
 def test_log_returns_ahead_by_hand():

@@ -21,7 +21,7 @@ from stocklora.finetune.fit import fit, save_run
 from stocklora.finetune.loop import gain_in_errors
 from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.forecaster.forecaster import load_forecaster
-from stocklora.forecaster.weights_file import load_weights
+from stocklora.forecaster.weights import load_weights
 from stocklora.metrics.scores import QUANTILE_LEVELS, pinball_loss
 from stocklora.runtime.devices import choose_device
 
@@ -202,7 +202,7 @@ def test_a_run_that_fails_at_the_end_leaves_the_previous_artefacts(prices, setti
     def fails(*arguments):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr("stocklora.plots.forecasts.plot_training_curve", fails)
+    monkeypatch.setattr("stocklora.plots.curves.plot_training_curve", fails)
     with pytest.raises(RuntimeError, match="no ink"):
         fit(prices, changed(settings, epochs=2, seed=7))
     assert {path.name: path.read_bytes() for path in settings.save_dir.iterdir() if path.is_file()} == before

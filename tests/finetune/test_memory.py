@@ -14,15 +14,15 @@ from price_tables import random_prices
 from tuned_models import CPU, LORA, built, spec_of
 
 import stocklora.forecaster.forecaster
-from llm_model import load_backbone
+from stocklora.base_models.loading import load_backbone
 from stocklora.cli.console import UserError
 from stocklora.dataset.prepare import prepare
 from stocklora.finetune.fit import fit
 from stocklora.finetune.memory import cost_of, free_memory_mb, setup_of, shape_of, warn_if_too_large
 from stocklora.finetune.optimization import Optimization, standardize_head
 from stocklora.finetune.settings import TrainLoraSettings
+from stocklora.finetune.speedups import speedups
 from stocklora.forecaster.forecaster import build_forecaster, load_encoder
-from stocklora.forecaster.methods import speedups
 from stocklora.runtime.distributed import Alone
 
 

@@ -34,7 +34,7 @@ from stocklora.finetune.resume import (
     set_random_state,
 )
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.forecaster.weights_file import load_weights
+from stocklora.forecaster.weights import load_weights
 
 TIMES = ["seconds", "targets_per_s"]
 
@@ -324,7 +324,7 @@ def test_a_run_that_failed_at_its_end_is_only_scored_again(
         raise RuntimeError("no ink")
 
     with monkeypatch.context() as patch:
-        patch.setattr("stocklora.plots.forecasts.plot_training_curve", fails)
+        patch.setattr("stocklora.plots.curves.plot_training_curve", fails)
         with pytest.raises(RuntimeError, match="no ink"):
             fit(prices, settings)
     monkeypatch.setattr(training, "pinball_sum", die)  # not one step more

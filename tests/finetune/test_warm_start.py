@@ -17,9 +17,10 @@ from stocklora.cli.console import UserError
 from stocklora.dataset.prepare import prepare
 from stocklora.dataset.windows import pack
 from stocklora.finetune.fit import fit, save_run
-from stocklora.finetune.optimization import Optimization, collate, standardize_head
+from stocklora.finetune.optimization import Optimization, standardize_head
 from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.finetune.warm_start import check_days, with_teacher
+from stocklora.forecaster.batches import collate
 from stocklora.forecaster.forecaster import Forecaster, load_forecaster
 from stocklora.forecaster.methods import trained_state
 from stocklora.runtime.distributed import Alone

@@ -24,11 +24,11 @@ import framework_llm as script
 import stocklora.forecaster.forecaster
 from stocklora.cli.console import UserError
 from stocklora.dataset.prepare import prepare
-from stocklora.finetune.settings import ForecastSettings
 from stocklora.forecaster.ensemble import Ensemble, combine, trainable_parameters
 from stocklora.forecaster.forecaster import load_forecaster
-from stocklora.forecaster.predictions import INTERVAL_COLUMNS, PREDICTION_COLUMNS, write_predictions
-from stocklora.metrics.scores import QUANTILE_LEVELS
+from stocklora.forecaster.predictions import PREDICTION_COLUMNS, write_predictions
+from stocklora.forecaster.settings import ForecastSettings
+from stocklora.metrics.scores import INTERVAL_COLUMNS, QUANTILE_LEVELS
 from stocklora.prices.calendar import sessions_between
 from stocklora.prices.tables import read_prices, write_prices
 

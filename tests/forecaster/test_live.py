@@ -27,7 +27,6 @@ import framework_llm as script
 import stocklora.forecaster.live
 from stocklora.cli.console import UserError
 from stocklora.cli.settings import default_of
-from stocklora.finetune.settings import ForecastSettings
 from stocklora.forecaster.live import (
     FetchedPrices,
     FilePrices,
@@ -36,8 +35,9 @@ from stocklora.forecaster.live import (
     price_feed,
     watch,
 )
+from stocklora.forecaster.settings import ForecastSettings
 from stocklora.prices.calendar import is_complete, sessions_between
-from stocklora.prices.sources.fetch import DownloadSettings
+from stocklora.prices.sources.request import DownloadSettings
 from stocklora.prices.tables import read_prices, write_prices
 
 META = {"source": "test", "adjust": "all", "interval": "1d"}

@@ -24,12 +24,12 @@ import merge_lora
 import stocklora.forecaster.merge
 from lora import LoRAConfig
 from stocklora.cli.console import UserError
-from stocklora.finetune.settings import ForecastSettings, MergeSettings
 from stocklora.forecaster.average import average, mean_head
 from stocklora.forecaster.ensemble import Ensemble
 from stocklora.forecaster.forecaster import Forecaster, load_forecaster
 from stocklora.forecaster.merge import merge
-from stocklora.forecaster.weights_file import WeightsFile, load_weights, save_weights
+from stocklora.forecaster.settings import ForecastSettings, MergeSettings
+from stocklora.forecaster.weights import WeightsFile, load_weights, save_weights
 from stocklora.prices.calendar import sessions_between
 from stocklora.prices.tables import write_prices
 

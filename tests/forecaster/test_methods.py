@@ -19,16 +19,18 @@ from torch import nn
 from tuned_models import CPU, VARIANTS, built, content_of, exact, spec_of, unsettled
 
 import stocklora.forecaster.forecaster
-from llm_model import load_backbone, padded_tokens
+from llm_model import padded_tokens
+from stocklora.base_models.loading import load_backbone
 from stocklora.cli.console import UserError
 from stocklora.dataset.prepare import prepare
 from stocklora.finetune.fit import fit, save_run
 from stocklora.finetune.frozen_states import remembered
 from stocklora.finetune.optimization import Optimization, standardize_head
 from stocklora.finetune.settings import TrainLoraSettings
+from stocklora.finetune.speedups import speedups
 from stocklora.forecaster.forecaster import build_forecaster, load_encoder, load_forecaster
-from stocklora.forecaster.methods import load_trained_state, parameter_groups, speedups, trained_state
-from stocklora.forecaster.weights_file import load_weights, save_weights
+from stocklora.forecaster.methods import load_trained_state, parameter_groups, trained_state
+from stocklora.forecaster.weights import load_weights, save_weights
 from stocklora.runtime.distributed import Alone
 
 ARTEFACTS = [

@@ -20,10 +20,9 @@ from price_files import BAD_FILES, GOOD_FILES
 from price_tables import random_prices
 
 from stocklora.cli.console import UserError
-from stocklora.dataset.windows import log_returns_ahead
 from stocklora.prices import store as price_store
 from stocklora.prices.store import INDEX_NAME, PriceStore, ReturnsAhead, spool
-from stocklora.prices.tables import meta_path, read_prices, write_prices
+from stocklora.prices.tables import log_returns_ahead, meta_path, read_prices, write_prices
 
 HEADER = "Ticker,Date,Open,High,Low,Close,Volume\n"
 LONG = HEADER + "".join(

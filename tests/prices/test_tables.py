@@ -15,15 +15,8 @@ from price_files import BAD_FILES, GOOD, GOOD_FILES, HEADER
 
 import download
 from stocklora.cli.console import UserError
-from stocklora.prices.tables import (
-    PRICE_COLUMNS,
-    meta_path,
-    read_meta,
-    read_prices,
-    ticker_of,
-    validated,
-    write_prices,
-)
+from stocklora.prices.csv_columns import PRICE_COLUMNS
+from stocklora.prices.tables import meta_path, read_meta, read_prices, ticker_of, validated, write_prices
 
 
 def frame_of(days: int = 3, start: str = "2024-01-02") -> pd.DataFrame:

@@ -19,7 +19,7 @@ from stocklora.cli.console import UserError
 from stocklora.finetune.fit import fit, save_run
 from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.forecaster.forecaster import load_forecaster
-from stocklora.forecaster.weights_file import save_weights
+from stocklora.forecaster.weights import save_weights
 from stocklora.instruct.chat.load import load_chat_model
 from stocklora.instruct.sft.run import run_training
 from stocklora.instruct.sft.settings import Resolved, SftSettings

@@ -24,7 +24,7 @@ from price_tables import random_prices
 
 from stocklora.finetune.fit import FittedRun, fit
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.forecaster.weights_file import load_weights
+from stocklora.forecaster.weights import load_weights
 
 LIMIT_S = 240
 
@@ -153,7 +153,7 @@ def fit_each(prices: dict[str, pd.DataFrame], runs: list[TrainLoraSettings]) -> 
     """Fit, one after the other; what this process knows of each run."""
     from accelerate import Accelerator
 
-    from stocklora.finetune.optimization import predict
+    from stocklora.forecaster.batches import predict
 
     found = []
     for settings in runs:

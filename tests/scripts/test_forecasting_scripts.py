@@ -14,7 +14,7 @@ import torch
 from price_tables import random_prices
 from source_tree import RunScript
 
-from stocklora.forecaster.weights_file import load_weights
+from stocklora.forecaster.weights import load_weights
 from stocklora.prices.calendar import sessions_between
 from stocklora.prices.tables import write_prices
 

@@ -17,7 +17,8 @@ from source_tree import RunScript
 import inference_lora
 from stocklora.cli.console import UserError
 from stocklora.instruct.chat.batch import read_prompts
-from stocklora.instruct.chat.load import ChatModel, load_chat_model
+from stocklora.instruct.chat.load import load_chat_model
+from stocklora.instruct.chat.model import ChatModel
 
 FAST = ["--max_new_tokens", "6", "--dtype", "float32", "--device", "cpu"]
 

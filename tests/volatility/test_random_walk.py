@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from price_tables import random_prices
 
 from stocklora.dataset.prepare import prepare, select_tickers
-from stocklora.dataset.windows import log_returns_ahead
-from stocklora.prices.sources.fetch import sample_folder
-from stocklora.prices.tables import read_prices
+from stocklora.prices.sources.bundled import sample_folder
+from stocklora.prices.tables import log_returns_ahead, read_prices
 from stocklora.volatility import scales as volatility
 from stocklora.volatility.random_walk import empirical_quantiles
 from stocklora.volatility.scales import SCALES, VolatilityScale, ewma_volatility, fit_scale, range_features

@@ -23,8 +23,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from stocklora.backtest.report.words import as_float, formatted, iso_date, name_of
 from stocklora.backtest.results import INTERVALS, PIT_BINS, BacktestResult
-from stocklora.forecaster.predictions import INTERVAL_COLUMNS
-from stocklora.metrics.scores import median_index
+from stocklora.metrics.scores import INTERVAL_COLUMNS, median_index
 from stocklora.metrics.significance import long_run_variance
 from stocklora.plots.forecasts import BANDS
 from stocklora.plots.style import DOWN, GRID, INK, MODEL, MUTED, WALK

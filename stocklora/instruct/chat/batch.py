@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from stocklora.cli.console import UserError, progress, say, warn
-from stocklora.instruct.chat.load import Answer, ChatModel, Sampling
+from stocklora.instruct.chat.model import Answer, ChatModel, Sampling
 from stocklora.instruct.chat.sources import TRAINING_INFO
 from stocklora.instruct.chat.text_stream import holds_no_character, without_reasoning
-from stocklora.instruct.rows.records import Message, parse_row
+from stocklora.instruct.rows.formats import Message, parse_row
 from stocklora.runtime.files import plain, sha256_of
 
 PLACEHOLDER = "-"  # stands for the answer that a prompt does not have yet

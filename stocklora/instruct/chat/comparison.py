@@ -12,8 +12,7 @@ from stocklora.cli.console import UserError, say
 from stocklora.instruct.chat.settings import CompareSettings
 from stocklora.instruct.chat.sources import BASE, find_sources, quantization_note
 from stocklora.instruct.chat.text_stream import printable, without_reasoning
-from stocklora.instruct.rows.formats import joined
-from stocklora.instruct.rows.records import Message
+from stocklora.instruct.rows.formats import Message, joined
 from stocklora.runtime.files import write_json
 
 DEFAULT_CASES = (
@@ -61,7 +60,8 @@ def compare(settings: CompareSettings) -> None:
             conversations.append((prompt.messages[-1].content, list(prompt.messages)))
     if note := quantization_note(sources, settings.quantization):
         say(note)
-    from stocklora.instruct.chat.load import Sampling, load_sources
+    from stocklora.instruct.chat.load import load_sources
+    from stocklora.instruct.chat.model import Sampling
 
     model = load_sources(sources, settings)
     sampling = Sampling.of(settings)

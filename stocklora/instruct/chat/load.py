@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from stocklora.base_models.folders import TOKENIZER_SETS
-from stocklora.base_models.loading import load_causal_model
-from stocklora.base_models.quiet import quiet_transformers
+from stocklora.base_models.loading import load_causal_model, quiet_transformers
 from stocklora.cli.console import UserError, one_line
 from stocklora.instruct.chat.model import Answer, ChatModel, ContextError, Sampling, internal_name, memory_errors
 from stocklora.instruct.chat.settings import LoadSettings

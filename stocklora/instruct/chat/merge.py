@@ -12,16 +12,22 @@ from typing import Any
 
 import torch
 
-from stocklora.base_models.folders import MANIFEST_NAME, check_files, describe_model
+from stocklora.base_models.folders import (
+    MANIFEST_NAME,
+    WEIGHT_SUFFIXES,
+    check_empty,
+    check_files,
+    describe_model,
+    made_whole,
+)
 from stocklora.cli.console import UserError, one_line, print_table, say
-from stocklora.forecaster.adapter_folder import check_empty
-from stocklora.forecaster.merge import WEIGHT_SUFFIXES, made_whole
-from stocklora.instruct.chat.load import ChatModel, Sampling, load_chat_model
+from stocklora.instruct.chat.load import load_chat_model
+from stocklora.instruct.chat.model import ChatModel, Sampling
 from stocklora.instruct.chat.settings import InferenceSettings
 from stocklora.instruct.chat.sources import BASE, TRAINING_INFO, Sources, training_info
 from stocklora.instruct.chat.terminal import QUESTIONS
 from stocklora.instruct.rows.chat_template import prompt_ids
-from stocklora.instruct.rows.records import Message
+from stocklora.instruct.rows.formats import Message
 from stocklora.runtime.files import sha256_of, write_json
 
 VERIFY_TOKENS = 24  # of each greedy answer

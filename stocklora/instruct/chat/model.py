@@ -18,7 +18,7 @@ from stocklora.instruct.chat.settings import AnswerSettings
 from stocklora.instruct.chat.sources import BASE, BASE_NAMES
 from stocklora.instruct.chat.text_stream import TextStream, holds_no_character
 from stocklora.instruct.rows.chat_template import end_token_ids, prompt_ids
-from stocklora.instruct.rows.records import Message
+from stocklora.instruct.rows.formats import Message
 
 COLDEST = 1e-6  # below it logits over temperature leave float32; the likeliest token is drawn all the same
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stocklora.instruct.chat.load import Sampling
+from stocklora.instruct.chat.model import Sampling
 from stocklora.instruct.chat.text_stream import holds_no_character
-from stocklora.instruct.rows.records import Message
+from stocklora.instruct.rows.formats import Message
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MOST_STOPS = 4  # as OpenAI has it

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 
 from stocklora.cli.console import UserError, say
-from stocklora.instruct.chat.load import Answer, ChatModel, Sampling
+from stocklora.instruct.chat.model import Answer, ChatModel, Sampling
 from stocklora.instruct.chat.sources import BASE
 from stocklora.instruct.chat.text_stream import printable, without_reasoning
-from stocklora.instruct.rows.records import Message
+from stocklora.instruct.rows.formats import Message
 
 # What the scripts ask where nobody asks anything else: one of each kind that the data sets teach.
 QUESTIONS = (

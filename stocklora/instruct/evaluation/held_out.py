@@ -11,7 +11,8 @@ from stocklora.cli.console import UserError, warn
 from stocklora.instruct.chat.settings import EvaluateSettings
 from stocklora.instruct.chat.sources import TRAINING_INFO, training_info
 from stocklora.instruct.evaluation.bootstrap import spread
-from stocklora.instruct.rows.records import PARTS, Record, prompt_key, read_records, read_with_faults, split_records
+from stocklora.instruct.rows.formats import Record
+from stocklora.instruct.rows.records import PARTS, prompt_key, read_records, read_with_faults, split_records
 from stocklora.runtime.files import sha256_of
 
 DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stocklora.instruct.chat.text_stream import without_reasoning
-from stocklora.instruct.rows.records import Record
+from stocklora.instruct.rows.formats import Record
 
 if TYPE_CHECKING:
     from stocklora.instruct.evaluation.bootstrap import Resampler
-    from stocklora.instruct.evaluation.scoring import Scores
+
 
 BASE_SYSTEM, TUNED_SYSTEM = "base", "tuned"
 SENTIMENTS = ("利好", "利空", "中性")
@@ -138,3 +138,28 @@ def number(value: float, measure: Measure, signed: bool = False) -> str:
     if measure.unit == "%":
         return f"{100 * value:+.1f} pt" if signed else f"{100 * value:.1f}%"
     return f"{value:{sign}.2f}" if measure.unit == "s" else f"{value:{sign}.0f}"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One answer against the expected one; None where a measure does not apply to the row.
+
+    Attributes:
+        success: it is not empty, and the model ended it by itself. chrf, rouge_l: likeness, 0 to 1.
+        label: what it says, of the labels that there are; None if nothing clear. label_correct: 0 or 1.
+        json_valid: the answer is one JSON object and nothing else, 0 or 1. field_accuracy: share of the expected fields
+            that have the expected value, also where words stand around the object. fields_exact: all of them, 0 or 1.
+        numbers, numbers_supported: different numbers in the answer, and those of them that stand in the question, where
+            15 minutes are no source of 15%.
+    """
+
+    success: float
+    chrf: float
+    rouge_l: float
+    label: str | None
+    label_correct: float | None
+    json_valid: float | None
+    field_accuracy: float | None
+    fields_exact: float | None
+    numbers: int
+    numbers_supported: int

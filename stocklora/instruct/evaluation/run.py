@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from stocklora.cli.checks import SCORES, check_installed
 from stocklora.cli.console import UserError, progress, say, warn
-from stocklora.cli.extras import SCORES, check_installed
 from stocklora.instruct.chat.settings import EvaluateSettings
 from stocklora.instruct.chat.sources import (
     BASE,
@@ -34,7 +34,7 @@ from stocklora.instruct.evaluation.measures import (
 )
 from stocklora.instruct.evaluation.scoring import score
 from stocklora.instruct.evaluation.tables import print_results
-from stocklora.instruct.rows.records import Record
+from stocklora.instruct.rows.formats import Record
 from stocklora.runtime.files import plain, write_json, write_text
 
 RESULTS, PREDICTIONS = "evaluation_results.json", "evaluation_predictions.jsonl"
@@ -51,7 +51,7 @@ def evaluate(settings: EvaluateSettings) -> Path:
     Raises:
         UserError: no model, no rows, or rows that do not fit the model.
     """
-    from stocklora.finetune.fit import check_writable
+    from stocklora.runtime.files import check_writable
 
     check_installed(SCORES, "scoring")
     folder = settings.output_dir or settings.model_path
@@ -139,7 +139,7 @@ def predict(
     model: Any, adapter: str, records: Sequence[Record], settings: EvaluateSettings, name: str
 ) -> list[Prediction]:
     """Answers to ``records`` in their order; computed in batches of like length, so that little is padding."""
-    from stocklora.instruct.chat.load import Answer, Sampling
+    from stocklora.instruct.chat.model import Answer, Sampling
 
     sampling = Sampling.of(settings)
     lengths = [sum(len(message.content) for message in record.prompt) for record in records]

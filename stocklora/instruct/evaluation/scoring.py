@@ -7,14 +7,13 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from stocklora.cli.settings import parse_json
 from stocklora.instruct.chat.text_stream import UNFINISHED, without_reasoning
-from stocklora.instruct.evaluation.measures import SENTIMENTS
-from stocklora.instruct.rows.records import Record
+from stocklora.instruct.evaluation.measures import SENTIMENTS, Scores
+from stocklora.instruct.rows.formats import Record
 
 # What models say that were not taught our words; a base model is not to lose for its choice of words.
 LABEL_WORDS = {
@@ -39,31 +38,6 @@ CIRCLED = re.compile("[①-⒛]")  # numbers of a list, which NFKC would make di
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
 NUMBER = re.compile(rf"({DIGITS})\s*(%|个?百分点|个?基点|bps?(?![a-z]))?", re.IGNORECASE)
 PLAIN_NUMBER = re.compile(rf"([-+]?{DIGITS})(%?)")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One answer against the expected one; None where a measure does not apply to the row.
-
-    Attributes:
-        success: it is not empty, and the model ended it by itself. chrf, rouge_l: likeness, 0 to 1.
-        label: what it says, of the labels that there are; None if nothing clear. label_correct: 0 or 1.
-        json_valid: the answer is one JSON object and nothing else, 0 or 1. field_accuracy: share of the expected fields
-            that have the expected value, also where words stand around the object. fields_exact: all of them, 0 or 1.
-        numbers, numbers_supported: different numbers in the answer, and those of them that stand in the question, where
-            15 minutes are no source of 15%.
-    """
-
-    success: float
-    chrf: float
-    rouge_l: float
-    label: str | None
-    label_correct: float | None
-    json_valid: float | None
-    field_accuracy: float | None
-    fields_exact: float | None
-    numbers: int
-    numbers_supported: int
 
 
 def score(record: Record, text: str, finish: str, labels: Sequence[str] = SENTIMENTS) -> Scores:

@@ -57,7 +57,7 @@ class Event:
 
 def sample_database() -> Path:
     """The bundled database of invented news."""
-    from stocklora.prices.sources.fetch import sample_folder
+    from stocklora.prices.sources.bundled import sample_folder
 
     return sample_folder() / SAMPLE_DATABASE
 

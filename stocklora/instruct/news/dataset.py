@@ -20,7 +20,8 @@ from stocklora.instruct.news.database import Event, read_events
 from stocklora.instruct.news.near_duplicates import first_of_each
 from stocklora.instruct.news.questions import Maker, Row, Subject, subjects_of
 from stocklora.instruct.news.reactions import Thresholds
-from stocklora.instruct.rows.records import PARTS, Record, cut_days, parse_row, prompt_key, split_records
+from stocklora.instruct.rows.formats import Record, parse_row
+from stocklora.instruct.rows.records import PARTS, cut_days, prompt_key, split_records
 
 NEWS, MARKET, EARNINGS = SHARES = ("news", "market", "earnings")
 # share -> kinds, in the order in which they take turns

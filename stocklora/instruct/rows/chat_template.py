@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from stocklora.cli.console import UserError, one_line
 
 if TYPE_CHECKING:
-    from stocklora.instruct.rows.records import Message, Record
+    from stocklora.instruct.rows.formats import Message, Record
 
 IGNORED = -100  # a label that the loss passes over
 ADDED_PAD = "<|pad|>"

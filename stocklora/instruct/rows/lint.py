@@ -25,7 +25,8 @@ from typing import Any
 
 from stocklora.cli.console import UserError, print_table, run_script, say
 from stocklora.cli.settings import ScriptParser
-from stocklora.instruct.rows.records import Fault, Record, given_part, prompt_key, read_with_faults
+from stocklora.instruct.rows.formats import Fault, Record
+from stocklora.instruct.rows.records import given_part, prompt_key, read_with_faults
 
 EXIT_FAULTS = 1
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from stocklora.cli.console import UserError, print_table, say
 from stocklora.cli.settings import setting
+from stocklora.instruct.rows.formats import FORMS, Record, parse_row
 from stocklora.instruct.rows.lint import check_records
-from stocklora.instruct.rows.records import FORMS, PARTS, Record, parse_row, read_records, split_records, write_records
+from stocklora.instruct.rows.records import PARTS, read_records, split_records, write_records
 
 SOURCE, BUNDLED = "finance_lessons.md", "chinese_instructions.json"
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from stocklora.cli.console import UserError, progress, warn
 from stocklora.instruct.rows.chat_template import Encoded, encode, encode_answers
-from stocklora.instruct.rows.records import PARTS, Record, read_with_faults, split_records
+from stocklora.instruct.rows.formats import Record
+from stocklora.instruct.rows.records import PARTS, read_with_faults, split_records
 from stocklora.instruct.sft.settings import SftSettings
 from stocklora.runtime.files import sha256_of
 

@@ -110,7 +110,7 @@ def alone_in(folder: Path, needed: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """No bars, no advice on optional kernels and no notices about names of the future among our lines."""
-    from stocklora.base_models.quiet import quiet_transformers
+    from stocklora.base_models.loading import quiet_transformers
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

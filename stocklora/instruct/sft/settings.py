@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from stocklora.cli.checks import DEVICES, DTYPES, check_positive
 from stocklora.cli.console import UserError, print_table
 from stocklora.cli.settings import add_settings, checked_values, read_config, setting
-from stocklora.finetune.settings import DEVICES, DTYPES, check_positive
 
 T = TypeVar("T", bound="SftSettings")
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from stocklora.cli.console import UserError
 from stocklora.prices.calendar import sessions_between
-from stocklora.prices.sources.retry import Answer, Request, SourceError, clean_bars
+from stocklora.prices.sources.request import Answer, Request, SourceError, clean_bars
 
 ZONE = "Asia/Shanghai"
 CLOSE = dt.timedelta(hours=15, minutes=5)  # the session ends at 15:00, its numbers settle a little later
@@ -78,7 +78,7 @@ class AkshareSource:
 
     def span(self, request: Request, today: pd.Timestamp) -> tuple[pd.Timestamp, pd.Timestamp]:
         """First and last day to ask for, both included."""
-        from stocklora.prices.sources.fetch import period_start
+        from stocklora.prices.sources.request import period_start
 
         last = pd.Timestamp(request.end) - pd.Timedelta(days=1) if request.end else today.normalize()
         if request.start is not None:

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from stocklora.cli.console import UserError
-from stocklora.prices.sources.retry import Answer, Request
+from stocklora.prices.sources.request import Answer, Request
 from stocklora.prices.tables import meta_path, read_meta, read_table, write_prices
 
 VARIABLE = "STOCKLORA_CACHE"

@@ -13,16 +13,9 @@ import numpy as np
 import pandas as pd
 
 from stocklora.cli.console import UserError, one_line, say, warn
-from stocklora.prices.sources.fetch import (
-    SOURCE_NAMES,
-    DownloadSettings,
-    NothingCame,
-    days_of,
-    fetch_prices,
-    request_of,
-    tickers_of,
-)
-from stocklora.prices.sources.retry import Request
+from stocklora.prices.sources.bundled import days_of
+from stocklora.prices.sources.fetch import NothingCame, fetch_prices
+from stocklora.prices.sources.request import SOURCE_NAMES, DownloadSettings, Request, request_of, tickers_of
 from stocklora.prices.tables import is_table, read_prices, trusted_meta, write_prices
 
 EXIT_SOME_FAILED = 1

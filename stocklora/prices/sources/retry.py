@@ -7,73 +7,22 @@ a cache for the day, and the cleaning of bars before anyone sees them.
 
 from __future__ import annotations
 
-import datetime as dt
 import random
 import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from stocklora.cli.console import progress, warn
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from stocklora.prices.sources.cache import PriceCache
+from stocklora.prices.sources.request import Answer, Request, Source, SourceError
 
 AT_ONCE = 4  # requests in flight
 LONGEST_WAIT_S = 120.0
 NETWORK_RETRIES = 1  # a name that does not resolve will not resolve in ten seconds either
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to ask for. ``start`` wins over ``period``; ``end`` is not included, as in yfinance."""
-
-    period: str = "1y"
-    start: dt.date | None = None
-    end: dt.date | None = None
-    interval: str = "1d"
-    adjust: str = "all"
-
-
-@dataclass
-class Answer:
-    """One ticker's bars as the source gave them, and what is known about them.
-
-    ``dropped`` counts the rows left out by reason; ``fresh_until`` is when the source may know more.
-    """
-
-    frame: pd.DataFrame
-    time: dt.datetime
-    timezone: str | None = None
-    currency: str | None = None
-    dropped: dict[str, int] = field(default_factory=dict)
-    splits: dict[str, float] = field(default_factory=dict)
-    fresh_until: dt.datetime | None = None
-    cached: bool = False
-
-
-class SourceError(Exception):
-    """Why a ticker did not come. ``kind``: rate, server, network, refused, unknown, empty or stopped."""
-
-    def __init__(self, kind: str, text: str, wait_s: float = 0.0) -> None:
-        super().__init__(text)
-        self.kind = kind
-        self.wait_s = wait_s
-
-    @property
-    def passing(self) -> bool:
-        """True where asking again may help."""
-        return self.kind in {"rate", "server", "network"}
-
-
-class Source(Protocol):
-    name: str
-
-    def fetch(self, ticker: str, request: Request) -> Answer: ...
 
 
 class Patience:
@@ -160,28 +109,3 @@ def fetch_all(
         {ticker: answers[ticker] for ticker in requests if ticker in answers},
         {ticker: failures[ticker] for ticker in requests if ticker in failures},
     )
-
-
-def clean_bars(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Bars fit for a table, and how many were left out or mended and why.
-
-    ``empty``: a price is missing. ``broken``: a price is not positive, or high is below low. Both are
-    dropped. ``widened``: open or close lay outside the bar, whose high or low then moves to hold it.
-    """
-    import numpy as np
-
-    from stocklora.prices.tables import PRICE_COLUMNS, QUOTES, bar_faults
-
-    frame = frame[PRICE_COLUMNS].astype("float64").replace([np.inf, -np.inf], np.nan)
-    frame["Volume"] = frame["Volume"].fillna(0.0).clip(lower=0.0)
-    counts = {}
-    empty = frame[QUOTES].isna().any(axis=1)
-    frame, counts["empty"] = frame[~empty], int(empty.sum())
-    broken = (frame[QUOTES] <= 0).any(axis=1) | (frame["High"] < frame["Low"])
-    frame, counts["broken"] = frame[~broken].copy(), int(broken.sum())
-    counts["widened"] = int(bar_faults(frame).sum())
-    frame["High"] = frame[QUOTES].max(axis=1)
-    frame["Low"] = frame[QUOTES].min(axis=1)
-    twice = frame.index.duplicated(keep="last")
-    frame, counts["duplicate"] = frame[~twice].sort_index(), int(twice.sum())
-    return frame.rename_axis(index="Date", columns=None), {reason: n for reason, n in counts.items() if n}

@@ -26,7 +26,7 @@ import pandas as pd
 
 from stocklora.cli.console import one_line
 from stocklora.prices.calendar import SETTLING, Clock, session_close, sessions_between, utc_now
-from stocklora.prices.sources.retry import Answer, Request, SourceError, clean_bars
+from stocklora.prices.sources.request import Answer, Request, SourceError, clean_bars
 
 RELAY_VARIABLE = "STOCKLORA_YAHOO_URL"
 FACTS = ("exchangeTimezoneName", "currency", "currentTradingPeriod")
@@ -119,7 +119,7 @@ class YahooSource:
             return {**options, "period": request.period}
         start = request.start
         if start is None and request.end is not None and request.period != "max":
-            from stocklora.prices.sources.fetch import period_start
+            from stocklora.prices.sources.request import period_start
 
             start = (period_start(request.period, pd.Timestamp(request.end)) + pd.Timedelta(days=1)).date()
         if start is None:

@@ -13,11 +13,12 @@ import torch
 from chat_models import make_adapter, user
 
 from stocklora.cli.console import UserError
-from stocklora.instruct.chat.load import ChatModel, ContextError, Sampling, load_chat_model
+from stocklora.instruct.chat.load import load_chat_model
+from stocklora.instruct.chat.model import ChatModel, ContextError, Sampling
 from stocklora.instruct.chat.sources import BASE, find_sources
 from stocklora.instruct.chat.text_stream import TextStream, without_reasoning
 from stocklora.instruct.rows.chat_template import end_token_id
-from stocklora.instruct.rows.records import Message
+from stocklora.instruct.rows.formats import Message
 
 SHORT = Sampling(max_new_tokens=16)
 

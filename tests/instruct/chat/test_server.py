@@ -25,7 +25,7 @@ from chat_models import make_adapter
 
 from stocklora.cli.console import UserError
 from stocklora.instruct.chat.listening import listen
-from stocklora.instruct.chat.load import Answer, Sampling
+from stocklora.instruct.chat.model import Answer, Sampling
 from stocklora.instruct.chat.server import make_app
 
 ASKED = [{"role": "user", "content": "央行降准50个基点"}]

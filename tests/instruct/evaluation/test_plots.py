@@ -20,7 +20,7 @@ from stocklora.instruct.evaluation.measures import MEASURES, Prediction
 from stocklora.instruct.evaluation.plots import CHINESE, ENGLISH, PICTURES, WORDS, Words, choose_words, plot_results
 from stocklora.instruct.evaluation.run import FORMAT, summarize
 from stocklora.instruct.evaluation.scoring import score
-from stocklora.instruct.rows.records import Message, Record
+from stocklora.instruct.rows.formats import Message, Record
 from stocklora.plots import curves as loss_curve
 from stocklora.plots.fonts import Font, find_font, latin_font
 

@@ -14,8 +14,8 @@ import pytest
 from chat_models import make_adapter, read_jsonl, write_jsonl
 from source_tree import RunScript
 
+from stocklora.cli.checks import check_installed
 from stocklora.cli.console import UserError
-from stocklora.cli.extras import check_installed
 from stocklora.instruct.chat.settings import EvaluateSettings
 from stocklora.instruct.evaluation.bootstrap import Resampler, spread
 from stocklora.instruct.evaluation.held_out import held_out_rows
@@ -32,7 +32,8 @@ from stocklora.instruct.evaluation.scoring import (
 )
 from stocklora.instruct.evaluation.tables import print_results, verdicts
 from stocklora.instruct.news.dataset import InstructionSettings, build_dataset
-from stocklora.instruct.rows.records import Message, Record, read_records, split_records
+from stocklora.instruct.rows.formats import Message, Record
+from stocklora.instruct.rows.records import read_records, split_records
 from stocklora.runtime.files import sha256_of
 
 

@@ -23,7 +23,7 @@ from stocklora.instruct.rows.chat_template import (
     prepare_tokenizer,
     prompt_ids,
 )
-from stocklora.instruct.rows.records import Message, Record
+from stocklora.instruct.rows.formats import Message, Record
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

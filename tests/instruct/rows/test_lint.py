@@ -14,8 +14,9 @@ import pytest
 from source_tree import REPO_ROOT
 
 from stocklora.instruct.rows.chat_template import prepare_tokenizer
+from stocklora.instruct.rows.formats import Message, Record
 from stocklora.instruct.rows.lint import Report, check_records
-from stocklora.instruct.rows.records import Message, Record, read_records
+from stocklora.instruct.rows.records import read_records
 
 GOOD = {"instruction": "What is a bond?", "output": "A loan that can be traded."}
 

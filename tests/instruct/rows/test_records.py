@@ -14,16 +14,12 @@ from hypothesis import strategies as st
 from source_tree import RunScript
 
 from stocklora.cli.console import UserError
+from stocklora.instruct.rows.formats import FORMS, Message, Record, parse_row, row_of
 from stocklora.instruct.rows.records import (
-    FORMS,
     PARTS,
-    Message,
-    Record,
-    parse_row,
     prompt_key,
     read_records,
     read_with_faults,
-    row_of,
     split_records,
     write_records,
 )

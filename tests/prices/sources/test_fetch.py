@@ -18,18 +18,20 @@ from source_tree import REPO_ROOT
 from stocklora.cli.console import UserError
 from stocklora.prices.sources import retry as fetching
 from stocklora.prices.sources.ashares import AkshareSource
+from stocklora.prices.sources.bundled import SAMPLE_TABLES, sample_folder, sample_prices
 from stocklora.prices.sources.cache import PriceCache
-from stocklora.prices.sources.fetch import (
-    SAMPLE_TABLES,
+from stocklora.prices.sources.fetch import fetch_prices
+from stocklora.prices.sources.request import (
+    Answer,
     DownloadSettings,
-    fetch_prices,
+    Request,
+    SourceError,
+    clean_bars,
     period_start,
     request_of,
-    sample_folder,
-    sample_prices,
     tickers_of,
 )
-from stocklora.prices.sources.retry import Answer, Request, SourceError, clean_bars, fetch_all
+from stocklora.prices.sources.retry import fetch_all
 from stocklora.prices.tables import meta_path, read_prices, validated
 
 UTC = dt.UTC
@@ -109,9 +111,9 @@ def test_bundled_prices_are_what_download_settings_get() -> None:
 
 
 def test_an_installation_without_the_tables_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stocklora.prices.sources import fetch as sources
+    from stocklora.prices.sources import bundled
 
-    monkeypatch.setattr(sources, "__file__", str(tmp_path / "stocklora" / "prices" / "sources" / "fetch.py"))
+    monkeypatch.setattr(bundled, "__file__", str(tmp_path / "stocklora" / "prices" / "sources" / "bundled.py"))
     with pytest.raises(UserError, match="install the project again"):
         sample_folder()
     (tmp_path / "stocklora" / "_sample").mkdir(parents=True)

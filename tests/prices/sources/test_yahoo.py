@@ -24,7 +24,7 @@ from yahoo_server import (
 )
 
 from stocklora.prices.calendar import SETTLING, sessions_between
-from stocklora.prices.sources.retry import Request, SourceError
+from stocklora.prices.sources.request import Request, SourceError
 from stocklora.prices.sources.yahoo import YahooSource, is_unfinished, state_of_today
 from stocklora.prices.tables import QUOTES, validated
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import pickle
-import platform
 import warnings
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import lora
+from lora import LoRAConfig, LoRAError
+from stocklora.base_models.folders import check_empty
 from stocklora.cli.console import UserError
 from stocklora.metrics.calibration import Calibration
 from stocklora.runtime.files import plain, replacing
@@ -118,8 +119,6 @@ def load_weights(path: Path) -> WeightsFile:
     import torch
 
     if path.is_dir():
-        from stocklora.forecaster.adapter_folder import read_folder
-
         return read_folder(path)
     if not path.is_file():
         raise UserError(f"no weights file {path}; train one with: python train_lora.py --data FILE --model_path FOLDER")
@@ -166,12 +165,64 @@ def _check(content: WeightsFile) -> None:
         raise ValueError("the calibration is not finite")
 
 
-def versions() -> dict[str, str]:
-    """Python's and the libraries' versions, for the record."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "pandas"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+HEAD_NAME = "stocklora_forecaster.pth"
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def read_folder(folder: Path) -> WeightsFile:
+    """What a weights file of the same forecaster would hold.
+
+    The adapter's own settings win over those that the head remembers.
+
+    Raises:
+        UserError: no head, or an adapter that is damaged or uses what PEFT has and we have not.
+    """
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if not (folder / HEAD_NAME).is_file():
+        if is_adapter:
+            raise UserError(
+                f"{folder} is a PEFT adapter without a forecast head ({HEAD_NAME}), and an adapter alone forecasts "
+                f"nothing: train one with train_lora.py --method peft, and merge_lora.py --export_peft writes both"
+            )
+        files = sorted(path.name for path in folder.glob("*.pth"))
+        raise UserError(
+            f"{folder} is a folder without {HEAD_NAME}; give "
+            + (f"the weights file in it: {folder / files[0]}" if files else "a weights file of train_lora.py")
+        )
+    content = load_weights(folder / HEAD_NAME)
+    if not is_adapter:
+        return content
+    try:
+        config, state = lora.read_peft(folder)
+    except LoRAError as error:
+        raise UserError(f"cannot load the adapter in {folder}: {error}") from None
+    if config.init == "pissa":
+        raise UserError(
+            f"{folder} holds an adapter that began as PEFT's PiSSA, whose start is not in it; save it as plain LoRA "
+            f"(PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    method = content.spec.method if content.spec.method in ("lora", "peft") else "peft"
+    fields = asdict(config) | {"target_modules": list(config.target_modules)}
+    return replace(content, spec=replace(content.spec, method=method, lora=fields), adapters=state)
+
+
+def write_folder(folder: Path, content: WeightsFile, backbone: object) -> None:
+    """An adapter as PEFT writes it, and last the head, so that half a folder is seen as half a folder.
+
+    Args:
+        backbone: with our own LoRA layers, holding ``content.adapters``.
+
+    Raises:
+        UserError: the folder cannot be written, or holds something already.
+    """
+    check_empty(folder, "--export_peft")
+    spec = content.spec
+    try:
+        lora.export_peft(backbone, folder, base_model=spec.base_model["name"])  # type: ignore[arg-type]
+        config, _ = lora.read_peft(folder)
+    except LoRAError as error:
+        raise UserError(str(error)) from None
+    fields = asdict(config) | {"target_modules": LoRAConfig.from_dict(spec.lora).target_modules}
+    save_weights(folder / HEAD_NAME, replace(content, spec=replace(spec, lora=fields), adapters={}))

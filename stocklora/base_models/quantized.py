@@ -1,0 +1,67 @@
+"""Quantized linear layers of bitsandbytes: made, kept causal, and read as plain weights."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
+    """What ``from_pretrained`` takes for ``8bit`` or ``4bit``; ``dtype`` is what 4-bit layers compute in."""
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quantization != "4bit":
+        raise ValueError(f"quantization must be none, 8bit or 4bit, not {quantization!r}")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def steady_quantized_layers(model: nn.Module) -> None:
+    """Make bitsandbytes' layers one causal function, the same in training and in use.
+
+    Its int8 layers quantize what they read as well, unless they train on a CPU: the function that is used is then
+    not the one that was trained (5% away on SmolLM2). They also single out columns by their largest value over all
+    tokens, later days and other tickers of the batch included. Here weights alone are int8. Its nf4 layers repack
+    their weights at the first use without gradient on a CPU with bfloat16, for a kernel that has no gradient.
+    """
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind == "Linear8bitLt":
+            module.forward = types.MethodType(_int8_forward, module)  # type: ignore[method-assign]
+        elif kind == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _int8_forward(layer: Any, x: Tensor) -> Tensor:
+    scale = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # bitsandbytes moves it about
+    return _Int8Linear.apply(x, layer.weight.data, scale, layer.bias)
+
+
+class _Int8Linear(torch.autograd.Function):
+    """``y = x W' + bias`` for a frozen ``W = codes * scale / 127``, of which only the codes are kept for backward.
+
+    Shapes: x (..., in), codes (out, in) int8, scale (out,) float32, bias (out,) or None; returns (..., out).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        return F.linear(x, _dequantized(codes, scale, x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        codes, scale = ctx.saved_tensors
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+        grad_x = grad @ _dequantized(codes, scale, grad.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, grad_bias
+
+
+def _dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (codes * (scale / 127.0)[:, None]).to(dtype)

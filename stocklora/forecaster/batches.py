@@ -1,0 +1,114 @@
+"""Examples -> padded batches -> predicted quantiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm_model import StockForecaster, padded_tokens
+from stocklora.dataset.prepare import Example
+from stocklora.runtime.distributed import (
+    gathered,
+    is_sharded,
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded tensors of some examples; ``mask`` is 1 where there is a target; ``teacher`` as ``Example.teacher``."""
+
+    input_ids: Tensor
+    origin_tokens: Tensor
+    scale: Tensor
+    returns: Tensor
+    mask: Tensor
+    teacher: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*[None if part is None else part.to(device) for part in vars(self).values()])  # type: ignore[arg-type]
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Pad on the right: ids with 0, scale with 1 (it divides), returns with 0 and a mask of 0."""
+    tokens = max(len(example.encoded.input_ids) for example in examples)
+    targets = max(len(example.scale) for example in examples)
+    horizon = examples[0].scale.shape[1]
+    input_ids = torch.zeros(len(examples), tokens, dtype=torch.long)
+    origin_tokens = torch.zeros(len(examples), targets, dtype=torch.long)
+    scale = torch.ones(len(examples), targets, horizon)
+    returns = torch.zeros(len(examples), targets, horizon)
+    mask = torch.zeros(len(examples), targets)
+    teacher = None
+    if examples[0].teacher is not None:
+        teacher = torch.full((len(examples), targets, *examples[0].teacher.shape[1:]), torch.nan)
+    for row, example in enumerate(examples):
+        count = len(example.scale)
+        input_ids[row, : len(example.encoded.input_ids)] = torch.from_numpy(example.encoded.input_ids)
+        origin_tokens[row, :count] = torch.from_numpy(example.encoded.origin_tokens)
+        scale[row, :count] = torch.from_numpy(example.scale)
+        returns[row, :count] = torch.from_numpy(np.nan_to_num(example.returns))
+        mask[row, :count] = 1.0
+        if teacher is not None and example.teacher is not None:
+            teacher[row, :count] = torch.from_numpy(example.teacher)
+    return Batch(input_ids, origin_tokens, scale, returns, mask, teacher)
+
+
+def predict(
+    model: StockForecaster,
+    examples: Sequence[Example],
+    device: torch.device,
+    tokens_per_batch: int = 8192,
+    accelerator: Any = None,
+    on_batch: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Uncalibrated quantiles at every origin of the examples, in their order.
+
+    Args:
+        tokens_per_batch: padded tokens of one forward pass, at most (a longer sequence goes alone).
+        accelerator: whose processes share the passes, all of them calling this; each gets all quantiles, the same
+            to the last bit as one process alone would.
+        on_batch: called before each forward pass.
+
+    Returns:
+        (origins, horizon, levels) float64.
+    """
+    groups = list(_by_tokens(examples, tokens_per_batch))
+    count, index = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    was_training = model.training
+    model.eval()
+    mine: dict[int, list[np.ndarray]] = {}
+    try:
+        # What FSDP gathers must not become an inference tensor: training uses it again.
+        with torch.no_grad() if is_sharded(model) else torch.inference_mode():
+            for first in range(0, len(groups), count):
+                on_batch()
+                # A process without a group repeats the last: under FSDP every pass is one of all processes.
+                number = min(first + index, len(groups) - 1)
+                batch = collate(groups[number]).to(device)
+                quantiles = model(batch.input_ids, batch.origin_tokens, batch.scale).cpu().double().numpy()
+                mine[number] = [quantiles[row, : len(example.scale)] for row, example in enumerate(groups[number])]
+    finally:
+        model.train(was_training)
+    if count > 1:
+        mine = {number: rows for part in gathered(accelerator, mine) for number, rows in part.items()}
+    return np.concatenate([row for number in range(len(groups)) for row in mine[number]])
+
+
+def _by_tokens(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[list[Example]]:
+    group: list[Example] = []
+    longest = 0
+    for example in examples:
+        tokens = padded_tokens(len(example.encoded.input_ids))
+        longer = max(longest, tokens)
+        if group and longer * (len(group) + 1) > tokens_per_batch:
+            yield group
+            group, longer = [], tokens
+        group.append(example)
+        longest = longer
+    if group:
+        yield group
