@@ -72,9 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     from stocklora.dataset.prepare import select_tickers
-    from stocklora.prices.sources.bundled import sample_folder
     from stocklora.prices.tables import read_prices
-    from stocklora.runtime.files import write_json
+    from stocklora.runtime.files import bundled_folder, write_json
     from stocklora.runtime.machine import machine_facts
 
     results = {}
@@ -87,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         for name in arguments.benchmarks:
             facts: Mapping[str, Any] = BENCHMARKS[name]
-            prices = select_tickers(read_prices(sample_folder() / facts["file"]), facts["tickers"])
+            prices = select_tickers(read_prices(bundled_folder() / facts["file"]), facts["tickers"])
             results[name] = one_benchmark(name, prices, facts["dates"], facts["target"], arguments)
     write_json(arguments.output, {"machine": machine_facts(), "benchmarks": results})
     return 0
@@ -173,10 +172,10 @@ def elsewhere(arguments: argparse.Namespace) -> int:
     from stocklora.cli.console import UserError, say
     from stocklora.dataset.prepare import prepare
     from stocklora.metrics.calibration import fit_calibration
-    from stocklora.prices.sources.bundled import sample_folder
     from stocklora.prices.tables import read_prices
+    from stocklora.runtime.files import bundled_folder
 
-    files = {name: read_prices(sample_folder() / name) for name in YEARS}
+    files = {name: read_prices(bundled_folder() / name) for name in YEARS}
     draw = np.random.default_rng(arguments.seed)
     ratios, coverage = [], []
     for number in range(arguments.elsewhere):

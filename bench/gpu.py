@@ -79,9 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     from stocklora.cli.console import UserError, print_table, say
     from stocklora.finetune.memory import shape_of
     from stocklora.finetune.settings import TrainLoraSettings
-    from stocklora.prices.sources.bundled import sample_folder
     from stocklora.runtime.devices import choose_device
-    from stocklora.runtime.files import write_json
+    from stocklora.runtime.files import bundled_folder, write_json
     from stocklora.runtime.machine import machine_facts
 
     device = choose_device(arguments.device)
@@ -99,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         for name in arguments.methods:
             settings = METHODS[name] | {"model_path": str(model), "device": device.type}
             if name == "250-days":
-                settings["data"] = [str(sample_folder() / "AAPL_2024_2025.csv.gz")]
+                settings["data"] = [str(bundled_folder() / "AAPL_2024_2025.csv.gz")]
             else:
                 settings |= {"data": [str(years)], **SPLIT}
             say(f"{name} ...")

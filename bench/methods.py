@@ -103,10 +103,10 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 def bundled_days(folder: Path, tickers: Sequence[str], first: str = FIRST) -> Path:
     """Bundled prices until the end of 2009, as a file."""
-    from stocklora.prices.sources.bundled import sample_folder
     from stocklora.prices.tables import read_prices, write_prices
+    from stocklora.runtime.files import bundled_folder
 
-    prices = read_prices(sample_folder() / "us_tech_2000_2013.csv.gz")
+    prices = read_prices(bundled_folder() / "us_tech_2000_2013.csv.gz")
     path = folder / "prices.csv"
     write_prices({ticker: prices[ticker].loc[first:LAST] for ticker in tickers}, path, {"source": "sample"})
     return path

@@ -47,13 +47,12 @@ def run(arguments: argparse.Namespace) -> int:
     from stocklora.base_models.folders import check_model_folder
     from stocklora.cli.console import print_table, say
     from stocklora.dataset.prepare import prepare, select_tickers
-    from stocklora.prices.sources.bundled import sample_folder
     from stocklora.prices.tables import read_prices
-    from stocklora.runtime.files import write_json
+    from stocklora.runtime.files import bundled_folder, write_json
     from stocklora.runtime.machine import keep_freed_memory, machine_facts
 
     check_model_folder(arguments.model_path)
-    prices = select_tickers(read_prices(sample_folder() / "us_tech_2000_2013.csv.gz"), ["AAPL"])
+    prices = select_tickers(read_prices(bundled_folder() / "us_tech_2000_2013.csv.gz"), ["AAPL"])
     data = prepare(prices, 30, 3, validation_from="2010-01-04", test_from="2012-01-03")
     keep_freed_memory()  # as train_lora.py does
     speed = measure_speed(arguments, data)

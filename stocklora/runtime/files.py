@@ -16,6 +16,8 @@ from typing import Any
 
 from stocklora.cli.console import UserError
 
+BUNDLED_PRICES = "us_tech_2000_2013.csv.gz"
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -126,6 +128,19 @@ def sha256_of(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def bundled_folder() -> Path:
+    """The folder of what comes with the project: ``data/sample`` in a checkout, ``stocklora/_sample`` when installed.
+
+    Raises:
+        UserError: neither is there, so the installation is not whole.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package.parent / "data" / "sample", package / "_sample"):
+        if (folder / BUNDLED_PRICES).is_file():  # another project may have a data/sample beside its packages
+            return folder
+    raise UserError(f"the bundled sample prices are missing beside {package}; install the project again")
 
 
 def check_writable(folder: Path, flag: str = "--save_dir") -> None:

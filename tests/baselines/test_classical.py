@@ -18,8 +18,8 @@ from stocklora.baselines import classical as peers
 from stocklora.baselines.classical import PACKAGES, PEERS, WINDOW_DAYS, peer_quantiles, require_peer
 from stocklora.cli.console import UserError
 from stocklora.metrics.scores import QUANTILE_LEVELS, pinball_loss
-from stocklora.prices.sources.bundled import sample_folder
 from stocklora.prices.tables import log_returns_ahead, read_prices
+from stocklora.runtime.files import bundled_folder
 
 LEVELS = np.array(QUANTILE_LEVELS)
 STATSFORECAST = ("autoarima", "autoets", "autotheta")
@@ -431,7 +431,7 @@ def test_fracast_itself():
 
 @pytest.fixture(scope="module")
 def four():
-    prices = read_prices(sample_folder() / "us_tech_2000_2013.csv.gz")
+    prices = read_prices(bundled_folder() / "us_tech_2000_2013.csv.gz")
     return {ticker: prices[ticker]["Close"] for ticker in ("AAPL", "GOOG", "IBM", "MSFT")}
 
 

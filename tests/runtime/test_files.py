@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from stocklora.cli.console import UserError
 from stocklora.runtime import files
-from stocklora.runtime.files import replacing, sha256_of, write_json, write_text
+from stocklora.runtime.files import BUNDLED_PRICES, bundled_folder, replacing, sha256_of, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -205,3 +205,13 @@ def test_sha256(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.mktemp("s") / "a"
     path.write_bytes(data)
     assert sha256_of(path) == hashlib.sha256(data).hexdigest()
+
+
+def test_an_installation_without_what_is_bundled_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "stocklora" / "runtime" / "files.py"))
+    (tmp_path / "data" / "sample").mkdir(parents=True)  # another project's
+    with pytest.raises(UserError, match="install the project again"):
+        bundled_folder()
+    (tmp_path / "stocklora" / "_sample").mkdir(parents=True)
+    (tmp_path / "stocklora" / "_sample" / BUNDLED_PRICES).touch()
+    assert bundled_folder() == tmp_path / "stocklora" / "_sample"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from price_tables import random_prices
 
 from stocklora.dataset.prepare import prepare, select_tickers
-from stocklora.prices.sources.bundled import sample_folder
 from stocklora.prices.tables import log_returns_ahead, read_prices
+from stocklora.runtime.files import bundled_folder
 from stocklora.volatility import scales as volatility
 from stocklora.volatility.random_walk import empirical_quantiles
 from stocklora.volatility.scales import SCALES, VolatilityScale, ewma_volatility, fit_scale, range_features
@@ -21,7 +21,7 @@ FOUR = ["AAPL", "GOOG", "IBM", "MSFT"]
 
 @pytest.fixture(scope="module")
 def four():
-    prices = read_prices(sample_folder() / "us_tech_2000_2013.csv.gz")
+    prices = read_prices(bundled_folder() / "us_tech_2000_2013.csv.gz")
     return prepare(select_tickers(prices, FOUR), 30, 3, validation_from="2010-01-01", test_from="2012-01-01")
 
 

@@ -57,9 +57,9 @@ class Event:
 
 def sample_database() -> Path:
     """The bundled database of invented news."""
-    from stocklora.prices.sources.bundled import sample_folder
+    from stocklora.runtime.files import bundled_folder
 
-    return sample_folder() / SAMPLE_DATABASE
+    return bundled_folder() / SAMPLE_DATABASE
 
 
 def read_events(path: Path | None) -> tuple[list[Event], Counter[str]]:

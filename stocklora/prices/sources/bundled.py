@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stocklora.cli.console import UserError
@@ -12,22 +11,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 from stocklora.prices.sources.request import period_start
+from stocklora.runtime.files import BUNDLED_PRICES, bundled_folder
 
 # Newest first: a ticker that stands in several is taken from the newest that has days in the range.
-SAMPLE_TABLES = ("AAPL_2024_2025.csv.gz", "us_large_2012_2017.csv.gz", "us_tech_2000_2013.csv.gz")
-
-
-def sample_folder() -> Path:
-    """The folder of bundled tables: ``data/sample`` in a checkout, ``stocklora/_sample`` when installed.
-
-    Raises:
-        UserError: neither holds the tables, so the installation is not whole.
-    """
-    package = Path(__file__).resolve().parents[2]
-    for folder in (package.parent / "data" / "sample", package / "_sample"):
-        if (folder / SAMPLE_TABLES[0]).is_file():
-            return folder
-    raise UserError(f"the bundled sample prices are missing beside {package}; install the project again")
+SAMPLE_TABLES = ("AAPL_2024_2025.csv.gz", "us_large_2012_2017.csv.gz", BUNDLED_PRICES)
 
 
 def sample_prices(
@@ -42,7 +29,7 @@ def sample_prices(
     """
     from stocklora.prices.tables import read_meta, read_table
 
-    folder = sample_folder()
+    folder = bundled_folder()
     wanted = [one.upper() for one in ([ticker] if isinstance(ticker, str) else ticker)]
     found: dict[str, pd.DataFrame] = {}
     held: dict[str, list[str]] = {}

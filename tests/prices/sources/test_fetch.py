@@ -18,7 +18,7 @@ from source_tree import REPO_ROOT
 from stocklora.cli.console import UserError
 from stocklora.prices.sources import retry as fetching
 from stocklora.prices.sources.ashares import AkshareSource
-from stocklora.prices.sources.bundled import SAMPLE_TABLES, sample_folder, sample_prices
+from stocklora.prices.sources.bundled import SAMPLE_TABLES, sample_prices
 from stocklora.prices.sources.cache import PriceCache
 from stocklora.prices.sources.fetch import fetch_prices
 from stocklora.prices.sources.request import (
@@ -33,6 +33,7 @@ from stocklora.prices.sources.request import (
 )
 from stocklora.prices.sources.retry import fetch_all
 from stocklora.prices.tables import meta_path, read_prices, validated
+from stocklora.runtime.files import bundled_folder
 
 UTC = dt.UTC
 RECORDED = REPO_ROOT / "tests" / "fixtures" / "recorded"
@@ -88,7 +89,7 @@ def ask(source: Scripted, tickers: list[str], retries: int = 3) -> tuple[dict, d
 
 def test_bundled_tables_are_whole() -> None:
     for name in SAMPLE_TABLES:
-        frames = read_prices(sample_folder() / name)
+        frames = read_prices(bundled_folder() / name)
         for ticker, frame in frames.items():
             validated(frame, ticker)
     assert len(frames) == 5
@@ -108,17 +109,6 @@ def test_bundled_table_is_the_newest_that_has_the_range() -> None:
 def test_bundled_prices_are_what_download_settings_get() -> None:
     frames, _ = fetch_prices(DownloadSettings(source="sample", ticker=["GOOG"], period="5d"))
     assert len(frames["GOOG"]) == 5
-
-
-def test_an_installation_without_the_tables_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stocklora.prices.sources import bundled
-
-    monkeypatch.setattr(bundled, "__file__", str(tmp_path / "stocklora" / "prices" / "sources" / "bundled.py"))
-    with pytest.raises(UserError, match="install the project again"):
-        sample_folder()
-    (tmp_path / "stocklora" / "_sample").mkdir(parents=True)
-    (tmp_path / "stocklora" / "_sample" / SAMPLE_TABLES[0]).touch()
-    assert sample_folder() == tmp_path / "stocklora" / "_sample"
 
 
 # ---------------------------------------------------------------------------------------------- settings
