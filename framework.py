@@ -39,8 +39,7 @@ def run(settings: FrameworkSettings) -> None:
     from stocklora.baselines.simple_fit import forecast_simple
     from stocklora.baselines.simple_network import load_simple
     from stocklora.forecaster.predictions import print_forecast, write_predictions
-    from stocklora.runtime.devices import choose_device
-    from stocklora.runtime.machine import peak_memory_mb
+    from stocklora.runtime.machine import choose_device, peak_memory_mb
 
     device = choose_device(settings.device)
     forecaster = load_simple(settings.model_path, device)

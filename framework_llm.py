@@ -50,7 +50,7 @@ def run(settings: ForecastSettings) -> int:
 
     from stocklora.forecaster.ensemble import Ensemble
     from stocklora.forecaster.predictions import write_predictions
-    from stocklora.runtime.devices import choose_device, choose_dtype
+    from stocklora.runtime.machine import choose_device, choose_dtype
 
     device = choose_device(settings.device)
     ensemble = Ensemble(

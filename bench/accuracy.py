@@ -99,7 +99,7 @@ def one_benchmark(
     from stocklora.cli.console import say
     from stocklora.finetune.fit import fit
     from stocklora.finetune.settings import TrainLoraSettings
-    from stocklora.metrics.tables import print_scores
+    from stocklora.metrics.scores import print_scores
 
     settings = TrainLoraSettings(
         model_path=arguments.model_path,

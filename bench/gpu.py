@@ -79,9 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     from stocklora.cli.console import UserError, print_table, say
     from stocklora.finetune.memory import shape_of
     from stocklora.finetune.settings import TrainLoraSettings
-    from stocklora.runtime.devices import choose_device
     from stocklora.runtime.files import bundled_folder, write_json
-    from stocklora.runtime.machine import machine_facts
+    from stocklora.runtime.machine import choose_device, machine_facts
 
     device = choose_device(arguments.device)
     if device.type != "cuda" and not arguments.tiny:

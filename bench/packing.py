@@ -85,7 +85,7 @@ def build(arguments: argparse.Namespace, data: Any, layers: int | None) -> tuple
     from stocklora.dataset.prompts import fit_targets_per_sequence
     from stocklora.forecaster.forecaster import build_forecaster, context_tokens_of, load_encoder
     from stocklora.forecaster.weights import ForecasterSpec
-    from stocklora.runtime.devices import choose_device, choose_dtype
+    from stocklora.runtime.machine import choose_device, choose_dtype
 
     encoder = load_encoder(arguments.model_path, "returns")
     frame = next(iter(data.prices.values()))

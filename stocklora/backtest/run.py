@@ -39,7 +39,7 @@ from stocklora.backtest.walk_forward import (
 from stocklora.cli.console import UserError, progress, say, warn
 from stocklora.metrics.scores import QUANTILE_LEVELS
 from stocklora.prices.store import PriceStore, spool
-from stocklora.runtime.files import check_writable, plain, replacing, write_json
+from stocklora.runtime.files import as_json_types, check_writable, replacing, write_json
 
 PARTS, PRICES, REFITS, MANIFEST = "parts", "prices", "refits", "manifest.json"
 LEVEL_COLUMNS = tuple(f"P{round(100 * level):02d}" for level in QUANTILE_LEVELS)
@@ -133,7 +133,7 @@ def begin(parts: Path, settings: BacktestSettings) -> None:
         write_json(parts / MANIFEST, fingerprint(settings, parts))
         return
     before = json.loads((parts / MANIFEST).read_text(encoding="utf-8"))
-    now = plain(fingerprint(settings, parts))
+    now = as_json_types(fingerprint(settings, parts))
     differing = [name for name in now if now[name] != before.get(name)]
     if differing:
         name = differing[0]
@@ -214,7 +214,7 @@ def prepare_run(
 
 def load_ensemble(settings: BacktestSettings) -> Any:
     from stocklora.forecaster.ensemble import Ensemble
-    from stocklora.runtime.devices import choose_device, choose_dtype
+    from stocklora.runtime.machine import choose_device, choose_dtype
 
     device = choose_device(settings.device)
     folders = settings.model_path * len(settings.lora_weights) if len(settings.model_path) == 1 else settings.model_path

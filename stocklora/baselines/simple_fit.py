@@ -27,11 +27,9 @@ from stocklora.cli.console import UserError, progress, say
 from stocklora.dataset.prepare import ForecastData, data_facts, prepare
 from stocklora.dataset.windows import SPLITS
 from stocklora.forecaster.predictions import prediction_rows
-from stocklora.metrics.scores import Scores
-from stocklora.metrics.tables import print_scores
-from stocklora.runtime.devices import choose_device
-from stocklora.runtime.files import plain
-from stocklora.runtime.machine import peak_memory_mb, versions
+from stocklora.metrics.scores import Scores, print_scores
+from stocklora.runtime.files import as_json_types
+from stocklora.runtime.machine import choose_device, peak_memory_mb, versions
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def training_facts(run: SimpleRun, settings: TrainSettings) -> dict[str, Any]:
     sequences = {split: run.data.sequences(split, 1) for split in SPLITS}
     return {
         "data": data_facts(run.data, sequences),
-        "settings": plain(asdict(settings)),
+        "settings": as_json_types(asdict(settings)),
         "versions": versions(),
         "best_epoch": run.best.number,
         "test_scores": {name: scores.to_dict() for name, scores in run.test_scores.items()},

@@ -25,7 +25,7 @@ from stocklora.baselines.settings import check_model_file
 from stocklora.cli.console import UserError
 from stocklora.metrics.scores import median_index
 from stocklora.prices.csv_columns import PRICE_COLUMNS
-from stocklora.runtime.files import plain, replacing
+from stocklora.runtime.files import as_json_types, replacing
 from stocklora.volatility.random_walk import empirical_quantiles
 from stocklora.volatility.scales import ewma_volatility
 
@@ -256,7 +256,7 @@ def save_simple(path: Path, forecaster: SimpleForecaster) -> None:
         },
         "levels": forecaster.levels.tolist(),
         "residuals": forecaster.residuals.tolist(),
-        "training": plain(forecaster.training),
+        "training": as_json_types(forecaster.training),
     }
     with replacing(path) as temporary:
         torch.save(content, temporary)

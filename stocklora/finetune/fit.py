@@ -25,14 +25,12 @@ from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.finetune.speedups import speedups
 from stocklora.finetune.warm_start import start_from, with_teacher
 from stocklora.forecaster.batches import predict
-from stocklora.forecaster.forecaster import Forecaster, build_forecaster, context_tokens_of, load_encoder
+from stocklora.forecaster.forecaster import LESS_MEMORY, Forecaster, build_forecaster, context_tokens_of, load_encoder
 from stocklora.forecaster.methods import trained_state
 from stocklora.forecaster.weights import ForecasterSpec, WeightsFile, save_weights
 from stocklora.metrics.calibration import fit_calibration
-from stocklora.metrics.scores import Scores
-from stocklora.metrics.tables import print_scores
+from stocklora.metrics.scores import Scores, print_scores
 from stocklora.prices.quality import short_form
-from stocklora.runtime.devices import choose_device, choose_dtype, memory_errors
 from stocklora.runtime.distributed import (
     Alone,
     asked_for_cpu,
@@ -41,8 +39,15 @@ from stocklora.runtime.distributed import (
     shards_models,
     whole_parameters,
 )
-from stocklora.runtime.files import check_writable, plain, replacing
-from stocklora.runtime.machine import keep_freed_memory, peak_memory_mb, versions
+from stocklora.runtime.files import as_json_types, check_writable, replacing
+from stocklora.runtime.machine import (
+    choose_device,
+    choose_dtype,
+    keep_freed_memory,
+    memory_errors,
+    peak_memory_mb,
+    versions,
+)
 from stocklora.volatility.scales import SCALES
 
 WEIGHTS_NAME = "best_lora_weights.pth"
@@ -157,7 +162,7 @@ def fit(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings, *, alon
         from_main(accelerator, checkpoints.set_aside)
     if accelerator.process_index:
         set_seed(settings.seed + accelerator.process_index)  # each process drops out in its own way
-    with memory_errors():
+    with memory_errors(LESS_MEMORY):
         with speedups(forecaster.model, settings):
             if resumed is None and settings.expand_rank_from is not None:
                 start_from(forecaster, settings, data.dates)
@@ -360,7 +365,7 @@ def save_run(run: FittedRun, settings: TrainLoraSettings, sequences: Mapping[str
     model = run.forecaster.model
     training = {
         "data": data_facts(run.data, sequences),
-        "settings": plain(asdict(replace(settings, resume=False))),
+        "settings": as_json_types(asdict(replace(settings, resume=False))),
         "seed": settings.seed,
         "versions": versions(),
         "best_epoch": run.outcome.best_epoch,

@@ -24,12 +24,15 @@ from stocklora.finetune.optimization import (
     TrainingOutcome,
     standardize_head,
 )
-from stocklora.finetune.resume import Checkpoints, Interruption, random_state, set_random_state
+from stocklora.finetune.resume import Checkpoints, random_state, set_random_state
 from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.forecaster.batches import predict
 from stocklora.forecaster.methods import load_trained_state
 from stocklora.metrics.scores import BASIS_POINTS, pinball_loss
 from stocklora.runtime.distributed import gathered, summed
+from stocklora.runtime.interrupt import Interruption
+
+STOPPING = "\ninterrupted: finishing this step, then saving; once more leaves at once"
 
 
 class _StoppedError(Exception):
@@ -229,7 +232,7 @@ def train(
     if resumed is not None:
         resume_weights(model, resumed)  # before anything wraps the model or cuts it into shards
     optimization = Optimization(model, training, levels, settings, accelerator)
-    interruption = Interruption(speaks=accelerator.is_main_process)
+    interruption = Interruption(STOPPING if accelerator.is_main_process else None)
     loop = _Loop(optimization, validation, levels, checkpoints, interruption)
     if resumed is not None:
         loop.resume(resumed)

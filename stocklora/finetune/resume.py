@@ -15,12 +15,10 @@ import pickle
 import random
 import re
 import shlex
-import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,7 @@ import torch
 
 from stocklora.cli.console import UserError, say, warn
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.runtime.files import plain, replacing, sha256_of, write_json
+from stocklora.runtime.files import as_json_types, replacing, sha256_of, write_json
 from stocklora.runtime.machine import versions
 
 FORMAT = "stocklora-run-state"
@@ -87,7 +85,12 @@ class Checkpoints:
         started = time.monotonic()
         number = max(self._numbers("*"), default=0) + 1
         path = self.folder / f"state-{number:06d}.pt"
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION, "identity": plain(self.identity), **state}
+        content = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "identity": as_json_types(self.identity),
+            **state,
+        }
         try:
             with replacing(path) as temporary:
                 torch.save(content, temporary)
@@ -256,8 +259,8 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     Raises:
         UserError: naming the first difference that matters.
     """
-    now = plain(now)
-    defaults = plain(dataclasses.asdict(TrainLoraSettings()))
+    now = as_json_types(now)
+    defaults = as_json_types(dataclasses.asdict(TrainLoraSettings()))
     for name in now["settings"]:
         # a state from before a setting was there had what is now its default
         old, new = before["settings"].get(name, defaults[name]), now["settings"][name]
@@ -337,48 +340,3 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])
-
-
-# ---------------------------------------------------------------------------------------------------- interrupts
-
-
-class Interruption:
-    """Ctrl-C or a polite kill (SIGTERM): asked once, the loop finishes its step; asked twice, it leaves at once.
-
-    A context manager. Launchers pass a terminal's Ctrl-C on a second time, so what follows within half a second
-    counts as the same. Outside the main thread, where signals cannot be caught, it does nothing.
-    """
-
-    TOGETHER_S = 0.5
-
-    def __init__(self, speaks: bool = True) -> None:
-        self.speaks, self._asked_at = speaks, 0.0
-        self._before: dict[int, Any] = {}
-
-    @property
-    def requested(self) -> bool:
-        return self._asked_at > 0.0
-
-    def __enter__(self) -> Interruption:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) == signal.SIG_IGN:  # whoever started us wants it so, as for a shell's `&`
-                continue
-            try:
-                self._before[number] = signal.signal(number, self._asked)
-            except ValueError:
-                break
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _asked(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self.requested:
-            self._asked_at = now
-            if self.speaks:  # not by print, which may be what was interrupted
-                os.write(2, b"\ninterrupted: finishing this step, then saving; once more leaves at once\n")
-        elif now - self._asked_at > self.TOGETHER_S:
-            raise KeyboardInterrupt

@@ -19,7 +19,7 @@ from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.forecaster.forecaster import Forecaster, load_forecaster
 from stocklora.forecaster.methods import load_trained_state
 from stocklora.forecaster.weights import ForecasterSpec, WeightsFile, load_weights, other_setting
-from stocklora.runtime.devices import choose_dtype
+from stocklora.runtime.machine import choose_dtype
 
 
 def check_days(content: WeightsFile, path: Path, dates: SplitDates, flag: str) -> None:

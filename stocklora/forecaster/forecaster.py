@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from llm_model import StockForecaster, facts_of
 from lora import LoRAError
 from stocklora.base_models.folders import check_model_folder, describe_model
 from stocklora.base_models.loading import backbone_config, is_causal, load_backbone, quiet_transformers
+from stocklora.base_models.quantized import check_quantization
 from stocklora.cli.console import UserError, warn
 from stocklora.dataset.prepare import Example, make_examples
 from stocklora.dataset.prompts import DayEncoder, check_lengths
@@ -25,9 +25,11 @@ from stocklora.forecaster.methods import load_trained_state, put_on
 from stocklora.forecaster.predictions import prediction_rows
 from stocklora.forecaster.weights import ForecasterSpec, WeightsFile, load_weights
 from stocklora.metrics.calibration import Calibration
-from stocklora.runtime.devices import memory_errors
+from stocklora.runtime.machine import memory_errors
 from stocklora.volatility.market import Markets, markets_of
 from stocklora.volatility.scales import VolatilityScale
+
+LESS_MEMORY = "--batch_size 1, --gradient_checkpointing, --backbone_layers 8, a smaller base model"
 
 
 @dataclass
@@ -178,10 +180,10 @@ def build_forecaster(
     """
     quiet_transformers()
     check_model_folder(model_path)
-    check_quantization(spec.quantization, device)
+    check_quantization(spec.quantization, device, f"--quantization {spec.quantization}")
     full = spec.method == "full"
     try:
-        with memory_errors():
+        with memory_errors(LESS_MEMORY):
             backbone = load_backbone(
                 model_path,
                 torch.float32 if full else dtype,
@@ -203,7 +205,7 @@ def build_forecaster(
         model.autocast_dtype = dtype
     put_on(model, spec.method, spec.lora, fresh)
     context = context_tokens_of(model_path, trust_remote_code)
-    with memory_errors():
+    with memory_errors(LESS_MEMORY):
         return Forecaster(model.to(device), spec, encoder, device, context)
 
 
@@ -269,16 +271,6 @@ def check_base(spec: ForecasterSpec, weights_path: Path, model_path: Path) -> No
             f"{weights_path} was trained on revision {trained_on['revision']} of {trained_on['name']}, but "
             f"{model_path} is {given['revision']}: the forecast may differ"
         )
-
-
-def check_quantization(quantization: str, device: torch.device) -> None:
-    """Raise a UserError where a base cannot be quantized at all."""
-    if quantization == "none":
-        return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"--quantization {quantization} needs bitsandbytes; install it: pip install bitsandbytes")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--quantization {quantization} works on cpu and cuda, not on {device.type}; add --device cpu")
 
 
 def _unloadable(model_path: Path, what: str, error: Exception) -> UserError:

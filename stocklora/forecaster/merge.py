@@ -34,8 +34,8 @@ from stocklora.forecaster.methods import merge_into_base
 from stocklora.forecaster.settings import MergeSettings
 from stocklora.forecaster.weights import HEAD_NAME, WeightsFile, load_weights, save_weights, write_folder
 from stocklora.metrics.scores import BASIS_POINTS
-from stocklora.runtime.devices import choose_device
 from stocklora.runtime.files import sha256_of
+from stocklora.runtime.machine import choose_device
 
 MERGED_KEY = "stocklora_merged_from"  # in the merged model's configuration, so that it is not taken for its base
 VERIFY_DAYS = 40  # forecasts of each ticker

@@ -18,7 +18,7 @@ from lora import LoRAConfig, LoRAError
 from stocklora.base_models.folders import check_empty
 from stocklora.cli.console import UserError
 from stocklora.metrics.calibration import Calibration
-from stocklora.runtime.files import plain, replacing
+from stocklora.runtime.files import as_json_types, replacing
 
 FORMAT = "stocklora-forecaster"
 FORMAT_VERSION = 2  # 1: one method (LoRA over an unquantized base), which the specification did not name
@@ -101,7 +101,7 @@ def save_weights(path: Path, content: WeightsFile) -> None:
                 "spec": asdict(content.spec),
                 "adapters": content.adapters,
                 "head": content.head,
-                "training": plain(content.training),
+                "training": as_json_types(content.training),
             },
             temporary,
         )

@@ -5,13 +5,26 @@ Shapes throughout: ``n`` origins (all tickers together), ``horizon`` days ahead,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from stocklora.cli.console import print_table
+
 # The seven columns of predictions.csv and two more around the median, where most of a year's days fall.
 QUANTILE_LEVELS = (0.05, 0.10, 0.25, 0.40, 0.50, 0.60, 0.75, 0.90, 0.95)
 BASIS_POINTS = 1e4
+# The columns of predictions.csv with the quantile at each of these levels.
+INTERVAL_COLUMNS = {0.05: "P05", 0.10: "P10", 0.25: "P25", 0.50: "P50", 0.75: "P75", 0.90: "P90", 0.95: "P95"}
+FORECASTERS = {
+    "naive": "last close (random walk)",
+    "drift": "last close + drift",
+    "ewma": "random walk, EWMA volatility",
+    "har": "random walk, HAR-range volatility",
+    "harx": "random walk, HAR-X volatility",
+    "model": "this model",
+}
 
 
 @dataclass(frozen=True)
@@ -101,4 +114,16 @@ def score(last_close: np.ndarray, returns: np.ndarray, quantiles: np.ndarray, le
     )
 
 
-INTERVAL_COLUMNS = {0.05: "P05", 0.10: "P10", 0.25: "P25", 0.50: "P50", 0.75: "P75", 0.90: "P90", 0.95: "P95"}
+def print_scores(scores: Mapping[str, Scores], title: str) -> None:
+    """Forecasters beside each other, and what the errors are relative to the last close."""
+    base = scores["naive"]
+    header = ("forecast", "MAE", "of last close", "RMSE", "MAPE %", "direction %", "pinball bp", "80% covers %")
+    rows = []
+    for name, entry in scores.items():
+        direction = "-" if entry.direction != entry.direction else f"{entry.direction:.1f}"
+        relative = f"{entry.mae / base.mae:.4f}" if base.mae else "-"
+        rows.append((
+            FORECASTERS.get(name, name), f"{entry.mae:.4g}", relative, f"{entry.rmse:.4g}",
+            f"{entry.mape:.3f}", direction, f"{entry.pinball_bp:.2f}", f"{entry.coverage_80:.1f}",
+        ))  # fmt: skip
+    print_table(title, header, rows)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stocklora.plots.fonts import latin_font
 from stocklora.plots.style import (
     INK,
     MODEL,
@@ -14,6 +13,7 @@ from stocklora.plots.style import (
     UP,
     WALK,
     dot_of,
+    latin_font,
     new_figure,
     save_figure,
     set_step_axis,

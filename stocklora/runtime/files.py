@@ -106,21 +106,21 @@ def write_json(path: Path, content: Any) -> None:
 
     NumPy numbers and arrays become plain ones, NaN and infinities null, anything else unknown its text.
     """
-    write_text(path, json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(as_json_types(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def plain(value: Any) -> Any:
+def as_json_types(value: Any) -> Any:
     """``value`` in plain Python types, which JSON and a weights-only load accept; a NaN becomes None."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): as_json_types(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [as_json_types(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if hasattr(value, "tolist"):  # NumPy and torch, without importing either
-        return plain(value.tolist())
+        return as_json_types(value.tolist())
     return str(value)
 
 

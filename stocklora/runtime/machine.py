@@ -1,4 +1,7 @@
-"""The machine a number was measured on, and the memory a program took."""
+"""The machine: where to compute, in which number format, what it is, and the memory a program took.
+
+torch is imported where it is used: what a machine is can be told without it.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,79 @@ import contextlib
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from stocklora.cli.console import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+TRAINING_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "pandas")
 
 _highest_mb = 0.0  # the system counts in batches of pages: what it calls the peak may fall a little
+
+
+# ------------------------------------------------------------------------------------------ where to compute
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that ``--device`` names; ``auto``: CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        UserError: the named device is not there.
+    """
+    import torch
+
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if present[kind])
+    if not present[name]:
+        raise UserError(f"--device {name}: this machine has none; leave the flag out or use --device cpu")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format that ``--dtype`` names; ``auto``: see ``best_dtype``."""
+    import torch
+
+    return best_dtype(device) if name == "auto" else {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor computes in it, float32 elsewhere."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        # Without these instructions bfloat16 on a CPU is emulated, and slower than float32.
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+@contextlib.contextmanager
+def memory_errors(remedies: str) -> Iterator[None]:
+    """Turn a graphics card's out-of-memory error into advice.
+
+    Args:
+        remedies: flags that need less memory, to be tried before ``--device cpu``.
+
+    Raises:
+        UserError: naming the remedies.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"the graphics card's memory is full; try {remedies}, or --device cpu") from None
 
 
 def peak_memory_mb(device_type: str = "cpu") -> float:
@@ -57,6 +128,9 @@ def keep_freed_memory() -> None:
         library.mallopt(top_pad, 2**28)
 
 
+# --------------------------------------------------------------------------------------------- what it is
+
+
 def machine_facts() -> dict[str, Any]:
     """Processor, cores, memory, system and library versions: what a benchmark's figures belong to."""
     import psutil
@@ -67,12 +141,8 @@ def machine_facts() -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
+        **versions_of("torch", "transformers", "peft", "accelerate"),
     }
-    for name in ("torch", "transformers", "peft", "accelerate"):
-        try:
-            facts[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            facts[name] = None
     if "torch" in sys.modules:
         import torch
 
@@ -98,11 +168,17 @@ def _cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python's and the libraries' versions, for the record."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "pandas"):
+    """Python's and the training libraries' versions, as far as they are installed."""
+    installed = {name: version for name, version in versions_of(*TRAINING_LIBRARIES).items() if version is not None}
+    return {"python": platform.python_version(), **installed}
+
+
+def versions_of(*packages: str) -> dict[str, str | None]:
+    """The installed version of each package; None for one that is not installed."""
+    found: dict[str, str | None] = {}
+    for name in packages:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            continue
+            found[name] = None
     return found

@@ -23,7 +23,7 @@ from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.forecaster.forecaster import load_forecaster
 from stocklora.forecaster.weights import load_weights
 from stocklora.metrics.scores import QUANTILE_LEVELS, pinball_loss
-from stocklora.runtime.devices import choose_device
+from stocklora.runtime.machine import choose_device
 
 LEVELS = np.array(QUANTILE_LEVELS)
 

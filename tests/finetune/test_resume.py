@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import multiprocessing
 import os
@@ -35,6 +36,7 @@ from stocklora.finetune.resume import (
 )
 from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.forecaster.weights import load_weights
+from stocklora.runtime.interrupt import Interruption
 
 TIMES = ["seconds", "targets_per_s"]
 
@@ -274,40 +276,12 @@ def test_asked_twice_it_leaves_at_once(
     monkeypatch.setattr(training, "pinball_sum", impatient)
     assert fit(prices, settings).outcome.steps == 5
     calls.clear()
-    monkeypatch.setattr(run_state.Interruption, "TOGETHER_S", -1.0)
+    monkeypatch.setattr(training_loop, "Interruption", functools.partial(Interruption, together_s=-1.0))
     with pytest.raises(KeyboardInterrupt):
         fit(prices, changed(settings, resume=True))
     assert len(calls) == 5
     # What was saved before is still there, and whole.
     assert last_state(settings)["optimization"]["steps"] == 9
-
-
-def test_signals_are_caught_only_where_they_may_be() -> None:
-    import threading
-
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what it starts with `&`
-    try:
-        with run_state.Interruption() as interruption:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert not interruption.requested
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert interruption.requested
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
-    faults: list[BaseException] = []
-
-    def elsewhere() -> None:
-        try:
-            with run_state.Interruption():
-                pass
-        except BaseException as error:
-            faults.append(error)
-
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
-    assert not faults
 
 
 def test_a_finished_run_takes_its_states_away(prices: dict[str, pd.DataFrame], settings: TrainLoraSettings) -> None:

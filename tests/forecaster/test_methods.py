@@ -21,6 +21,7 @@ from tuned_models import CPU, VARIANTS, built, content_of, exact, spec_of, unset
 import stocklora.forecaster.forecaster
 from llm_model import padded_tokens
 from stocklora.base_models.loading import load_backbone
+from stocklora.base_models.quantized import check_quantization
 from stocklora.cli.console import UserError
 from stocklora.dataset.prepare import prepare
 from stocklora.finetune.fit import fit, save_run
@@ -470,7 +471,7 @@ def test_4_bit_is_nf4_with_quantized_scales(tiny_model) -> None:
 def test_quantization_says_what_it_lacks(tiny_model, monkeypatch) -> None:
     spec = spec_of(tiny_model, "lora", "4bit")
     with pytest.raises(UserError, match="--quantization 4bit works on cpu and cuda, not on mps"):
-        stocklora.forecaster.forecaster.check_quantization("4bit", torch.device("mps"))
+        check_quantization("4bit", torch.device("mps"), "--quantization 4bit")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs bitsandbytes; install it: pip install bitsandbytes"):
         build_forecaster(spec, tiny_model, load_encoder(tiny_model, "returns"), CPU, torch.float32)

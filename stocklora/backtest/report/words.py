@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from stocklora.metrics.tables import FORECASTERS
+from stocklora.metrics.scores import FORECASTERS
 
 NAMES = {
     **FORECASTERS,

@@ -15,7 +15,7 @@ from stocklora.instruct.chat.model import Answer, ChatModel, Sampling
 from stocklora.instruct.chat.sources import TRAINING_INFO
 from stocklora.instruct.chat.text_stream import holds_no_character, without_reasoning
 from stocklora.instruct.rows.formats import Message, parse_row
-from stocklora.runtime.files import plain, sha256_of
+from stocklora.runtime.files import as_json_types, sha256_of
 
 PLACEHOLDER = "-"  # stands for the answer that a prompt does not have yet
 
@@ -195,8 +195,8 @@ def answered(output: Path, made_by: Mapping[str, Any]) -> dict[str, tuple[Messag
             asked[key] = tuple(Message(turn["role"], turn["content"]) for turn in turns)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{output}, line {number} is no answer of --batch; give another --output") from None
-        if other != plain(made_by):
-            names = ", ".join(name for name in made_by if other.get(name) != plain(made_by)[name])
+        if other != as_json_types(made_by):
+            names = ", ".join(name for name in made_by if other.get(name) != as_json_types(made_by)[name])
             raise UserError(
                 f"{output} holds answers that were made otherwise ({names}); give another --output, or remove it"
             )
@@ -221,7 +221,7 @@ class appending:
         self._stream.close()
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        text = json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(as_json_types(row), ensure_ascii=False, allow_nan=False)
         line = text.encode(errors="backslashreplace") + b"\n"  # half a surrogate pair stays the escape that it was
         try:
             self._stream.write(line)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -14,12 +13,13 @@ import torch
 
 from stocklora.base_models.folders import TOKENIZER_SETS
 from stocklora.base_models.loading import load_causal_model, quiet_transformers
+from stocklora.base_models.quantized import check_quantization
 from stocklora.cli.console import UserError, one_line
-from stocklora.instruct.chat.model import Answer, ChatModel, ContextError, Sampling, internal_name, memory_errors
+from stocklora.instruct.chat.model import LESS_MEMORY, Answer, ChatModel, ContextError, Sampling, internal_name
 from stocklora.instruct.chat.settings import LoadSettings
 from stocklora.instruct.chat.sources import BASE, Sources
 from stocklora.instruct.rows.chat_template import fit_embeddings, prepare_tokenizer
-from stocklora.runtime.devices import choose_device, choose_dtype
+from stocklora.runtime.machine import choose_device, choose_dtype, memory_errors
 
 __all__ = [
     "Answer", "ChatModel", "ContextError", "Sampling", "load_base", "load_chat_model", "load_sources",
@@ -60,7 +60,7 @@ def load_chat_model(
     adapters = dict(adapters or {})
     place = choose_device(device)
     number_format = choose_dtype(dtype, place)
-    _check_quantization(quantization, place)
+    check_quantization(quantization, place, f"--load_in_{quantization}")
     quiet_transformers()
     tokenizers = {
         name: prepare_tokenizer(folder if _has_tokenizer(folder) else base, trust_remote_code)
@@ -91,7 +91,7 @@ def load_base(
     """
     from transformers import GenerationConfig
 
-    with memory_errors():
+    with memory_errors(LESS_MEMORY):
         model = load_causal_model(
             base, quantization=quantization, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
@@ -139,12 +139,3 @@ def _with_adapters(model: Any, adapters: Mapping[str, Path], base: Path) -> Any:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any(all((folder / name).is_file() for name in names) for names in TOKENIZER_SETS)
-
-
-def _check_quantization(quantization: str, device: torch.device) -> None:
-    if quantization == "none":
-        return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"--load_in_{quantization} needs bitsandbytes; install it: pip install bitsandbytes")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--load_in_{quantization} works on cpu and cuda, not on {device.type}; add --device cpu")

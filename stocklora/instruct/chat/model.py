@@ -19,7 +19,9 @@ from stocklora.instruct.chat.sources import BASE, BASE_NAMES
 from stocklora.instruct.chat.text_stream import TextStream, holds_no_character
 from stocklora.instruct.rows.chat_template import end_token_ids, prompt_ids
 from stocklora.instruct.rows.formats import Message
+from stocklora.runtime.machine import memory_errors
 
+LESS_MEMORY = "--load_in_4bit, --batch_size 1, a smaller --max_new_tokens"
 COLDEST = 1e-6  # below it logits over temperature leave float32; the likeliest token is drawn all the same
 
 
@@ -161,7 +163,7 @@ class ChatModel:
         ids, dropped, room = self.fitted(messages, tokenizer, sampling.max_new_tokens, cut_history)
         watcher = _Watcher(TextStream(tokenizer, sampling.stop), end_token_ids(tokenizer), len(ids), on_text, cancelled)
         started = time.perf_counter()
-        with self.using(adapter) as model, _seeded(sampling.seed), memory_errors():
+        with self.using(adapter) as model, _seeded(sampling.seed), memory_errors(LESS_MEMORY):
             inputs = torch.tensor([ids], device=self.device)  # (1, tokens)
             model.generate(
                 input_ids=inputs,
@@ -237,7 +239,7 @@ class ChatModel:
         ends = end_token_ids(tokenizer)
         longest, room = max(len(ids) for ids, _, _ in fits), fits[0][2]
         started = time.perf_counter()
-        with self.using(adapter) as model, _seeded(sampling.seed), memory_errors():
+        with self.using(adapter) as model, _seeded(sampling.seed), memory_errors(LESS_MEMORY):
             pad = int(tokenizer.pad_token_id)
             inputs = torch.tensor([[pad] * (longest - len(ids)) + ids for ids, _, _ in fits])  # (rows, tokens)
             mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _, _ in fits])
@@ -364,17 +366,6 @@ def _seeded(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
-
-
-@contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise UserError(
-            "the graphics card's memory is full; try --load_in_4bit, --batch_size 1, a smaller --max_new_tokens, or "
-            "--device cpu"
-        ) from None
 
 
 def internal_name(index: int) -> str:

@@ -16,7 +16,6 @@ from stocklora.cli.console import UserError, say, warn
 from stocklora.instruct.chat.settings import PlotSettings
 from stocklora.instruct.chat.sources import TRAINING_INFO, last_part, training_info
 from stocklora.instruct.evaluation.measures import BASE_SYSTEM, MEASURES, TUNED_SYSTEM, number, shown
-from stocklora.plots.fonts import Font, families, find_font, latin_font, quiet_fonts
 from stocklora.plots.style import (
     GRID,
     INK,
@@ -24,8 +23,13 @@ from stocklora.plots.style import (
     MUTED,
     UP,
     WALK,
+    Font,
     dot_of,
+    families,
+    find_font,
+    latin_font,
     new_figure,
+    quiet_fonts,
     save_figure,
     set_step_axis,
     set_title,

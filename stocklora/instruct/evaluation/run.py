@@ -7,7 +7,6 @@ import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,8 @@ from stocklora.instruct.evaluation.measures import (
 from stocklora.instruct.evaluation.scoring import score
 from stocklora.instruct.evaluation.tables import print_results
 from stocklora.instruct.rows.formats import Record
-from stocklora.runtime.files import plain, write_json, write_text
+from stocklora.runtime.files import as_json_types, write_json, write_text
+from stocklora.runtime.machine import versions_of
 
 RESULTS, PREDICTIONS = "evaluation_results.json", "evaluation_predictions.jsonl"
 LIBRARIES = ("torch", "transformers", "peft", "sacrebleu", "rouge-chinese")
@@ -86,7 +86,7 @@ def evaluate(settings: EvaluateSettings) -> Path:
         },
         "intervals": "95% bootstrap, exact where all rows agree; rows of one event are drawn together",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: metadata.version(name) for name in LIBRARIES},
+        "versions": versions_of(*LIBRARIES),
         "machine": _machine(),
     }  # fmt: skip
     write_text(
@@ -246,7 +246,9 @@ def _by_kind(records: Sequence[Record], predictions: Mapping[str, Sequence[Predi
         result[kind] = {"rows": len(members)}
         for name, items in predictions.items():
             mine = [items[index] for index in members]
-            result[kind][name] = {measure.name: plain(measure.values(draws, mine, chosen)[0]) for measure in MEASURES}
+            result[kind][name] = {
+                measure.name: as_json_types(measure.values(draws, mine, chosen)[0]) for measure in MEASURES
+            }
     return result
 
 
@@ -255,7 +257,7 @@ def _of_expected(records: Sequence[Record], draws: Resampler) -> dict[str, Any]:
     scores = [score(record, record.answer, "stop") for record in records]
     supported = draws.ratio([item.numbers_supported for item in scores], [item.numbers for item in scores])[0]
     return {
-        "numbers_supported": plain(supported),
+        "numbers_supported": as_json_types(supported),
         "answer_characters": sum(len(record.answer) for record in records) / len(records),
     }
 
@@ -282,7 +284,7 @@ def prediction_rows(records: Sequence[Record], predictions: Mapping[str, Sequenc
                 "seconds": round(item.seconds, 4),
                 "scores": asdict(item.scores),
             }
-        rows.append(plain(row))
+        rows.append(as_json_types(row))
     return rows
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from stocklora.cli.console import UserError, one_line, warn
 from stocklora.cli.settings import parse_json
 from stocklora.instruct.rows.formats import FORMS, ROLES, Fault, Message, Record, parse_row, row_of
-from stocklora.runtime.files import plain, write_text
+from stocklora.runtime.files import as_json_types, write_text
 
 __all__ = [
     "FORMS", "PARTS", "ROLES", "Fault", "Message", "Record", "cut_days", "given_part", "parse_row", "prompt_key",
@@ -114,7 +114,7 @@ def write_records(records: Iterable[Record], path: Path, form: str = "messages")
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
     try:
-        rows = [plain(row_of(record, form)) for record in records]
+        rows = [as_json_types(row_of(record, form)) for record in records]
     except RecursionError:
         raise UserError(f"cannot write {path}: a row holds lists or objects that are nested too deeply") from None
     if path.suffix.lower() == ".json":

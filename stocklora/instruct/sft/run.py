@@ -13,7 +13,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from stocklora.instruct.sft.setup import (
     steps_of,
     tracker_advice,
 )
-from stocklora.runtime.files import plain, write_json
+from stocklora.runtime.files import as_json_types, write_json
 
 LOCK_NAME = ".training.lock"
 INFO_NAME = "training_info.json"
@@ -233,7 +232,7 @@ def _finish(
     """Write the folder that is used from now on, and say what came of the run."""
     from stocklora.instruct.sft.trainer import LOG_NAME, read_log
     from stocklora.plots.curves import plot_loss_curve
-    from stocklora.runtime.machine import machine_facts, peak_memory_mb
+    from stocklora.runtime.machine import machine_facts, peak_memory_mb, versions_of
 
     settings = prepared.settings
     folder, state = settings.output_dir, trainer.state
@@ -270,11 +269,11 @@ def _finish(
         "peak_memory_mb": round(peak_memory_mb(prepared.device.type)),
         "resumed_from": None if checkpoint is None else str(checkpoint),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": versions_of(*LIBRARIES),
         "machine": machine_facts(),
     }
     plot_loss_curve(log, folder / CURVE_NAME, f"{settings.model_path.name}, {settings.method}")
-    write_json(folder / INFO_NAME, plain(info))
+    write_json(folder / INFO_NAME, as_json_types(info))
     write_json(folder / RUN_NAME, {**facts, "sources": resolved.sources, "finished": True})
     _report(settings, losses, info)
 
@@ -328,10 +327,3 @@ def save_model(prepared: Prepared, model: Any, folder: Path) -> None:
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

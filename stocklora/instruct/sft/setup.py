@@ -13,7 +13,7 @@ from typing import Any
 from stocklora.base_models.folders import check_model_folder, command_for, describe_model
 from stocklora.cli.console import UserError, one_line, say
 from stocklora.instruct.sft.settings import DEEPSEEK, SftSettings
-from stocklora.runtime.files import plain
+from stocklora.runtime.files import as_json_types
 
 HUB_NAMES = {Path(DEEPSEEK).name: DEEPSEEK}
 INCOMPLETE = ".incomplete"
@@ -112,7 +112,7 @@ def prepare(settings: SftSettings) -> Prepared:
     from stocklora.base_models.loading import load_causal_model
     from stocklora.instruct.rows.chat_template import fit_embeddings, prepare_tokenizer
     from stocklora.instruct.sft.data import read_data
-    from stocklora.runtime.devices import choose_device
+    from stocklora.runtime.machine import choose_device
 
     device = choose_device(settings.device)
     if settings.use_qlora and device.type == "mps":
@@ -156,7 +156,7 @@ def computing_dtype(settings: SftSettings, device: Any) -> Any:
     """
     import torch
 
-    from stocklora.runtime.devices import choose_dtype
+    from stocklora.runtime.machine import choose_dtype
 
     dtype = choose_dtype(settings.dtype, device)
     if settings.dtype == "auto" and device.type == "cuda" and dtype == torch.float32 and settings.method != "full":
@@ -267,4 +267,4 @@ def run_facts(prepared: Prepared) -> dict[str, Any]:
         "data": [entry["sha256"] for entry in prepared.data.files],
         "computing_dtype": str(prepared.dtype),
     }
-    return dict(plain(facts))  # as it reads back from a file
+    return dict(as_json_types(facts))  # as it reads back from a file

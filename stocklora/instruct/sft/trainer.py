@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +20,8 @@ from stocklora.instruct.rows.chat_template import IGNORED
 from stocklora.instruct.sft.checkpoints import MANIFEST, RUN_NAME, contents
 from stocklora.instruct.sft.preflight import MOST_SCORES
 from stocklora.instruct.sft.settings import SftSettings
-from stocklora.runtime.files import plain, write_json, write_text
+from stocklora.runtime.files import as_json_types, write_json, write_text
+from stocklora.runtime.interrupt import Interruption
 
 LOG_NAME = "training_log.jsonl"
 LOGGED = {
@@ -152,7 +151,7 @@ class TrainingLog(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs: Mapping[str, Any] = kwargs["logs"]
-        numbers = {LOGGED[name]: plain(float(value)) for name, value in logs.items() if name in LOGGED}
+        numbers = {LOGGED[name]: as_json_types(float(value)) for name, value in logs.items() if name in LOGGED}
         if not {"loss", "eval_loss"} & numbers.keys():  # the library's sums at the end
             return
         seconds = round(self.earlier_s + time.monotonic() - self.start, 2)
@@ -171,27 +170,25 @@ class TrainingLog(TrainerCallback):
 
 
 class StopGently(TrainerCallback):
-    """Ctrl-C (or a polite kill) ends the run after the step at hand, with a checkpoint; a second one at once."""
+    """Ends the run after the step at hand, with a checkpoint, once ``interruption`` was requested.
+
+    Used as a context manager around the training, in which signals are caught.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
+        notice = "stopping after this step; once more stops at once, without a checkpoint"
+        self.interruption = Interruption(notice, descriptor=1, together_s=0.0)
+
+    @property
+    def asked(self) -> bool:
+        return self.interruption.requested
 
     def __enter__(self) -> StopGently:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
+        self.interruption.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        say("stopping after this step; once more stops at once, without a checkpoint")
+        self.interruption.__exit__(*error)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.asked:

@@ -22,7 +22,7 @@ from stocklora.instruct.evaluation.run import FORMAT, summarize
 from stocklora.instruct.evaluation.scoring import score
 from stocklora.instruct.rows.formats import Message, Record
 from stocklora.plots import curves as loss_curve
-from stocklora.plots.fonts import Font, find_font, latin_font
+from stocklora.plots.style import Font, find_font, latin_font
 
 LOG = [{"step": 0, "epoch": 0, "eval_loss": 3.0}] + [
     {"step": step, "epoch": step / 10, "loss": 3.0 - step / 10, "learning_rate": 1e-4, "eval_loss": 3.1 - step / 10}
