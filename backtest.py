@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(settings: BacktestSettings) -> int:
-    from stocklora.backtest.run import run as backtest
+    from stocklora.backtest.run import run_backtest
 
-    return backtest(settings)
+    return run_backtest(settings)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,10 @@ ticker-day as evidence of its own would make luck look like skill.
 
 from __future__ import annotations
 
-import csv
 import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,14 +40,12 @@ from stocklora.metrics.significance import (
     pit,
     relative_mean_interval,
 )
-from stocklora.runtime.files import replacing
 
 LOSS_REFERENCE = "ewma"  # what quantile losses stand beside, where it is among the models
 WORST_DAYS = 10
 FAN_ORIGINS = 60
 NO_MOVE = 1e-12  # a forecast this near the last close has no direction, as in metrics.score
 SAME_BP = 1e-9  # losses nearer to each other differ by rounding alone
-DIGITS = 6  # significant, in metrics.csv
 
 
 @dataclass
@@ -88,8 +84,8 @@ def _spread(values: np.ndarray, at: np.ndarray, length: int) -> np.ndarray:
     return spread
 
 
-class Tally:
-    """Takes ``TickerForecasts`` one at a time; ``finish`` makes the ``BacktestResult``.
+class Aggregate:
+    """Takes ``TickerForecasts`` one at a time; ``result`` makes the ``BacktestResult``.
 
     Args:
         models: all that are compared; the last close (``REFERENCE``) must be among them.
@@ -135,7 +131,9 @@ class Tally:
             ValueError: no forecasts, a model missing, shapes that disagree, numbers that are not finite, origins
                 out of order, or a ticker that was added before.
         """
-        self._check(forecasts)
+        if forecasts.ticker in self._rows:
+            raise ValueError(f"{forecasts.ticker} was added before")
+        forecasts.check(self.models, self.horizon, len(self.levels))
         quantiles = np.stack([forecasts.quantiles[model] for model in self.models], axis=1)  # (n, models, h, levels)
         sums = _Sums(
             forecasts.origins.astype("datetime64[D]"),
@@ -149,13 +147,13 @@ class Tally:
         self._count_pit(forecasts, quantiles)
         self._keep_worst(forecasts, sums.of["pinball_bp"][:, :, 0])
         if self._fan is None or forecasts.ticker == self.show:
-            self._fan = self._last_origins(forecasts)
+            self._fan = forecasts.last(FAN_ORIGINS, self.models)
         if self._sums is None:
             self._sums = sums
         else:
             self._sums.add(sums)
 
-    def finish(self, facts: Sequence[tuple[str, str]] = (), notes: Sequence[str] = ()) -> BacktestResult:
+    def result(self, facts: Sequence[tuple[str, str]] = (), notes: Sequence[str] = ()) -> BacktestResult:
         """All that the report shows; ``facts`` and ``notes`` are handed through.
 
         Raises:
@@ -195,32 +193,6 @@ class Tally:
             facts=tuple(facts),
             notes=notes,
         )
-
-    def _check(self, forecasts: TickerForecasts) -> None:
-        name, count = forecasts.ticker, len(forecasts.origins)
-        if name in self._rows:
-            raise ValueError(f"{name} was added before")
-        if count == 0:
-            raise ValueError(f"{name} has no forecasts")
-        missing = [model for model in self.models if model not in forecasts.quantiles]
-        if missing:
-            raise ValueError(f"{name} has no forecasts of {', '.join(missing)}")
-        expected = {
-            "origins": (forecasts.origins, (count,)),
-            "targets": (forecasts.targets, (count, self.horizon)),
-            "last_close": (forecasts.last_close, (count,)),
-            "returns": (forecasts.returns, (count, self.horizon)),
-            "naive_mae": (forecasts.naive_mae, (self.horizon,)),
-        }
-        for model in self.models:
-            expected[model] = (forecasts.quantiles[model], (count, self.horizon, len(self.levels)))
-        for what, (values, shape) in expected.items():
-            if values.shape != shape:
-                raise ValueError(f"{name}: {what} has shape {values.shape}, expected {shape}")
-            if values.dtype.kind == "f" and what != "naive_mae" and not np.isfinite(values).all():
-                raise ValueError(f"{name}: {what} has numbers that are not finite")
-        if not (np.diff(forecasts.origins.astype("datetime64[D]")) > np.timedelta64(0, "D")).all():
-            raise ValueError(f"{name}: the origins do not increase")
 
     def _measures(self, forecasts: TickerForecasts, quantiles: np.ndarray) -> dict[str, np.ndarray]:
         """measure -> (n, models, horizon); one forecast's share of every sum.
@@ -341,19 +313,6 @@ class Tally:
                 if len(heap) > WORST_DAYS:
                     heapq.heappop(heap)
 
-    def _last_origins(self, forecasts: TickerForecasts) -> TickerForecasts:
-        """Copies, so that the rest of the ticker's arrays can go."""
-        last = slice(-FAN_ORIGINS, None)
-        return TickerForecasts(
-            ticker=forecasts.ticker,
-            origins=forecasts.origins[last].copy(),
-            targets=forecasts.targets[last].copy(),
-            last_close=forecasts.last_close[last].copy(),
-            returns=forecasts.returns[last].copy(),
-            quantiles={model: forecasts.quantiles[model][last].copy() for model in self.models},
-            naive_mae=forecasts.naive_mae.copy(),
-        )
-
     def _daily(self, sums: _Sums) -> DailySeries:
         def means(name: str, model: int) -> np.ndarray:
             mean: np.ndarray = sums.of[name][:, model] / sums.counts[:, None]
@@ -400,22 +359,3 @@ def _compare(sums: _Sums, name: str, index: int, against: int, step: int) -> tup
     total = float(others.sum())
     ratio = float(losses.sum()) / total if total > 0.0 else math.nan
     return (ratio, *diebold_mariano(difference, step + 1))
-
-
-def write_metrics(path: Path, result: BacktestResult) -> None:
-    """Write ``metrics.csv``: pooled rows, then every ticker's; six significant digits, nothing for a NaN.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(METRIC_COLUMNS)
-        for row in (*result.pooled, *result.by_ticker):
-            writer.writerow([_cell(row[column]) for column in METRIC_COLUMNS])
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.{DIGITS}g}"
-    return str(value)

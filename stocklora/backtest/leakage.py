@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from stocklora.backtest.prepare import prepare_run
 from stocklora.backtest.settings import BacktestSettings
 from stocklora.backtest.walk_forward import Baselines, Model, Plan
 from stocklora.cli.console import UserError, progress, say, warn
@@ -200,8 +201,6 @@ def check_backtest(settings: BacktestSettings) -> int:
     Raises:
         UserError: as a backtest with these settings.
     """
-    from stocklora.backtest.run import Process, prepare_run
-
     folder = Path(tempfile.mkdtemp(prefix="leakage-"))
     try:
         prices = dict(spool(settings.data, folder, settings.tickers).items())
@@ -213,7 +212,7 @@ def check_backtest(settings: BacktestSettings) -> int:
         prices = {name: frame for name, frame in prices.items() if name in names}
     if settings.refit != "never" and "llm" in settings.models:
         warn("--refit: the weights given are checked, not those that a refit would train")
-    models, plan, _ = prepare_run(replace(settings, refit="never"), prices, Process(0, 1))
+    models, plan, _ = prepare_run(replace(settings, refit="never"), prices)
     cuts = choose_leakage_cuts(prices, plan, settings.leakage_cuts, settings.seed)
     observe = observer(models, plan, list(prices))
     with progress() as bar:

@@ -6,11 +6,16 @@ ahead, ``levels`` quantiles. Returns are log returns; ``_bp`` is basis points.
 
 from __future__ import annotations
 
+import csv
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from stocklora.runtime.files import replacing
 
 REFERENCE = "naive"  # the last close, which every model stands beside
 INTERVALS = (0.50, 0.80, 0.90)
@@ -31,6 +36,7 @@ METRIC_COLUMNS = (
     "DM", "DM_p", "DM_p_Holm",  # absolute error of the log return against REFERENCE's
     "DM_Pinball", "DM_Pinball_p", "DM_Pinball_p_Holm",  # quantile loss against the rival's
 )  # fmt: skip
+DIGITS = 6  # significant, in metrics.csv
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,53 @@ class TickerForecasts:
     returns: np.ndarray
     quantiles: Mapping[str, np.ndarray]
     naive_mae: np.ndarray
+
+    def check(self, models: Sequence[str], horizon: int, levels: int) -> None:
+        """Refuse forecasts that cannot be added up.
+
+        Args:
+            models: all that must be there.
+            horizon: days ahead.
+            levels: how many quantiles each forecast has.
+
+        Raises:
+            ValueError: no forecasts, a model missing, shapes that disagree, numbers that are not finite, or origins
+                out of order.
+        """
+        name, count = self.ticker, len(self.origins)
+        if count == 0:
+            raise ValueError(f"{name} has no forecasts")
+        missing = [model for model in models if model not in self.quantiles]
+        if missing:
+            raise ValueError(f"{name} has no forecasts of {', '.join(missing)}")
+        expected = {
+            "origins": (self.origins, (count,)),
+            "targets": (self.targets, (count, horizon)),
+            "last_close": (self.last_close, (count,)),
+            "returns": (self.returns, (count, horizon)),
+            "naive_mae": (self.naive_mae, (horizon,)),
+            **{model: (self.quantiles[model], (count, horizon, levels)) for model in models},
+        }
+        for what, (values, shape) in expected.items():
+            if values.shape != shape:
+                raise ValueError(f"{name}: {what} has shape {values.shape}, expected {shape}")
+            if values.dtype.kind == "f" and what != "naive_mae" and not np.isfinite(values).all():
+                raise ValueError(f"{name}: {what} has numbers that are not finite")
+        if not (np.diff(self.origins.astype("datetime64[D]")) > np.timedelta64(0, "D")).all():
+            raise ValueError(f"{name}: the origins do not increase")
+
+    def last(self, count: int, models: Sequence[str]) -> TickerForecasts:
+        """Copies of the last ``count`` origins, so that the rest of the arrays can go."""
+        rows = slice(-count, None)
+        return TickerForecasts(
+            ticker=self.ticker,
+            origins=self.origins[rows].copy(),
+            targets=self.targets[rows].copy(),
+            last_close=self.last_close[rows].copy(),
+            returns=self.returns[rows].copy(),
+            quantiles={model: self.quantiles[model][rows].copy() for model in models},
+            naive_mae=self.naive_mae.copy(),
+        )
 
 
 @dataclass(frozen=True)
@@ -117,3 +170,22 @@ class BacktestResult:
     verdicts: Sequence[str]
     facts: Sequence[tuple[str, str]] = field(default_factory=tuple)
     notes: Sequence[str] = field(default_factory=tuple)
+
+
+def write_metrics(path: Path, result: BacktestResult) -> None:
+    """Write ``metrics.csv``: pooled rows, then every ticker's; six significant digits, nothing for a NaN.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(METRIC_COLUMNS)
+        for row in (*result.pooled, *result.by_ticker):
+            writer.writerow([_cell(row[column]) for column in METRIC_COLUMNS])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.{DIGITS}g}"
+    return str(value)

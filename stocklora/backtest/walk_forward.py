@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from stocklora.backtest.results import TickerForecasts
+from stocklora.backtest.results import REFERENCE, TickerForecasts
 from stocklora.cli.console import UserError
 from stocklora.dataset.windows import pack
 from stocklora.prices.store import ReturnsAhead
@@ -27,6 +27,11 @@ from stocklora.volatility.scales import SCALES
 
 LEAST_FITTED_ORIGINS = 100
 BASELINES = ("naive", "drift", *SCALES)
+
+
+def models_compared(asked_for: Sequence[str]) -> list[str]:
+    """The names of all models, each once: the last close, then those asked for."""
+    return list(dict.fromkeys([REFERENCE, *asked_for]))
 
 
 @dataclass(frozen=True)

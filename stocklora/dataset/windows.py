@@ -71,9 +71,9 @@ def choose_split_dates(
         )
     validation_at = len(calendar) - round(len(calendar) * (validation_fraction + test_fraction))
     test_at = len(calendar) - round(len(calendar) * test_fraction)
-    test = _as_date(test_from, "--test_from") if test_from else calendar[min(test_at, len(calendar) - 1)]
+    test = as_date(test_from, "--test_from") if test_from else calendar[min(test_at, len(calendar) - 1)]
     validation_at = min(validation_at, len(calendar) - 2)
-    validation = _as_date(validation_from, "--validation_from") if validation_from else calendar[validation_at]
+    validation = as_date(validation_from, "--validation_from") if validation_from else calendar[validation_at]
     if not calendar[0] < validation < test <= calendar[-1]:
         raise UserError(
             f"the split dates must lie in order inside {calendar[0]:%Y-%m-%d} to {calendar[-1]:%Y-%m-%d}: "
@@ -83,7 +83,12 @@ def choose_split_dates(
     return SplitDates(validation, test)
 
 
-def _as_date(text: str, flag: str) -> pd.Timestamp:
+def as_date(text: str, flag: str) -> pd.Timestamp:
+    """The day that a flag names, without time and zone.
+
+    Raises:
+        UserError: it is no date.
+    """
     try:
         return pd.Timestamp(text).tz_localize(None).normalize()
     except ValueError:

@@ -1,4 +1,4 @@
-"""The tally of a backtest, against a table of all ticker-days in memory, and what its words promise."""
+"""The aggregate of a backtest, against a table of all ticker-days in memory, and what its words promise."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from stocklora.backtest.aggregate import Tally, write_metrics
-from stocklora.backtest.results import ALL_TICKERS, METRIC_COLUMNS, PIT_BINS, TickerForecasts
+from stocklora.backtest.aggregate import Aggregate
+from stocklora.backtest.results import ALL_TICKERS, METRIC_COLUMNS, PIT_BINS, TickerForecasts, write_metrics
 from stocklora.metrics.scores import QUANTILE_LEVELS, score
 from stocklora.metrics.significance import (
     crps_from_quantiles,
@@ -64,11 +64,11 @@ def simulate(ticker, seed, days=200, first=0, missing=0, models=None, drift=0.0)
     )
 
 
-def tally_of(tickers, models=("naive", "ewma", "noisy"), horizon=HORIZON, **options):
-    tally = Tally(models, horizon, LEVELS, **options)
+def aggregate_of(tickers, models=("naive", "ewma", "noisy"), horizon=HORIZON, **options):
+    aggregate = Aggregate(models, horizon, LEVELS, **options)
     for forecasts in tickers:
-        tally.add(forecasts)
-    return tally
+        aggregate.add(forecasts)
+    return aggregate
 
 
 def row_of(rows, model, day, ticker=ALL_TICKERS):
@@ -89,12 +89,12 @@ def tickers():
 
 @pytest.fixture(scope="module")
 def result(tickers):
-    return tally_of(tickers).finish(facts=[("seed", "1")], notes=["a warning"])
+    return aggregate_of(tickers).result(facts=[("seed", "1")], notes=["a warning"])
 
 
 @pytest.fixture(scope="module")
 def table(tickers):
-    """Every ticker-day, model and day ahead as a row of a table: what the tally never holds."""
+    """Every ticker-day, model and day ahead as a row of a table: what the aggregate never holds."""
     parts = []
     for forecasts in tickers:
         for model, quantiles in forecasts.quantiles.items():
@@ -204,7 +204,7 @@ def test_the_reference_is_compared_with_nothing_but_the_volatility_baseline(resu
 
 
 def test_without_the_volatility_baseline_quantile_losses_stand_beside_the_last_close(tickers):
-    result = tally_of(tickers, ("noisy", "naive")).finish()
+    result = aggregate_of(tickers, ("noisy", "naive")).result()
     assert result.models == ("naive", "noisy")  # the reference first
     noisy, naive = row_of(result.pooled, "noisy", 1), row_of(result.pooled, "naive", 1)
     assert noisy["Relative_Pinball"] == pytest.approx(noisy["Pinball_bp"] / naive["Pinball_bp"])
@@ -222,16 +222,16 @@ def test_holm_runs_across_tickers_for_each_model_and_day(result):
 
 
 def test_pooled_rows_of_one_ticker_are_its_own(tickers):
-    result = tally_of(tickers[:1]).finish()
+    result = aggregate_of(tickers[:1]).result()
     for pooled, own in zip(result.pooled, result.by_ticker, strict=True):
         names = [name for name in METRIC_COLUMNS if name != "Ticker" and not name.endswith("Holm")]
         assert {name: pooled[name] for name in names} == pytest.approx({name: own[name] for name in names}, nan_ok=True)
 
 
 def test_tickers_that_move_as_one_are_no_more_evidence_than_one(tickers):
-    alone = tally_of(tickers[:1]).finish()
+    alone = aggregate_of(tickers[:1]).result()
     copies = [TickerForecasts(**{**vars(tickers[0]), "ticker": f"COPY{index}"}) for index in range(12)]
-    together = tally_of(copies).finish()
+    together = aggregate_of(copies).result()
     assert row_of(together.pooled, "noisy", 1)["Origins"] == 12 * row_of(alone.pooled, "noisy", 1)["Origins"]
     tests = ("Relative_MAE", "Relative_MAE_Low", "Relative_MAE_High", "DM", "DM_p", "DM_Pinball", "DM_Pinball_p")
     for one, many in zip(alone.pooled, together.pooled, strict=True):
@@ -277,53 +277,53 @@ def test_the_ten_worst_days_of_all_tickers(result, table, tickers):
 
 def test_of_equally_bad_days_the_first_added_stay(tickers):
     copies = [TickerForecasts(**{**vars(tickers[0]), "ticker": name}) for name in ("X", "Y", "Z")]
-    worst = tally_of(copies).finish().worst["noisy"]
+    worst = aggregate_of(copies).result().worst["noisy"]
     assert [day.ticker for day in worst[:3]] == ["X", "Y", "Z"]
     assert [day.ticker for day in worst] == ["X", "Y", "Z"] * 3 + ["X"]
 
 
 def test_the_fan_is_of_the_first_ticker_or_the_one_named(tickers):
-    fan = tally_of(tickers).finish().fan
+    fan = aggregate_of(tickers).result().fan
     assert (fan.ticker, len(fan.origins)) == ("AAA", 60)
     for name in ("origins", "targets", "last_close", "returns"):
         np.testing.assert_array_equal(getattr(fan, name), getattr(tickers[0], name)[-60:])
     np.testing.assert_array_equal(fan.quantiles["noisy"], tickers[0].quantiles["noisy"][-60:])
-    named = tally_of(tickers, show="DDD").finish()
+    named = aggregate_of(tickers, show="DDD").result()
     assert (named.fan.ticker, len(named.fan.origins), named.notes) == ("DDD", 40, ())
-    absent = tally_of(tickers, show="ZZZ").finish(notes=["first"])
+    absent = aggregate_of(tickers, show="ZZZ").result(notes=["first"])
     assert absent.fan.ticker == "AAA"
     assert absent.notes == ("first", "ZZZ has no forecasts; AAA is shown instead")
 
 
 def test_the_same_order_gives_the_same_result_bit_for_bit(tickers):
-    first, second = tally_of(tickers).finish(), tally_of(tickers).finish()
+    first, second = aggregate_of(tickers).result(), aggregate_of(tickers).result()
     np.testing.assert_equal(first.pooled, second.pooled)
     np.testing.assert_equal(first.by_ticker, second.by_ticker)
     assert first.verdicts == second.verdicts
-    turned = tally_of(tickers[::-1]).finish()
+    turned = aggregate_of(tickers[::-1]).result()
     for one, other in zip(first.pooled, turned.pooled, strict=True):
         assert one == pytest.approx(other, nan_ok=True)
 
 
-def test_finishing_does_not_end_the_tally(tickers):
-    tally = tally_of(tickers[:2])
-    before = tally.finish()
+def test_the_result_does_not_end_the_aggregate(tickers):
+    aggregate = aggregate_of(tickers[:2])
+    before = aggregate.result()
     pooled, dates = [dict(row) for row in before.pooled], before.daily.dates.copy()
     for forecasts in tickers[2:]:
-        tally.add(forecasts)
-    np.testing.assert_equal(tally.finish().pooled, tally_of(tickers).finish().pooled)
+        aggregate.add(forecasts)
+    np.testing.assert_equal(aggregate.result().pooled, aggregate_of(tickers).result().pooled)
     np.testing.assert_equal([dict(row) for row in before.pooled], pooled)
     np.testing.assert_array_equal(before.daily.dates, dates)
 
 
 def test_no_ticker_is_kept():
-    tally = Tally(("naive", "ewma", "noisy"), HORIZON, LEVELS)
+    aggregate = Aggregate(("naive", "ewma", "noisy"), HORIZON, LEVELS)
     kept = []
     for index in range(4):
         forecasts = simulate(f"T{index}", index, days=100)
         kept += [weakref.ref(forecasts), weakref.ref(forecasts.returns), weakref.ref(forecasts.last_close)]
         kept += [weakref.ref(values) for values in forecasts.quantiles.values()]
-        tally.add(forecasts)
+        aggregate.add(forecasts)
         del forecasts
     gc.collect()
     assert [reference() for reference in kept] == [None] * len(kept)
@@ -349,13 +349,13 @@ def changed(forecasts, **fields):
         (lambda f: {}, "added before"),
     ],
 )
-def test_forecasts_that_do_not_fit_are_refused_and_leave_the_tally_as_it_was(tickers, change, message):
-    tally = tally_of(tickers[:2])
-    before = tally.finish()
+def test_forecasts_that_do_not_fit_are_refused_and_leave_the_aggregate_as_it_was(tickers, change, message):
+    aggregate = aggregate_of(tickers[:2])
+    before = aggregate.result()
     wrong = changed(tickers[2], **change(tickers[2])) if change(tickers[2]) else tickers[0]
     with pytest.raises(ValueError, match=message):
-        tally.add(wrong)
-    np.testing.assert_equal(tally.finish().pooled, before.pooled)
+        aggregate.add(wrong)
+    np.testing.assert_equal(aggregate.result().pooled, before.pooled)
 
 
 @pytest.mark.parametrize(
@@ -368,24 +368,24 @@ def test_forecasts_that_do_not_fit_are_refused_and_leave_the_tally_as_it_was(tic
         (["naive"], 3, LEVELS[::-1], "increase"),
     ],
 )
-def test_a_tally_that_cannot_be_is_refused(models, horizon, levels, message):
+def test_a_aggregate_that_cannot_be_is_refused(models, horizon, levels, message):
     with pytest.raises(ValueError, match=message):
-        Tally(models, horizon, levels)
+        Aggregate(models, horizon, levels)
 
 
-def test_a_tally_of_nothing_is_refused():
+def test_a_aggregate_of_nothing_is_refused():
     with pytest.raises(ValueError, match="no ticker"):
-        Tally(["naive"], 3, LEVELS).finish()
+        Aggregate(["naive"], 3, LEVELS).result()
 
 
 def test_a_price_that_never_moves_has_no_ratios(tickers):
     still = changed(tickers[2], returns=np.zeros_like(tickers[2].returns), naive_mae=np.zeros(3), ticker="STILL")
-    result = tally_of([still]).finish()
+    result = aggregate_of([still]).result()
     row = row_of(result.pooled, "noisy", 1)
     assert np.isnan([row[name] for name in ("Relative_MAE", "Relative_MAE_Low", "MASE", "Direction", "PT_p")]).all()
     assert row_of(result.pooled, "naive", 1)["Relative_MAE"] == 1.0
     assert "cannot be compared with the last close, which was never wrong" in result.verdicts[1]
-    both = tally_of([still, tickers[0]]).finish()  # its MASE counts for nothing, its origins no weight
+    both = aggregate_of([still, tickers[0]]).result()  # its MASE counts for nothing, its origins no weight
     own = row_of(both.by_ticker, "noisy", 1, "AAA")["MASE"]
     assert row_of(both.pooled, "noisy", 1)["MASE"] == pytest.approx(own)
 
@@ -396,7 +396,7 @@ def test_a_price_that_never_moves_has_no_ratios(tickers):
 def verdict_of(model, days=600, drift=0.0, reference=None, tickers=1, **others):
     models = {"naive": reference or (lambda r, d: (np.zeros_like(r), 1.0)), **others, "it": model}
     parts = [simulate(f"T{index}", index + 40, days=days, models=models, drift=drift) for index in range(tickers)]
-    result = tally_of(parts, list(models)).finish()
+    result = aggregate_of(parts, list(models)).result()
     assert len(result.verdicts) == len(models) - 1
     assert result.verdicts[-1].startswith("it: ")
     assert result.verdicts[-1].endswith(".")
@@ -467,7 +467,7 @@ def test_an_error_too_good_to_be_true_is_flagged():
 def test_both_the_test_and_the_interval_must_say_so(monkeypatch, tickers, statistic, p_value, interval, words):
     monkeypatch.setattr("stocklora.backtest.aggregate.diebold_mariano", lambda *_: (statistic, p_value))
     monkeypatch.setattr("stocklora.backtest.aggregate.relative_mean_interval", lambda *_, **__: interval)
-    assert f"noisy: at 1 to 3 days ahead it is {words} the last close" in tally_of(tickers).finish().verdicts[1]
+    assert f"noisy: at 1 to 3 days ahead it is {words} the last close" in aggregate_of(tickers).result().verdicts[1]
 
 
 @pytest.mark.parametrize(
@@ -515,7 +515,7 @@ def test_error_bars_of_a_few_days_are_judged_by_what_chance_does():
             naive_mae=forecasts.naive_mae[:1],
             quantiles={name: values[:, :1] for name, values in forecasts.quantiles.items()},
         )
-        result = tally_of([one_day], list(models), horizon=1).finish()
+        result = aggregate_of([one_day], list(models), horizon=1).result()
         share = result.pooled[1]["Coverage_80"]
         chance = 1.96 * math.sqrt(share * (100 - share) / 40)  # forty days apart from each other
         words = "too wide" if share > 80 else "too narrow"

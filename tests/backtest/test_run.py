@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from price_tables import random_prices
 
-from stocklora.backtest import run as backtest_run
+from stocklora.backtest.run import run_backtest
 from stocklora.backtest.settings import BacktestSettings
 from stocklora.backtest.walk_forward import Baselines, Plan, choose_cuts
 from stocklora.cli.console import UserError
@@ -63,7 +63,7 @@ def outputs(out: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole_run(folder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "backtest"
-    assert backtest_run.run(settings_for(folder, out)) == 0
+    assert run_backtest(settings_for(folder, out)) == 0
     return out
 
 
@@ -128,7 +128,7 @@ def test_refits_cut_the_calendar():
 
 def test_a_refit_learns_what_came_since(folder, tmp_path):
     """With refits the drift forecast changes at each cut, and equals the mean training return known there."""
-    assert backtest_run.run(settings_for(folder, tmp_path / "b", models=["drift"], refit="60")) == 0
+    assert run_backtest(settings_for(folder, tmp_path / "b", models=["drift"], refit="60")) == 0
     forecasts = pd.read_csv(tmp_path / "b" / "forecasts.csv.gz", parse_dates=["Origin"])
     own = forecasts[(forecasts["Model"] == "drift") & (forecasts["Day"] == 1)]
     drift = np.log(own["P50"] / own["Last_Close"]).round(6).groupby(own["Origin"]).first()
@@ -149,14 +149,14 @@ def test_a_language_model_is_scored_on_days_it_never_saw(folder, weights, tiny_m
         folder, tmp_path / "b", start=None, models=["ewma", "llm"], lora_weights=[weights], model_path=[tiny_model],
         device="cpu", dtype="float32",
     )  # fmt: skip
-    assert backtest_run.run(settings) == 0
+    assert run_backtest(settings) == 0
     forecasts = pd.read_csv(tmp_path / "b" / "forecasts.csv.gz", parse_dates=["Origin"])
     assert forecasts["Origin"].min() == pd.Timestamp("2021-09-01")
     assert set(forecasts["Model"]) == {"naive", "ewma", "llm"}
     report = (tmp_path / "b" / "report.html").read_text(encoding="utf-8")
     assert "training text" in report  # what the base model may remember
     with pytest.raises(UserError, match="learned from means nothing"):
-        backtest_run.run(dataclasses.replace(settings, start="2021-08-02"))
+        run_backtest(dataclasses.replace(settings, start="2021-08-02"))
 
 
 def test_its_forecasts_are_those_of_the_forecasting_script(folder, weights, tiny_model, tmp_path, run_script):
@@ -165,7 +165,7 @@ def test_its_forecasts_are_those_of_the_forecasting_script(folder, weights, tiny
         folder, tmp_path / "b", start=None, models=["llm"], lora_weights=[weights], model_path=[tiny_model],
         device="cpu", dtype="float32",
     )  # fmt: skip
-    backtest_run.run(settings)
+    run_backtest(settings)
     forecasts = pd.read_csv(tmp_path / "b" / "forecasts.csv.gz", parse_dates=["Origin"])
     origin = pd.Timestamp("2021-11-15")
     cut = tmp_path / "cut"
@@ -192,7 +192,7 @@ def test_refits_of_the_learned_models(folder, weights, tiny_model, tmp_path):
         folder, tmp_path / "b", models=["simple", "llm"], lora_weights=[weights], model_path=[tiny_model],
         device="cpu", dtype="float32", refit="80", start="2021-06-01", end="2021-11-30",
     )  # fmt: skip
-    assert backtest_run.run(settings) == 0
+    assert run_backtest(settings) == 0
     metrics = pd.read_csv(tmp_path / "b" / "metrics.csv")
     pooled = metrics[metrics["Ticker"] == "(all)"].set_index(["Model", "Day"])
     for model in ("simple", "llm"):  # random prices: nobody beats the last close, nobody is far off
@@ -211,14 +211,14 @@ def test_a_stopped_run_goes_on_and_ends_the_same(folder, whole_run, tmp_path, mo
 
     monkeypatch.setattr(Baselines, "quantiles", stops)
     with pytest.raises(UserError, match="--resume"):
-        backtest_run.run(settings_for(folder, out))
+        run_backtest(settings_for(folder, out))
     assert not (out / "metrics.csv").exists()
     monkeypatch.setattr(Baselines, "quantiles", real)
     with pytest.raises(UserError, match="another seed"):
-        backtest_run.run(settings_for(folder, out, resume=True, seed=7))
+        run_backtest(settings_for(folder, out, resume=True, seed=7))
     again = []
     monkeypatch.setattr(Baselines, "quantiles", lambda self, *rest: again.append(rest[0]) or real(self, *rest))
-    assert backtest_run.run(settings_for(folder, out, resume=True)) == 0
+    assert run_backtest(settings_for(folder, out, resume=True)) == 0
     assert again == ["T3", "T4", "T5"]
     assert outputs(out) == outputs(whole_run)
 
@@ -236,7 +236,7 @@ def test_two_processes_give_identical_results(folder, whole_run, tmp_path, repo_
 
 def test_one_file_or_a_folder_is_the_same(folder, whole_run, tmp_path):
     write_prices(read_prices(folder), tmp_path / "all.csv", META)
-    assert backtest_run.run(settings_for(tmp_path / "all.csv", tmp_path / "backtest")) == 0
+    assert run_backtest(settings_for(tmp_path / "all.csv", tmp_path / "backtest")) == 0
     ours, theirs = outputs(tmp_path / "backtest"), outputs(whole_run)
     assert ours["metrics.csv"] == theirs["metrics.csv"]
     assert ours["forecasts.csv.gz"] == theirs["forecasts.csv.gz"]
@@ -244,7 +244,7 @@ def test_one_file_or_a_folder_is_the_same(folder, whole_run, tmp_path):
 
 def test_parquet_holds_what_the_csv_holds(folder, whole_run, tmp_path):
     pytest.importorskip("pyarrow")
-    assert backtest_run.run(settings_for(folder, tmp_path / "backtest", forecasts_format="parquet")) == 0
+    assert run_backtest(settings_for(folder, tmp_path / "backtest", forecasts_format="parquet")) == 0
     packed = pd.read_parquet(tmp_path / "backtest" / "forecasts.parquet")
     plain = pd.read_csv(whole_run / "forecasts.csv.gz")
     assert list(packed.columns) == list(plain.columns)
@@ -290,12 +290,12 @@ def test_a_failed_run_leaves_the_last_report(folder, whole_run, tmp_path):
     out = tmp_path / "backtest"
     shutil.copytree(whole_run, out)
     with pytest.raises(UserError):
-        backtest_run.run(settings_for(folder, out, start="2035-01-01"))
+        run_backtest(settings_for(folder, out, start="2035-01-01"))
     assert outputs(out) == outputs(whole_run)
 
 
 def test_base_models_whose_training_text_ends_late_are_said_to_remember():
-    from stocklora.backtest.base_cutoffs import cutoff_of
+    from stocklora.backtest.prepare import cutoff_of
 
     assert cutoff_of("openai-community/gpt2") == (pd.Timestamp("2017-12-31"), True)
     assert cutoff_of("meta-llama/Llama-3.2-1B") == (pd.Timestamp("2023-12-31"), True)

@@ -21,7 +21,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from stocklora.backtest.report.words import as_float, formatted, iso_date, name_of
+from stocklora.backtest.report.style import as_float, formatted, iso_date, name_of
 from stocklora.backtest.results import INTERVALS, PIT_BINS, BacktestResult
 from stocklora.metrics.scores import INTERVAL_COLUMNS, median_index
 from stocklora.metrics.significance import long_run_variance
@@ -201,28 +201,33 @@ def forest(
         colour = MODEL if model == focus else MUTED
         _row_label(axis, at, step, name_of(model), INK if model == focus else MUTED)
         for number, point in enumerate(points):
-            if not math.isfinite(point.value):
-                continue
             y = at + (number - (len(points) - 1) / 2) * 8.0 / step
             alpha = day_alpha(number + 1, len(points))
-            if not limits[0] <= point.value <= limits[1]:
-                is_low = point.value < limits[0]
-                text = formatted(point.value, 2 if decimals else 1)
-                text, side = (f"← {text}", "left") if is_low else (f"{text} →", "right")
-                size = FONT - 2 if len(points) > 1 else FONT
-                axis.text(limits[0] if is_low else limits[1], y, text, color=DOWN, fontsize=size, ha=side,
-                          va="center_baseline")  # fmt: skip
+            if not math.isfinite(point.value):
                 continue
-            if math.isfinite(point.low) and math.isfinite(point.high):
-                axis.plot([point.low, point.high], [y, y], color=colour, alpha=alpha, linewidth=1.8,
-                          solid_capstyle="round")  # fmt: skip
-            is_clear = decimals is None or point.high < line or point.low > line
-            axis.plot([point.value], [y], "o", color=colour, alpha=alpha, markersize=5.5, markeredgewidth=1.6,
-                      markerfacecolor=colour if is_clear else _PAPER)  # fmt: skip
+            if limits[0] <= point.value <= limits[1]:
+                is_clear = decimals is None or point.high < line or point.low > line
+                _dot_with_whiskers(axis, point, y, colour, alpha, is_clear)
+            else:
+                _outlier(axis, point.value, y, limits, 2 if decimals else 1, FONT - 2 if len(points) > 1 else FONT)
         if decimals is not None and points and limits[0] <= points[0].value <= limits[1]:
             axis.text(1.02, at, formatted(points[0].value, decimals), transform=axis.get_yaxis_transform(),
                       color=INK if model == focus else MUTED, fontsize=FONT, va="center_baseline")  # fmt: skip
     return _svg(figure, key, label)
+
+
+def _dot_with_whiskers(axis: Any, point: Whisker, y: float, colour: str, alpha: float, is_filled: bool) -> None:
+    if math.isfinite(point.low) and math.isfinite(point.high):
+        axis.plot([point.low, point.high], [y, y], color=colour, alpha=alpha, linewidth=1.8, solid_capstyle="round")
+    axis.plot([point.value], [y], "o", color=colour, alpha=alpha, markersize=5.5, markeredgewidth=1.6,
+              markerfacecolor=colour if is_filled else _PAPER)  # fmt: skip
+
+
+def _outlier(axis: Any, value: float, y: float, limits: tuple[float, float], decimals: int, size: float) -> None:
+    """A value beyond the axis, written at the end it lies beyond."""
+    is_low, number = value < limits[0], formatted(value, decimals)
+    axis.text(limits[0] if is_low else limits[1], y, f"← {number}" if is_low else f"{number} →", color=DOWN,
+              fontsize=size, ha="left" if is_low else "right", va="center_baseline")  # fmt: skip
 
 
 def _nice_step(most: float) -> tuple[float, int]:

@@ -1,7 +1,7 @@
 """``report.html``: a backtest on one page that needs no network, script, font or picture.
 
-Its sections stand here; ``backtest_tables`` and ``backtest_charts`` fill them, ``backtest_style`` dresses them. The
-same result gives the same bytes.
+Its sections stand here; ``tables`` and ``charts`` fill them, ``style`` dresses them. The same result gives the same
+bytes.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ from stocklora.backtest.report.charts import (
     rolling,
     standard_error,
 )
-from stocklora.backtest.report.style import STYLE
-from stocklora.backtest.report.tables import COVERAGE_KEYS, GROUPS, score_table, ticker_table, worst_table
-from stocklora.backtest.report.words import as_float, days_ahead, formatted, iso_date, name_of
+from stocklora.backtest.report.style import STYLE, as_float, days_ahead, formatted, iso_date, name_of
+from stocklora.backtest.report.tables import COVERAGE_KEYS, reading_guide, score_table, ticker_table, worst_table
 from stocklora.backtest.results import INTERVALS, PIT_BINS, REFERENCE, BacktestResult
 from stocklora.plots.forecasts import BANDS
 from stocklora.runtime.files import write_text
@@ -76,7 +75,7 @@ def _page(result: BacktestResult) -> str:
         ("fan", "Last days", f"The last {len(_fan_rows(result))} days of {result.fan.ticker}", _fan(result, focus)),
         ("worst", "Worst days", "The worst days", _worst(result, focus)),
         ("tickers", "Tickers", "Ticker by ticker", _tickers(result, focus)),
-        ("reading", "How to read this", "How to read this", _reading()),
+        ("reading", "How to read this", "How to read this", reading_guide()),
     ]
     title = f"Backtest of {_tickers_in_words(result)} beside the random walk"
     links = "".join(f'<a href="#{key}">{escape(short)}</a>' for key, short, _, _ in sections)
@@ -253,13 +252,15 @@ def _pits(result: BacktestResult, focus: str) -> str:
 
 
 def _over_time(result: BacktestResult, focus: str) -> str:
-    daily = result.daily
-    days = len(daily.dates)
+    days = len(result.daily.dates)
     window = next(size for most, size in ((750, 21), (2500, 63), (math.inf, 126)) if days <= most)
     window = min(window, max(1, days // 3))
-    counts = np.asarray(daily.counts, dtype=float)
-    span = "one day" if window == 1 else f"{window} days"
-    parts = []
+    return _rolling_errors(result, focus, window) + _rolling_coverage(result, focus, window)
+
+
+def _rolling_errors(result: BacktestResult, focus: str, window: int) -> str:
+    """Each model's error over the last close's, over ``window`` days; nothing where only the last close was scored."""
+    daily, counts = result.daily, np.asarray(result.daily.counts, dtype=float)
     reference = rolling(daily.abs_error_bp[REFERENCE][:, 0], counts, window)
     errors = {
         model: np.divide(
@@ -271,48 +272,52 @@ def _over_time(result: BacktestResult, focus: str) -> str:
         for model in result.models
         if model != REFERENCE
     }
-    ends = daily.dates[window - 1 :]
+    if not errors:
+        return ""
     same = [model for model, values in errors.items() if reach_of(values, 1.0) < 1e-9]
-    errors = {model: values for model, values in errors.items() if model not in same}
-    hint = ""
-    if same:
-        names = "; ".join(escape(name_of(model)) for model in same)
-        hint = f'<p class="hint">Not drawn, because their error is the last close\'s on every day: {names}.</p>'
-    if errors:
-        limits = line_limits(errors, 1.0, 0.01)
-        panels = [
-            (
-                name_of(model) + limits[model][2],
-                line_chart(ends, values, 1.0, limits[model], model == focus, f"rolling-{model}",
-                           f"{name_of(model)}: rolling error relative to the last close, {_range_in_words(values, 3)}"),
-            )
-            for model, values in errors.items()
-        ]  # fmt: skip
-        parts.append("<h3>Error</h3>" + hint + figures(
-            panels,
-            f"Mean absolute error of the one-day-ahead forecasts over {span}, divided by that of the last close over "
-            "the same days. Below the line is better than the random walk.",
-        ))  # fmt: skip
-    elif same:
-        parts.append(f"<h3>Error</h3>{hint}")
+    drawn = {model: values for model, values in errors.items() if model not in same}
+    names = "; ".join(escape(name_of(model)) for model in same)
+    hint = f'<p class="hint">Not drawn, because their error is the last close\'s on every day: {names}.</p>'
+    text = "<h3>Error</h3>" + (hint if same else "")
+    if not drawn:
+        return text
+    limits = line_limits(drawn, 1.0, 0.01)
+    panels = []
+    for model, values in drawn.items():
+        label = f"{name_of(model)}: rolling error relative to the last close, {_range_in_words(values, 3)}"
+        picture = line_chart(
+            daily.dates[window - 1 :], values, 1.0, limits[model], model == focus, f"rolling-{model}", label
+        )
+        panels.append((name_of(model) + limits[model][2], picture))
+    return text + figures(
+        panels,
+        f"Mean absolute error of the one-day-ahead forecasts over {_days_in_words(window)}, divided by that of the "
+        "last close over the same days. Below the line is better than the random walk.",
+    )
+
+
+def _rolling_coverage(result: BacktestResult, focus: str, window: int) -> str:
+    daily, counts = result.daily, np.asarray(result.daily.counts, dtype=float)
     shares = {model: 100.0 * rolling(daily.inside[model][:, 0, MIDDLE], counts, window) for model in result.models}
     limits = line_limits(shares, 80.0, 5.0)
     panels = []
     for model, values in shares.items():
-        scatter = float(np.nanstd(daily.inside[model][:, 0, MIDDLE])) / math.sqrt(window)
-        panels.append((
-            name_of(model) + limits[model][2],
-            line_chart(ends, values, 80.0, limits[model], model == focus, f"share-{model}",
-                       f"{name_of(model)}: rolling coverage of the 80% interval, percent, "
-                       f"{_range_in_words(values, 1)}", band=CHANCE * 100.0 * scatter, top=100.5),
-        ))  # fmt: skip
-    parts.append("<h3>Coverage of the 80% interval</h3>" + figures(
+        label = f"{name_of(model)}: rolling coverage of the 80% interval, percent, {_range_in_words(values, 1)}"
+        band = CHANCE * 100.0 * float(np.nanstd(daily.inside[model][:, 0, MIDDLE])) / math.sqrt(window)
+        picture = line_chart(
+            daily.dates[window - 1 :], values, 80.0, limits[model], model == focus, f"share-{model}", label, band, 100.5
+        )
+        panels.append((name_of(model) + limits[model][2], picture))
+    return "<h3>Coverage of the 80% interval</h3>" + figures(
         panels,
-        f"Percent of closes inside the one-day-ahead 80% interval over {span}, and the nominal line. The grey band "
-        "holds 95% of what chance gives at any one time; a model whose line leaves it for long stretches misses "
-        "calm and storm.",
-    ))  # fmt: skip
-    return "".join(parts)
+        f"Percent of closes inside the one-day-ahead 80% interval over {_days_in_words(window)}, and the nominal line. "
+        "The grey band holds 95% of what chance gives at any one time; a model whose line leaves it for long stretches "
+        "misses calm and storm.",
+    )
+
+
+def _days_in_words(count: int) -> str:
+    return "one day" if count == 1 else f"{count} days"
 
 
 def _range_in_words(values: np.ndarray, decimals: int) -> str:
@@ -362,65 +367,20 @@ def _fan(result: BacktestResult, focus: str) -> str:
 
 
 def _worst(result: BacktestResult, focus: str) -> str:
-    first = worst_table(focus, result.worst.get(focus, ()))
-    others = "".join(
-        f"<details><summary>{escape(name_of(model))}</summary>{worst_table(model, result.worst.get(model, ()))}"
-        "</details>"
-        for model in result.models
-        if model != focus
-    )
+    tables = {model: worst_table(model, result.worst.get(model, ())) for model in result.models}
     hint = '<p class="hint">By one-day quantile loss. All returns are log returns in basis points.</p>'
-    return f"{first}{hint}{others}"
+    return f"{tables[focus]}{hint}{_folded(tables, focus)}"
 
 
 def _tickers(result: BacktestResult, focus: str) -> str:
-    first = ticker_table(result, focus)
-    others = "".join(
-        f"<details><summary>{escape(name_of(model))}</summary>{ticker_table(result, model)}</details>"
-        for model in result.models
+    tables = {model: ticker_table(result, model) for model in result.models}
+    return tables[focus] + _folded(tables, focus)
+
+
+def _folded(tables: Mapping[str, str], focus: str) -> str:
+    """The tables of all models but one, each to be opened by the reader."""
+    return "".join(
+        f"<details><summary>{escape(name_of(model))}</summary>{table}</details>"
+        for model, table in tables.items()
         if model != focus
     )
-    return first + others
-
-
-def _reading() -> str:
-    """The columns once more in plain words, for screens without a pointer and for paper, and the sources."""
-    terms = "".join(
-        f"<div><dt>{escape(column.head)}{f' ({escape(name.lower())})' if column.head == 'DM p' else ''}</dt>"
-        f"<dd>{escape(column.meaning)}</dd></div>"
-        for name, columns in GROUPS
-        for column in columns
-        if not column.key.startswith("Coverage")
-    )
-    coverage = (
-        "<div><dt>Coverage</dt><dd>Percent of closes inside an interval. A 50% interval should hold half of them, "
-        "neither fewer nor more.</dd></div>"
-    )
-    sources = "".join(f"<li>{escape(source)}</li>" for source in _SOURCES)
-    return (
-        "<p>The last close is the yardstick: of the forecasts one can make from daily prices alone, saying that "
-        "tomorrow closes where today did is very hard to beat. A relative error between 0.99 and 1.01 is an honest "
-        "result; one far below 1 is first of all a reason to look for a leak of the future into the past. A model "
-        "may add nothing to the point forecast and still be worth having, if its intervals are narrower and hold; "
-        "that is what the quantile loss measures.</p>"
-        f'<dl class="terms">{terms}{coverage}</dl><h3>Sources</h3><ul class="sources">{sources}</ul>'
-    )
-
-
-_SOURCES = (
-    "Diebold and Mariano, Comparing predictive accuracy, Journal of Business & Economic Statistics 13, 1995; small "
-    "samples after Harvey, Leybourne and Newbold, International Journal of Forecasting 13, 1997.",
-    "Diebold, Gunther and Tay, Evaluating density forecasts, International Economic Review 39, 1998: the histogram of "
-    "the probability integral transform.",
-    "Gneiting and Ranjan, Comparing density forecasts using threshold- and quantile-weighted scoring rules, Journal of "
-    "Business & Economic Statistics 29, 2011.",
-    "Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979.",
-    "Hyndman and Koehler, Another look at measures of forecast accuracy, International Journal of Forecasting 22, "
-    "2006.",
-    "Koenker and Bassett, Regression quantiles, Econometrica 46, 1978.",
-    "Pesaran and Timmermann, A simple nonparametric test of predictive performance, Journal of Business & Economic "
-    "Statistics 10, 1992; over several tickers and days ahead with the standard errors of Driscoll and Kraay, Review "
-    "of Economics and Statistics 80, 1998.",
-    "Politis and Romano, A circular block-resampling procedure for stationary data, in LePage and Billard, Exploring "
-    "the Limits of Bootstrap, 1992; block length after Politis and White, Econometric Reviews 23, 2004.",
-)

@@ -1,4 +1,4 @@
-"""The tables of the backtest's page: scores by model, by ticker, and the worst days."""
+"""The tables of the backtest's page: scores by model, by ticker, the worst days, and what their columns mean."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from stocklora.backtest.report.words import DASH, as_float, formatted, iso_date, name_of, p_value
+from stocklora.backtest.report.style import DASH, as_float, formatted, iso_date, name_of, p_value
 from stocklora.backtest.results import INTERVALS, REFERENCE, BacktestResult, WorstDay
 
 MOST_TICKERS = 50
@@ -261,3 +261,46 @@ def ticker_table(result: BacktestResult, model: str) -> str:
         lines.insert(half, f'<tr class="gap"><td colspan="{width}">{left_out:,} more in metrics.csv</td></tr>')
     caption = f"{name_of(model)}, one day ahead, by relative error"
     return f"<p>{escape(summary)}</p>{_table(caption, _score_head(groups, rows, 'Ticker'), ''.join(lines), 'scores')}"
+
+
+def reading_guide() -> str:
+    """The columns once more in plain words, for screens without a pointer and for paper, and the sources."""
+    terms = "".join(
+        f"<div><dt>{escape(column.head)}{f' ({escape(name.lower())})' if column.head == 'DM p' else ''}</dt>"
+        f"<dd>{escape(column.meaning)}</dd></div>"
+        for name, columns in GROUPS
+        for column in columns
+        if not column.key.startswith("Coverage")
+    )
+    coverage = (
+        "<div><dt>Coverage</dt><dd>Percent of closes inside an interval. A 50% interval should hold half of them, "
+        "neither fewer nor more.</dd></div>"
+    )
+    sources = "".join(f"<li>{escape(source)}</li>" for source in _SOURCES)
+    return (
+        "<p>The last close is the yardstick: of the forecasts one can make from daily prices alone, saying that "
+        "tomorrow closes where today did is very hard to beat. A relative error between 0.99 and 1.01 is an honest "
+        "result; one far below 1 is first of all a reason to look for a leak of the future into the past. A model "
+        "may add nothing to the point forecast and still be worth having, if its intervals are narrower and hold; "
+        "that is what the quantile loss measures.</p>"
+        f'<dl class="terms">{terms}{coverage}</dl><h3>Sources</h3><ul class="sources">{sources}</ul>'
+    )
+
+
+_SOURCES = (
+    "Diebold and Mariano, Comparing predictive accuracy, Journal of Business & Economic Statistics 13, 1995; small "
+    "samples after Harvey, Leybourne and Newbold, International Journal of Forecasting 13, 1997.",
+    "Diebold, Gunther and Tay, Evaluating density forecasts, International Economic Review 39, 1998: the histogram of "
+    "the probability integral transform.",
+    "Gneiting and Ranjan, Comparing density forecasts using threshold- and quantile-weighted scoring rules, Journal of "
+    "Business & Economic Statistics 29, 2011.",
+    "Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979.",
+    "Hyndman and Koehler, Another look at measures of forecast accuracy, International Journal of Forecasting 22, "
+    "2006.",
+    "Koenker and Bassett, Regression quantiles, Econometrica 46, 1978.",
+    "Pesaran and Timmermann, A simple nonparametric test of predictive performance, Journal of Business & Economic "
+    "Statistics 10, 1992; over several tickers and days ahead with the standard errors of Driscoll and Kraay, Review "
+    "of Economics and Statistics 80, 1998.",
+    "Politis and Romano, A circular block-resampling procedure for stationary data, in LePage and Billard, Exploring "
+    "the Limits of Bootstrap, 1992; block length after Politis and White, Econometric Reviews 23, 2004.",
+)

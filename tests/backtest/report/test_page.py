@@ -26,7 +26,7 @@ from stocklora.backtest.report.page import (
     report_html,
     write_report,
 )
-from stocklora.backtest.report.words import NAMES
+from stocklora.backtest.report.style import NAMES
 from stocklora.backtest.results import (
     ALL_TICKERS,
     INTERVALS,
@@ -599,7 +599,7 @@ def test_histogram_bars_stand_for_the_counts_between_quantiles(result: BacktestR
 
 
 def test_histogram_of_a_perfect_forecast_is_flat(tiny: BacktestResult) -> None:
-    """Also where the transform interpolates linearly between quantiles a long way apart, as the tally's does."""
+    """Also where the transform interpolates linearly between quantiles a long way apart, as the aggregate's does."""
     returns = np.random.default_rng(2).standard_normal(400_000)
     places = np.interp(returns, [-9, *stats.norm.ppf(LEVELS), 9], [0, *LEVELS, 1])
     counts = np.histogram(places, PIT_BINS, (0, 1))[0][None]
