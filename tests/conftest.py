@@ -20,6 +20,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
+from script_calls import call_in_process
 from source_tree import REPO_ROOT, RunScript
 from tiny_models import make_tiny_models
 from yahoo_server import YahooServer
@@ -77,6 +78,21 @@ def run_script() -> RunScript:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def call_script() -> RunScript:
+    """As ``run_script``, in the test's own process: for what a run does, where the process itself is not the point.
+
+    Takes ``env`` (added to the present one) and ``text`` (what is piped in).
+    """
+
+    def call(
+        script: str, *args: object, cwd: Path, env: dict[str, str] | None = None, text: bytes = b""
+    ) -> subprocess.CompletedProcess[str]:
+        return call_in_process(REPO_ROOT / script, list(map(str, args)), cwd, env, text)
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -127,8 +127,8 @@ def test_it_catches_a_planted_leak(plant, settings, monkeypatch, capsys):
     assert f"leak: {expected}" in capsys.readouterr().out
 
 
-def test_the_script_says_so_and_fails(settings, tmp_path, run_script):
-    result = run_script(
+def test_the_script_says_so_and_fails(settings, tmp_path, call_script):
+    result = call_script(
         "backtest.py", "--data", settings.data[0], "--models", "ewma", "--check-leakage", "--leakage_cuts", 1,
         cwd=tmp_path,
     )  # fmt: skip

@@ -159,7 +159,7 @@ def test_a_language_model_is_scored_on_days_it_never_saw(folder, weights, tiny_m
         run_backtest(dataclasses.replace(settings, start="2021-08-02"))
 
 
-def test_its_forecasts_are_those_of_the_forecasting_script(folder, weights, tiny_model, tmp_path, run_script):
+def test_its_forecasts_are_those_of_the_forecasting_script(folder, weights, tiny_model, tmp_path, call_script):
     """One pass over the test days and a forecast from a table that ends there agree."""
     settings = settings_for(
         folder, tmp_path / "b", start=None, models=["llm"], lora_weights=[weights], model_path=[tiny_model],
@@ -173,7 +173,7 @@ def test_its_forecasts_are_those_of_the_forecasting_script(folder, weights, tiny
     for ticker, frame in read_prices(folder).items():
         if frame.index[0] < pd.Timestamp("2021-01-01"):
             write_prices({ticker: frame[frame.index <= origin]}, cut / f"{ticker}.csv", META)
-    result = run_script(
+    result = call_script(
         "framework_llm.py", "--test_csv", cut, "--lora_weights", weights, "--model_path", tiny_model, "--device", "cpu",
         "--dtype", "float32", cwd=tmp_path,
     )  # fmt: skip

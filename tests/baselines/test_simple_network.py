@@ -110,18 +110,18 @@ def test_the_documented_forecast_command(trained: tuple[Path, str], run_script: 
 
 
 def test_a_missing_model_is_said_and_nothing_is_written(
-    sample_csv: Path, run_script: RunScript, tmp_path: Path
+    sample_csv: Path, call_script: RunScript, tmp_path: Path
 ) -> None:
     shutil.copy(sample_csv, tmp_path / "sample_test.csv")
-    result = run_script("framework.py", "--test_csv", "sample_test.csv", cwd=tmp_path)
+    result = call_script("framework.py", "--test_csv", "sample_test.csv", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr == ("error: no model file model.pth; train one with: python train.py --data sample_test.csv\n")
     assert not (tmp_path / "predictions.csv").exists()
 
 
-def test_another_window_is_refused(trained: tuple[Path, str], run_script: RunScript, tmp_path: Path) -> None:
+def test_another_window_is_refused(trained: tuple[Path, str], call_script: RunScript, tmp_path: Path) -> None:
     folder, _ = trained
-    result = run_script("framework.py", "--window_size", 20, "--output", tmp_path / "p.csv", cwd=folder)
+    result = call_script("framework.py", "--window_size", 20, "--output", tmp_path / "p.csv", cwd=folder)
     assert result.returncode == 2
     assert "trained with a window of 30 days" in result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -141,10 +141,10 @@ def test_another_window_is_refused(trained: tuple[Path, str], run_script: RunScr
     ],
 )
 def test_wrong_settings_are_one_line_and_keep_the_old_model(
-    sample_csv: Path, run_script: RunScript, tmp_path: Path, flags: list[str], message: str
+    sample_csv: Path, call_script: RunScript, tmp_path: Path, flags: list[str], message: str
 ) -> None:
     (tmp_path / "model.pth").write_bytes(b"the old model")
-    result = run_script("train.py", "--data", sample_csv, *flags, cwd=tmp_path)
+    result = call_script("train.py", "--data", sample_csv, *flags, cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -378,14 +378,14 @@ def test_a_folder_is_no_model(tmp_path: Path) -> None:
         load_simple(tmp_path, CPU)
 
 
-def test_several_files_are_pooled(run_script: RunScript, tmp_path: Path) -> None:
+def test_several_files_are_pooled(call_script: RunScript, tmp_path: Path) -> None:
     for number, name in enumerate(("AAA", "BBB")):
         random_walk(160, seed=number).to_csv(tmp_path / f"{name}.csv", date_format="%Y-%m-%d")
     options = ["--window_size", 12, "--epochs", 2, "--save_path", "out/m.pth"]
-    result = run_script("train.py", "--data", "AAA.csv", "BBB.csv", *options, cwd=tmp_path)
+    result = call_script("train.py", "--data", "AAA.csv", "BBB.csv", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "tickers: 2 (AAA, BBB)" in result.stdout
-    result = run_script("framework.py", "--model_path", "out/m.pth", "--test_csv", ".", cwd=tmp_path)
+    result = call_script("framework.py", "--model_path", "out/m.pth", "--test_csv", ".", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = (tmp_path / "predictions.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows[1:]] == ["AAA"] * 3 + ["BBB"] * 3

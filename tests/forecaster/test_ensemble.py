@@ -242,10 +242,10 @@ def test_one_weights_file_gives_the_bytes_it_always_gave(members, table, capsys)
     assert Path("predictions.csv").read_bytes() == Path("reference.csv").read_bytes()
 
 
-def test_the_script_forecasts_with_several(members, table, run_script) -> None:
+def test_the_script_forecasts_with_several(members, table, call_script) -> None:
     names = ("plain", "scale", "base")
     weights, models = zip(*[members[name] for name in names], strict=True)
-    result = run_script("framework_llm.py", "--test_csv", table, "--lora_weights", *weights, "--model_path", *models,
+    result = call_script("framework_llm.py", "--test_csv", table, "--lora_weights", *weights, "--model_path", *models,
                         "--ensemble", "median", "--dtype", "float32", "--device", "cpu", cwd=table.parent)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "median of the quantiles of 3 models:" in result.stdout

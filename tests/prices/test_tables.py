@@ -43,9 +43,9 @@ def test_bad_file_is_one_line_and_exit_2(name: str, tmp_path: Path, capsys: pyte
     assert words in lines[0]
 
 
-def test_bad_file_in_a_script_as_a_user_runs_it(tmp_path: Path, run_script: Callable) -> None:
+def test_bad_file_in_a_script_as_a_user_runs_it(tmp_path: Path, call_script: Callable) -> None:
     (tmp_path / "bad.csv").write_text(BAD_FILES["text in a number"][0])
-    result = run_script("download.py", "--check", "bad.csv", cwd=tmp_path)
+    result = call_script("download.py", "--check", "bad.csv", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr == "error: bad.csv, row 3, column Close: 'abc' is not a number; write it like 1234.56\n"
 

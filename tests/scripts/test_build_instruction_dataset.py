@@ -12,8 +12,8 @@ from source_tree import RunScript
 SCRIPT = "scripts/qlora/build_instruction_dataset.py"
 
 
-def one_error(run_script: RunScript, cwd: Path, *arguments: object) -> str:
-    result = run_script(SCRIPT, *arguments, cwd=cwd)
+def one_error(call_script: RunScript, cwd: Path, *arguments: object) -> str:
+    result = call_script(SCRIPT, *arguments, cwd=cwd)
     assert result.returncode == 2, result.stderr
     lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
@@ -52,14 +52,14 @@ def test_the_documents_command(run_script: RunScript, repo_root: Path, tmp_path:
     assert (tmp_path / "again.jsonl").read_text(encoding="utf-8") == text  # byte for byte, in another process
 
 
-def test_without_a_database_the_bundled_one_is_used(run_script: RunScript, tmp_path: Path) -> None:
-    result = run_script(SCRIPT, "--num_samples", 20, "--output", "rows.json", cwd=tmp_path)
+def test_without_a_database_the_bundled_one_is_used(call_script: RunScript, tmp_path: Path) -> None:
+    result = call_script(SCRIPT, "--num_samples", 20, "--output", "rows.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))) == 20
 
 
-def test_a_missing_database_names_the_bundled_one(run_script: RunScript, tmp_path: Path) -> None:
-    line = one_error(run_script, tmp_path, "--db", "finance_analysis.db")
+def test_a_missing_database_names_the_bundled_one(call_script: RunScript, tmp_path: Path) -> None:
+    line = one_error(call_script, tmp_path, "--db", "finance_analysis.db")
     assert "finance_analysis.db" in line
     assert "--db data/sample/finance_news.db" in line
     assert list(tmp_path.iterdir()) == []
@@ -76,27 +76,27 @@ def test_a_missing_database_names_the_bundled_one(run_script: RunScript, tmp_pat
     ],
 )
 def test_an_unfit_database_is_one_line(
-    statement: str, says: str, run_script: RunScript, repo_root: Path, tmp_path: Path
+    statement: str, says: str, call_script: RunScript, repo_root: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "news.db"
     path.write_bytes((repo_root / "data" / "sample" / "finance_news.db").read_bytes())
     with sqlite3.connect(path) as connection:
         connection.executescript(statement)
     connection.close()
-    line = one_error(run_script, tmp_path, "--db", "news.db")
+    line = one_error(call_script, tmp_path, "--db", "news.db")
     assert says in line
     assert "news.db" in line or "--split" in line
 
 
-def test_a_file_that_is_no_database(run_script: RunScript, tmp_path: Path) -> None:
+def test_a_file_that_is_no_database(call_script: RunScript, tmp_path: Path) -> None:
     (tmp_path / "notes.db").write_text("not a database, only text " * 50, encoding="utf-8")
-    assert "notes.db is not an SQLite database" in one_error(run_script, tmp_path, "--db", "notes.db")
+    assert "notes.db is not an SQLite database" in one_error(call_script, tmp_path, "--db", "notes.db")
 
 
-def test_a_name_too_long_for_any_file(run_script: RunScript, tmp_path: Path) -> None:
-    assert "cannot read" in one_error(run_script, tmp_path, "--db", "n" * 300)
+def test_a_name_too_long_for_any_file(call_script: RunScript, tmp_path: Path) -> None:
+    assert "cannot read" in one_error(call_script, tmp_path, "--db", "n" * 300)
 
 
-def test_a_wrong_config_key_names_the_nearest(run_script: RunScript, tmp_path: Path) -> None:
+def test_a_wrong_config_key_names_the_nearest(call_script: RunScript, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("num_sample: 3\n", encoding="utf-8")
-    assert "did you mean 'num_samples'?" in one_error(run_script, tmp_path, "--config", "c.yaml")
+    assert "did you mean 'num_samples'?" in one_error(call_script, tmp_path, "--config", "c.yaml")

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,24 +39,24 @@ def run_main(*arguments: object) -> int:
     return inference_lora.main([*map(str, arguments), *FAST])
 
 
-def run_piped(text: str, *arguments: object, cwd: Path, script: str = "inference_lora.py") -> str:
+@pytest.fixture
+def piped(call_script: RunScript, tmp_path: Path) -> Callable[..., str]:
     """Stdout of a script that reads ``text`` from a pipe."""
-    root = Path(inference_lora.__file__).parent
-    result = subprocess.run(
-        [sys.executable, str(root / script), *map(str, arguments), *FAST],
-        input=text.encode(), cwd=cwd, capture_output=True, check=False, timeout=120,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == b""
-    return result.stdout.decode()  # as it is: random models also say \r
+
+    def run(text: str | bytes, *arguments: object, script: str = "inference_lora.py") -> str:
+        given = text.encode() if isinstance(text, str) else text
+        result = call_script(script, *arguments, *FAST, cwd=tmp_path, text=given)
+        assert (result.returncode, result.stderr) == (0, "")
+        return result.stdout
+
+    return run
 
 
 # ------------------------------------------------------------------------------------------------------- the modes
 
 
-def test_without_a_mode_it_answers_questions_of_its_own(tiny_model, adapters, tmp_path, run_script: RunScript) -> None:
-    result = run_script(
+def test_without_a_mode_it_answers_questions_of_its_own(tiny_model, adapters, tmp_path, call_script: RunScript) -> None:
+    result = call_script(
         "inference_lora.py", "--base_model", tiny_model, "--lora_model", adapters["news"], *FAST, cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
@@ -73,11 +74,17 @@ def test_a_prompt_is_answered_as_the_model_answers(chat_model, adapters, capsys)
 
 
 def test_a_pipe_is_a_prompt(chat_model, adapters, tmp_path) -> None:
-    out = run_piped("央行降准\n", "--lora_model", adapters["news"], cwd=tmp_path)
+    result = subprocess.run(
+        [sys.executable, inference_lora.__file__, "--lora_model", str(adapters["news"]), *FAST],
+        input="央行降准\n".encode(), cwd=tmp_path, capture_output=True, check=False, timeout=120,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, b"")
+    out = result.stdout.decode()  # as it is: random models also say \r
     assert out.startswith(chat_model.reply(user("央行降准"), adapter="news", max_new_tokens=6))
 
 
-def test_a_chat_remembers_resets_and_changes_adapters(chat_model, adapters, tmp_path) -> None:
+def test_a_chat_remembers_resets_and_changes_adapters(chat_model, adapters, piped) -> None:
     lines = [
         "你好",
         "再说",
@@ -92,7 +99,7 @@ def test_a_chat_remembers_resets_and_changes_adapters(chat_model, adapters, tmp_
         "no",
     ]
     folders = [f"{name}={folder}" for name, folder in adapters.items()]
-    out = run_piped("\n".join(lines), "--lora_model", *folders, "--chat", cwd=tmp_path)
+    out = piped("\n".join(lines), "--lora_model", *folders, "--chat")
     parts = out.split("\nyou> ")
     assert len(parts) == 1 + lines.index("/exit") + 1
 
@@ -186,9 +193,9 @@ def test_mistakes_are_one_line(adapters, in_folder, capsys, arguments: list[str]
     assert list(in_folder.iterdir()) == []
 
 
-def test_a_wrong_base_is_one_line(tiny_models, tmp_path, run_script: RunScript) -> None:
+def test_a_wrong_base_is_one_line(tiny_models, tmp_path, call_script: RunScript) -> None:
     adapter = make_adapter(tiny_models["qwen3"], tmp_path / "a")
-    result = run_script(
+    result = call_script(
         "inference_lora.py", "--base_model", tiny_models["gpt2"], "--lora_model", adapter, "--chat", cwd=tmp_path
     )
     assert result.returncode == 2
@@ -196,17 +203,10 @@ def test_a_wrong_base_is_one_line(tiny_models, tmp_path, run_script: RunScript) 
     assert "was trained over qwen3" in result.stderr
 
 
-def test_bytes_that_are_no_text_cost_the_question_and_not_the_chat(chat_model, adapters, tmp_path) -> None:
-    script = Path(inference_lora.__file__)
-    result = subprocess.run(
-        [sys.executable, str(script), "--lora_model", str(adapters["news"]), "--chat", *FAST],
-        input=b"\xd1\xeb\xd0\xd0\n" + "央行降准\n".encode(), cwd=tmp_path, capture_output=True,
-        timeout=120, check=False,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    )  # fmt: skip
-    assert (result.returncode, result.stderr) == (0, b"")
-    assert b"bytes that are not UTF-8" in result.stdout
-    assert f"you> {chat_model.reply(user('央行降准'), adapter='news', max_new_tokens=6)}".encode() in result.stdout
+def test_bytes_that_are_no_text_cost_the_question_and_not_the_chat(chat_model, adapters, piped) -> None:
+    out = piped(b"\xd1\xeb\xd0\xd0\n" + "央行降准\n".encode(), "--lora_model", adapters["news"], "--chat")
+    assert "bytes that are not UTF-8" in out
+    assert f"you> {chat_model.reply(user('央行降准'), adapter='news', max_new_tokens=6)}" in out
 
 
 def test_a_temperature_next_to_nothing_is_greedy(adapters, capsys) -> None:
@@ -369,10 +369,8 @@ def test_the_demo_answers_a_round_of_questions(adapters, repo_root, capsys) -> N
     assert "[5/5]" in capsys.readouterr().out
 
 
-def test_the_demo_talks(chat_model, adapters, tmp_path) -> None:
-    out = run_piped(
-        "央行降准\n", "--model_path", adapters["news"], "--mode", "interactive", cwd=tmp_path, script="examples/demo.py"
-    )
+def test_the_demo_talks(chat_model, adapters, piped) -> None:
+    out = piped("央行降准\n", "--model_path", adapters["news"], "--mode", "interactive", script="examples/demo.py")
     assert f"you> {chat_model.reply(user('央行降准'), adapter='news', max_new_tokens=6)}" in out
 
 

@@ -339,9 +339,9 @@ def test_a_port_is_taken_before_the_model_is_loaded() -> None:
         listen(listener.getsockname()[1])
 
 
-def test_a_taken_port_is_one_line(server: Server, tiny_model: Path, run_script, tmp_path: Path) -> None:
+def test_a_taken_port_is_one_line(server: Server, tiny_model: Path, call_script, tmp_path: Path) -> None:
     port = server.url.split(":")[2].split("/")[0]
-    result = run_script("inference_lora.py", "--base_model", tiny_model, "--serve", "--port", port, cwd=tmp_path)
+    result = call_script("inference_lora.py", "--base_model", tiny_model, "--serve", "--port", port, cwd=tmp_path)
     assert result.returncode == 2
     assert f"cannot listen on port {port}" in result.stderr
     assert len(result.stderr.splitlines()) == 1

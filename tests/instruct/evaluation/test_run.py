@@ -527,8 +527,8 @@ def test_a_fully_tuned_model_stands_beside_the_base_it_began_as(
         (["--output_dir", "/dev/null/x"], "cannot write into --output_dir /dev/null/x"),
     ],
 )
-def test_mistakes_are_one_line(trained: Path, in_folder: Path, run_script: RunScript, arguments, words) -> None:
-    result = run_script("training/evaluate.py", *arguments, cwd=in_folder)
+def test_mistakes_are_one_line(trained: Path, in_folder: Path, call_script: RunScript, arguments, words) -> None:
+    result = call_script("training/evaluate.py", *arguments, cwd=in_folder)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert words in result.stderr

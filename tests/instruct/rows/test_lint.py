@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from script_calls import call_in_process
 from source_tree import REPO_ROOT
 
 from stocklora.instruct.rows.chat_template import prepare_tokenizer
@@ -22,6 +23,10 @@ GOOD = {"instruction": "What is a bond?", "output": "A loan that can be traded."
 
 
 def lint(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return call_in_process(REPO_ROOT / "stocklora" / "instruct" / "lint.py", list(map(str, arguments)), cwd)
+
+
+def lint_as_documented(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "stocklora.instruct.lint", *map(str, arguments)],
         cwd=cwd,
@@ -48,7 +53,7 @@ def faults_of(report: Report) -> list[tuple[int, str]]:
 
 
 def test_good_rows_have_no_faults(tmp_path: Path) -> None:
-    result = lint(write(tmp_path / "rows.jsonl", [GOOD]), cwd=tmp_path)
+    result = lint_as_documented(write(tmp_path / "rows.jsonl", [GOOD]), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "no faults" in result.stdout
     for name in ("chinese_instructions.json", "store_xhs_sft_samples.jsonl"):

@@ -247,22 +247,22 @@ def test_prepare_data_makes_the_bundled_instructions(run_script: RunScript, repo
     assert len(store) >= 30
 
 
-def test_prepare_data_converts_and_splits(run_script: RunScript, tmp_path: Path) -> None:
+def test_prepare_data_converts_and_splits(call_script: RunScript, tmp_path: Path) -> None:
     rows = [{**ALPACA, "instruction": f"问{n}", "date": f"2024-02-{1 + n:02d}"} for n in range(20)]
     write_lines(tmp_path / "in.jsonl", rows)
     command = ["data/prepare_data.py", "--convert", "in.jsonl", "--to", "sharegpt", "--output", "chats.json"]
-    assert run_script(*command, cwd=tmp_path).returncode == 0
+    assert call_script(*command, cwd=tmp_path).returncode == 0
     first = json.loads((tmp_path / "chats.json").read_text(encoding="utf-8"))[0]
     assert [turn["from"] for turn in first["conversations"]] == ["system", "human", "gpt", "human", "gpt"]
-    result = run_script("data/prepare_data.py", "--split", "chats.json", "--output", "parts", cwd=tmp_path)
+    result = call_script("data/prepare_data.py", "--split", "chats.json", "--output", "parts", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     parts = {name: read_records(tmp_path / "parts" / f"{name}.jsonl") for name in PARTS}
     assert [len(parts[name]) for name in PARTS] == [16, 2, 2]
     assert all(record.form == "sharegpt" for part in parts.values() for record in part)
     (tmp_path / "afile").write_text("", encoding="utf-8")
     write_lines(tmp_path / "tests.jsonl", [{**ALPACA, "split": "test"}])  # no row for the first part
-    blocked = run_script("data/prepare_data.py", "--split", "tests.jsonl", "--output", "afile", cwd=tmp_path)
+    blocked = call_script("data/prepare_data.py", "--split", "tests.jsonl", "--output", "afile", cwd=tmp_path)
     assert (blocked.returncode, len(blocked.stderr.splitlines())) == (2, 1), blocked.stderr
-    missing = run_script("data/prepare_data.py", "--convert", "in.jsonl", cwd=tmp_path)
+    missing = call_script("data/prepare_data.py", "--convert", "in.jsonl", cwd=tmp_path)
     assert missing.returncode == 2
     assert "--output" in missing.stderr
