@@ -1,22 +1,49 @@
-"""Where prices come from: Yahoo Finance, akshare, or the tables bundled with the project.
+"""From a list of tickers to each one's prices or the reason why they did not come: gently, patiently, once a day.
 
-:func:`fetch_prices` gives what ``download.py`` writes; :func:`sample_prices` is its bundled part alone.
-Importing this module stays light: pandas and the clients load when prices are asked for.
+What is common to all sources is here: few requests at once, growing waits when a source says it is too much, and a
+cache, so that asking again costs no request. A cached answer is good until the source may know more: the close of a
+session that was open when it was fetched, else the end of the exchange's day. It is never good on another day, and
+keeps the time at which it was fetched.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import datetime as dt
+import hashlib
+import json
+import os
+import random
+import sys
+import threading
+import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
 
-from stocklora.cli.console import UserError
+import pandas as pd
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from stocklora.prices.sources.request import Answer, Request, SourceError
+from stocklora.cli.console import UserError, progress, warn
 from stocklora.prices.sources.bundled import sample_prices
-from stocklora.prices.sources.request import SOURCE_NAMES, DownloadSettings, request_of, tickers_of
+from stocklora.prices.sources.request import (
+    SOURCE_NAMES,
+    Answer,
+    DownloadSettings,
+    Request,
+    Source,
+    SourceError,
+    request_of,
+    tickers_of,
+)
+from stocklora.prices.tables import meta_path, read_meta, read_table, write_prices
+
+CACHE_VARIABLE = "STOCKLORA_CACHE"
+CACHE_FORMAT = 1  # raise when the meaning of an entry changes
+AT_ONCE = 4  # requests in flight
+LONGEST_WAIT_S = 120.0
+NETWORK_RETRIES = 1  # a name that does not resolve will not resolve in ten seconds either
 
 
 def fetch_prices(
@@ -43,10 +70,6 @@ def fetch_prices(
         if settings.interval != "1d" or settings.adjust != "all":
             raise UserError("--source sample has daily, fully adjusted prices only; leave out --interval and --adjust")
         return sample_prices(list(requests), settings.period, settings.start, settings.end)
-
-    from stocklora.prices.sources.cache import PriceCache, cache_folder
-    from stocklora.prices.sources.request import Source
-    from stocklora.prices.sources.retry import fetch_all
 
     source: Source
     if settings.source == "akshare":
@@ -111,3 +134,161 @@ def beginning_of_meta(
     if failures:
         meta["failed"] = {ticker: str(error) for ticker, error in failures.items()}
     return meta
+
+
+class Patience:
+    """The shared manners of all workers: one refusal makes everyone wait, a dead network stops everyone."""
+
+    def __init__(self, retries: int, wait_s: float) -> None:
+        self.retries = retries
+        self.wait_s = wait_s
+        self.lock = threading.Lock()
+        self.not_before = 0.0
+        self.broken: SourceError | None = None
+
+    def wait_turn(self) -> None:
+        while (left := self.not_before - time.monotonic()) > 0:
+            time.sleep(min(left, 0.5))
+
+    def hold(self, seconds: float) -> None:
+        with self.lock:
+            self.not_before = max(self.not_before, time.monotonic() + seconds)
+
+    def stop(self) -> None:
+        """Let nobody wait or ask any more: the run has ended, by Ctrl-C or a fault."""
+        with self.lock:
+            self.broken = self.broken or SourceError("stopped", "the run was stopped")
+            self.not_before = 0.0
+
+    def fetch(self, source: Source, ticker: str, request: Request) -> Answer:
+        """Ask until there is an answer, a reason that asking again cannot change, or no patience left."""
+        attempt = 0
+        while True:
+            self.wait_turn()
+            if self.broken is not None:
+                raise SourceError(self.broken.kind, f"not tried, since: {self.broken}")
+            try:
+                return source.fetch(ticker, request)
+            except SourceError as error:
+                limit = min(self.retries, NETWORK_RETRIES) if error.kind == "network" else self.retries
+                if not error.passing or attempt >= limit:
+                    # What stops one ticker here would stop the next: don't knock on a closed door.
+                    if error.kind in {"rate", "network"}:
+                        self.broken = error
+                    raise
+                # Doubling waits, spread by half, so that several users do not come back in step.
+                seconds = self.wait_s * 2**attempt * random.uniform(0.5, 1.5)
+                seconds = min(max(seconds, error.wait_s), LONGEST_WAIT_S)
+                attempt += 1
+                warn(f"{ticker}: {error}; trying again in {seconds:.1f} s ({attempt} of {limit})")
+                self.hold(seconds)
+
+
+def fetch_all(
+    source: Source, requests: Mapping[str, Request], *, cache: PriceCache | None, retries: int, wait_s: float
+) -> tuple[dict[str, Answer], dict[str, SourceError]]:
+    """Answers and failures by ticker, each in the order of ``requests``; every ticker is in one of the two."""
+    answers: dict[str, Answer] = {}
+    failures: dict[str, SourceError] = {}
+    for ticker, request in requests.items():
+        if cache is not None and (known := cache.get(source.name, ticker, request)) is not None:
+            answers[ticker] = known
+    open_requests = {ticker: request for ticker, request in requests.items() if ticker not in answers}
+    patience = Patience(retries, wait_s)
+    pool = ThreadPoolExecutor(max_workers=AT_ONCE)
+    try:
+        waiting = {
+            pool.submit(patience.fetch, source, ticker, request): ticker for ticker, request in open_requests.items()
+        }
+        with progress() as bar:
+            task = bar.add_task("downloading", total=len(waiting), visible=bool(waiting))
+            for future in as_completed(waiting):
+                ticker = waiting[future]
+                try:
+                    answers[ticker] = future.result()
+                    if cache is not None:
+                        cache.put(source.name, ticker, open_requests[ticker], answers[ticker])
+                except SourceError as error:
+                    failures[ticker] = error
+                bar.advance(task)
+    except BaseException:
+        patience.stop()
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return (
+        {ticker: answers[ticker] for ticker in requests if ticker in answers},
+        {ticker: failures[ticker] for ticker in requests if ticker in failures},
+    )
+
+
+def cache_folder() -> Path:
+    """``$STOCKLORA_CACHE``, else ``stocklora`` in the system's cache folder."""
+    if given := os.environ.get(CACHE_VARIABLE):
+        return Path(given)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = str(Path.home() / "Library" / "Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "stocklora"
+
+
+class PriceCache:
+    """A folder of entries, one table and sidecar each. A damaged or unwritable cache is only a missing one."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = (folder or cache_folder()) / "prices"
+
+    def path(self, source: str, ticker: str, request: Request) -> Path:
+        key = json.dumps([CACHE_FORMAT, source, ticker, dataclasses.asdict(request)], default=str)
+        safe = "".join(c if c.isalnum() else "_" for c in ticker)
+        return self.folder / f"{safe}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.csv.gz"
+
+    def get(self, source: str, ticker: str, request: Request, now: dt.datetime | None = None) -> Answer | None:
+        """The entry, if there is a whole one that the source could not better yet."""
+        now = now or dt.datetime.now(dt.UTC)
+        path = self.path(source, ticker, request)
+        try:
+            meta = read_meta(path)
+            if meta is None or not path.exists():
+                return None
+            fetched, until = (dt.datetime.fromisoformat(meta[name]) for name in ("time", "fresh_until"))
+            if not fetched <= now < until:
+                return None
+            frames = read_table(path, meta)
+            if list(frames) != [ticker] or len(frames[ticker]) != meta["rows"]:
+                return None
+            kept = {name: meta[name] for name in ("timezone", "currency", "dropped", "splits")}
+            return Answer(frames[ticker], fetched, **kept, fresh_until=until, cached=True)
+        except (UserError, KeyError, TypeError, ValueError, OSError):
+            return None
+
+    def put(self, source: str, ticker: str, request: Request, answer: Answer) -> None:
+        """Keep an answer; entries whose day is over go."""
+        if answer.fresh_until is None:
+            return
+        meta = {
+            "source": source,
+            "adjust": request.adjust,
+            "interval": request.interval,
+            "time": answer.time.isoformat(),
+            "fresh_until": answer.fresh_until.isoformat(),
+            "timezone": answer.timezone,
+            "currency": answer.currency,
+            "dropped": answer.dropped,
+            "splits": answer.splits,
+        }
+        with contextlib.suppress(UserError, OSError):
+            write_prices({ticker: answer.frame}, self.path(source, ticker, request), meta)
+            self.prune()
+
+    def prune(self) -> None:
+        """Delete entries written more than two days ago."""
+        old = dt.datetime.now(dt.UTC).timestamp() - 2 * 86400
+        for path in self.folder.glob("*.csv.gz"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < old:
+                    path.unlink()
+                    meta_path(path).unlink(missing_ok=True)

@@ -16,11 +16,10 @@ import pytest
 from source_tree import REPO_ROOT
 
 from stocklora.cli.console import UserError
-from stocklora.prices.sources import retry as fetching
+from stocklora.prices.sources import fetch as fetching
 from stocklora.prices.sources.ashares import AkshareSource
 from stocklora.prices.sources.bundled import SAMPLE_TABLES, sample_prices
-from stocklora.prices.sources.cache import PriceCache
-from stocklora.prices.sources.fetch import fetch_prices
+from stocklora.prices.sources.fetch import PriceCache, fetch_all, fetch_prices
 from stocklora.prices.sources.request import (
     Answer,
     DownloadSettings,
@@ -31,7 +30,6 @@ from stocklora.prices.sources.request import (
     request_of,
     tickers_of,
 )
-from stocklora.prices.sources.retry import fetch_all
 from stocklora.prices.tables import meta_path, read_prices, validated
 from stocklora.runtime.files import bundled_folder
 
