@@ -35,12 +35,12 @@ def run(settings: TrainSettings) -> None:
 
     prices = select_tickers(read_prices(settings.data), settings.tickers)
 
-    from stocklora.baselines.simple_fit import fit_simple, report_simple
+    from stocklora.baselines.simple_fit import fit_simple, print_run_result
     from stocklora.baselines.simple_network import save_simple
 
     result = fit_simple(prices, settings)
     save_simple(settings.save_path, result.forecaster)
-    report_simple(result)
+    print_run_result(result)
     say(f"model: {settings.save_path}")
     say(f"next: python framework.py --model_path {settings.save_path} --test_csv {settings.data[0]}")
 

@@ -97,16 +97,24 @@ def peer_quantiles(
     """Quantiles of the h-day log return, h = 1..horizon, each from closes up to and including its origin.
 
     Refit days are the rows ``origins[0] + k * refit_every``: which other origins are asked for changes nothing. A
-    fit reads at most ``max_days`` closes that end there (None: the peer's ``WINDOW_DAYS``); forecasts until the next
-    refit day read the same closes and those since.
+    fit reads at most ``max_days`` closes that end there; forecasts until the next refit day read the same closes and
+    those since.
 
     Where the peer has no forecast (fewer than ``least_days`` closes, a price that never moved or is no positive
     number, a fit that failed) the last close with the centred empirical quantiles of the past returns stands in.
     One warning a call says how often and why.
 
     Args:
-        close: (days,) closes of one ticker. origins: increasing rows of ``close``. levels: increasing, in (0, 1).
-        ticker: how the warning names the series. quiet: tickers that were warned of before.
+        name: one of ``PEERS``.
+        close: (days,) closes of one ticker.
+        origins: increasing rows of ``close``.
+        horizon: days ahead.
+        levels: increasing, in (0, 1).
+        refit_every: days from one fit to the next.
+        least_days: closes that a fit needs.
+        max_days: closes that a fit reads at most; None: the peer's ``WINDOW_DAYS``.
+        ticker: how the warning names the series.
+        quiet: tickers that were warned of before.
 
     Raises:
         UserError: no such peer, or its package is missing.
@@ -123,29 +131,42 @@ def peer_quantiles(
         raise ValueError("levels must increase between 0 and 1")
     if horizon < 1 or refit_every < 1 or window_days < least_days:
         raise ValueError(f"{horizon=} and {refit_every=} must be positive, {window_days=} at least {least_days=}")
-
-    table = np.empty((len(rows), horizon, len(shares)))
-    reasons: Counter[str] = Counter()
-    refit_day, start, forecaster = -1, 0, _fails("never fitted")
     with _silence():
-        for index, origin in enumerate(rows.tolist()):
-            day = origin - (origin - int(rows[0])) % refit_every
-            if day != refit_day:
-                refit_day, start = day, max(0, day + 1 - window_days)
-                forecaster = _fit(name, close[start : day + 1], horizon, shares, least_days)
-            try:
-                table[index] = _forecast(forecaster, close[start : origin + 1])
-            except NoForecastError as reason:
-                reasons[str(reason)] += 1
-                table[index] = _last_close(close[max(0, origin + 1 - window_days) : origin + 1], horizon, shares)
-    fallbacks = reasons.total()
-    if fallbacks and ticker not in quiet:
+        table, reasons = _fit_and_forecast(name, close, rows, horizon, shares, refit_every, least_days, window_days)
+    if reasons and ticker not in quiet:
         why = "; ".join(f"{reason}: {count}" for reason, count in reasons.most_common(3))
         console.warn(
-            f"{name} has no forecast at {fallbacks} of {len(rows)} origins of {ticker} ({why}); the last close with "
-            f"the quantiles of past returns stands in there"
+            f"{name} has no forecast at {reasons.total()} of {len(rows)} origins of {ticker} ({why}); the last close "
+            f"with the quantiles of past returns stands in there"
         )
-    return PeerForecast(table, fallbacks)
+    return PeerForecast(table, reasons.total())
+
+
+def _fit_and_forecast(
+    name: str,
+    close: np.ndarray,
+    rows: np.ndarray,
+    horizon: int,
+    levels: np.ndarray,
+    refit_every: int,
+    least_days: int,
+    window_days: int,
+) -> tuple[np.ndarray, Counter[str]]:
+    """Fit and forecast along the origins: (origins, horizon, levels), and why the last close stands in how often."""
+    table = np.empty((len(rows), horizon, len(levels)))
+    reasons: Counter[str] = Counter()
+    refit_day, start, forecaster = -1, 0, _fails("never fitted")
+    for index, origin in enumerate(rows.tolist()):
+        day = origin - (origin - int(rows[0])) % refit_every
+        if day != refit_day:
+            refit_day, start = day, max(0, day + 1 - window_days)
+            forecaster = _fit(name, close[start : day + 1], horizon, levels, least_days)
+        try:
+            table[index] = _forecast(forecaster, close[start : origin + 1])
+        except NoForecastError as reason:
+            reasons[str(reason)] += 1
+            table[index] = _last_close(close[max(0, origin + 1 - window_days) : origin + 1], horizon, levels)
+    return table, reasons
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import torch
 from stocklora.baselines.settings import HORIZON, TrainSettings
 from stocklora.baselines.simple_network import (
     Epoch,
+    Scaling,
     SimpleForecaster,
     SimpleStockPredictor,
     error_scale,
@@ -55,55 +56,29 @@ def fit_simple(prices: Mapping[str, pd.DataFrame], settings: TrainSettings, *, q
     """Train on all tickers together; scaling from training days, error bars from validation days.
 
     Args:
+        prices: ticker -> its table.
+        settings: what ``train.py`` was told.
         quiet: say nothing of what is trained.
 
     Raises:
         UserError: too few days for three parts.
     """
     data = prepare(
-        prices,
-        settings.window_size,
-        HORIZON,
-        settings.validation_fraction,
-        settings.test_fraction,
-        settings.validation_from,
-        settings.test_from,
-    )
-    device = choose_device(settings.device)
+        prices, settings.window_size, HORIZON, settings.validation_fraction, settings.test_fraction,
+        settings.validation_from, settings.test_from,
+    )  # fmt: skip
     torch.set_num_threads(1)  # too small a network to gain from handing its rows around the cores
     windows = {split: windows_of(data, split) for split in SPLITS[:2]}
-    returns = {split: data.returns_of(split) for split in SPLITS[:2]}
-    scaling = fit_scaling(windows["train"], returns["train"][:, 0])
-
-    def tensors(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        targets = torch.from_numpy((returns[split][:, 0] / scaling.return_std).astype(np.float32))
-        return scaling.inputs(windows[split]).to(device), targets.to(device)
-
+    scaling = fit_scaling(windows["train"], data.returns_of("train")[:, 0])
     torch.manual_seed(settings.seed)
-    network = SimpleStockPredictor(settings.window_size).to(device)
+    network = SimpleStockPredictor(settings.window_size).to(choose_device(settings.device))
     if not quiet:
-        announce(data, network)
-    epochs = train_network(
-        network,
-        tensors("train"),
-        tensors("validation"),
-        settings.epochs,
-        settings.batch_size,
-        settings.learning_rate,
-        settings.patience,
-        settings.seed,
-    )
+        print_run_facts(data, network)
     start = time.perf_counter()
-    history: list[Epoch] = []
-    with progress("validation loss / last close {task.fields[ratio]}", shown=not quiet) as bar:
-        task = bar.add_task("training", total=settings.epochs, ratio="-")
-        for epoch in epochs:
-            history.append(epoch)
-            ratio = epoch.validation_loss / max(history[0].validation_loss, 1e-12)
-            bar.update(task, completed=epoch.number, ratio=f"{ratio:.4f}")
+    history = train_epochs(network, scaling, data, windows, settings, shown=not quiet)
     seconds = time.perf_counter() - start
 
-    errors = returns["validation"] - roll_forward(network, scaling, windows["validation"], HORIZON)
+    errors = data.returns_of("validation") - roll_forward(network, scaling, windows["validation"], HORIZON)
     scales = [error_scale(frame, data.origins[name]["validation"], HORIZON) for name, frame in prices.items()]
     residuals = residual_quantiles(errors, np.concatenate(scales), data.levels)
     forecaster = SimpleForecaster(network, scaling, settings.window_size, data.levels, residuals, {})
@@ -112,6 +87,40 @@ def fit_simple(prices: Mapping[str, pd.DataFrame], settings: TrainSettings, *, q
     run = SimpleRun(forecaster, data, history, scores, seconds)
     forecaster.training.update(training_facts(run, settings))
     return run
+
+
+def train_epochs(
+    network: SimpleStockPredictor,
+    scaling: Scaling,
+    data: ForecastData,
+    windows: Mapping[str, np.ndarray],
+    settings: TrainSettings,
+    shown: bool,
+) -> list[Epoch]:
+    """Train the network in place to the weights of its best epoch; every epoch's losses.
+
+    Args:
+        windows: split -> (n, window, 5), of training and validation days.
+        shown: whether a bar shows how far it is.
+    """
+    device = next(network.parameters()).device
+
+    def tensors(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        targets = torch.from_numpy((data.returns_of(split)[:, 0] / scaling.return_std).astype(np.float32))
+        return scaling.inputs(windows[split]).to(device), targets.to(device)
+
+    epochs = train_network(
+        network, tensors("train"), tensors("validation"), settings.epochs, settings.batch_size,
+        settings.learning_rate, settings.patience, settings.seed,
+    )  # fmt: skip
+    history: list[Epoch] = []
+    with progress("validation loss / last close {task.fields[ratio]}", shown=shown) as bar:
+        task = bar.add_task("training", total=settings.epochs, ratio="-")
+        for epoch in epochs:
+            history.append(epoch)
+            ratio = epoch.validation_loss / max(history[0].validation_loss, 1e-12)
+            bar.update(task, completed=epoch.number, ratio=f"{ratio:.4f}")
+    return history
 
 
 def windows_of(data: ForecastData, split: str) -> np.ndarray:
@@ -140,7 +149,7 @@ def training_facts(run: SimpleRun, settings: TrainSettings) -> dict[str, Any]:
     }
 
 
-def announce(data: ForecastData, network: SimpleStockPredictor) -> None:
+def print_run_facts(data: ForecastData, network: SimpleStockPredictor) -> None:
     """What is about to be trained, on what."""
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     counts = {split: sum(len(parts[split]) for parts in data.origins.values()) for split in SPLITS}
@@ -153,7 +162,7 @@ def announce(data: ForecastData, network: SimpleStockPredictor) -> None:
     )
 
 
-def report_simple(run: SimpleRun) -> None:
+def print_run_result(run: SimpleRun) -> None:
     """How training went, and the model beside the random walk on days it never saw."""
     best, first, last = run.best, run.history[0], run.history[-1]
     say(f"epochs run: {last.number} in {run.seconds:.1f} s; peak memory {peak_memory_mb():,.0f} MB")

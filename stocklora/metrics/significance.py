@@ -168,6 +168,9 @@ def relative_mean_interval(
     Args:
         numerator, denominator: (n,) losses by date, in time order.
         block_days: length of a block.
+        repeats: how many samples are drawn.
+        seed: of the draws.
+        confidence: the share of samples that the interval holds.
         least_block_days: the shortest block chosen: the horizon, where forecasts overlap.
 
     Returns:
@@ -191,23 +194,31 @@ def relative_mean_interval(
     if block_days is None:
         block_days = _block_days(above - below * (above.sum() / below.sum()), least_block_days)
     block_days = min(block_days, count)
-
-    whole, rest = divmod(count, block_days)
-    starts = np.random.default_rng(seed).integers(count, size=(repeats, whole + (rest > 0)))
-
-    def resampled_sums(values: np.ndarray) -> np.ndarray:
-        """(repeats,) sums of n resampled days: a block's sum is looked up by where it starts."""
-        until = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[:block_days]]))])
-        sums = (until[block_days:] - until[:-block_days])[starts[:, :whole]].sum(axis=1)
-        if rest:
-            sums += (until[rest:] - until[:-rest])[starts[:, -1]]
-        return sums
-
+    starts = np.random.default_rng(seed).integers(count, size=(repeats, math.ceil(count / block_days)))
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = resampled_sums(above) / resampled_sums(below)
+        ratios = _resampled_sums(above, block_days, starts) / _resampled_sums(below, block_days, starts)
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(ratios, [tail, 1.0 - tail])
     return float(low), float(high)
+
+
+def _resampled_sums(values: np.ndarray, block_days: int, starts: np.ndarray) -> np.ndarray:
+    """Sums of n resampled days each: a block's sum is looked up by where it starts.
+
+    Args:
+        values: (n,) in time order, the last followed by the first.
+        block_days: length of a block; the last of a row is as short as n asks.
+        starts: (repeats, blocks) first days.
+
+    Returns:
+        (repeats,)
+    """
+    whole, rest = divmod(len(values), block_days)
+    until = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[:block_days]]))])
+    sums = (until[block_days:] - until[:-block_days])[starts[:, :whole]].sum(axis=1)
+    if rest:
+        sums += (until[rest:] - until[:-rest])[starts[:, -1]]
+    return np.asarray(sums)
 
 
 def _block_days(values: np.ndarray, least: int) -> int:

@@ -46,7 +46,8 @@ def harx_features(frame: pd.DataFrame, market: Market, horizon: int) -> tuple[np
     ]
     shared = market.derived("harx", _market_inputs).reindex(index, method="ffill").to_numpy()
     alike = np.concatenate([np.stack(own, axis=1), shared], axis=1)
-    return alike, _same_time_last_quarters(frame, size, variance, above, horizon)
+    unrest = _unrest_last_quarters(size, variance, above, horizon)
+    return alike, np.concatenate([unrest, _reports_due(frame, horizon)], axis=2)
 
 
 # Rolling windows are pandas'; everything between them is NumPy, a tenth of the time on columns this short.
@@ -94,30 +95,49 @@ def _market_inputs(days: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(np.stack(columns, axis=1), index=days.index)
 
 
-def _same_time_last_quarters(
-    frame: pd.DataFrame, size: pd.Series, variance: pd.Series, volume: pd.Series, horizon: int
-) -> np.ndarray:
-    """(horizon, days, 16): unrest around days t+1 .. t+h, one to four quarters earlier."""
+def _unrest_last_quarters(size: pd.Series, variance: pd.Series, volume: pd.Series, horizon: int) -> np.ndarray:
+    """How wild and how busy the days around t+1 .. t+h were, one to four quarters earlier.
+
+    Args:
+        size: (days,) absolute log returns.
+        variance: (days,) Garman-Klass variance.
+        volume: (days,) log volume above its median.
+        horizon: days ahead.
+
+    Returns:
+        (horizon, days, 8): the wildest day of each quarter, then the busiest of each.
+    """
     usual = np.maximum(np.sqrt(variance.rolling(22, min_periods=5).mean().shift(1).to_numpy()), RANGE_FLOOR)
     largest = np.maximum(np.sqrt(variance.to_numpy()), size.to_numpy())
     unrest = pd.Series(np.clip(np.log(np.maximum(largest, RANGE_FLOOR) / usual), -2.0, 3.0))
     busy = pd.Series(np.clip(volume.to_numpy(), -2.0, 3.0))
-    event = _events(frame)
-    near = _near_event(pd.DatetimeIndex(frame.index), event, horizon)  # (horizon, days, quarters), single days ahead
-    lately = [pd.Series(event).rolling(days, min_periods=1).max().to_numpy() for days in (5, 15)]
     rows = []
     for step in range(1, horizon + 1):
         columns = []
         for series in (unrest, busy):
             highest = series.rolling(step + 2 * NEAR_ROWS, min_periods=1).max().to_numpy()
             columns += [_later(highest, QUARTER_TRADING_DAYS * quarter - step - NEAR_ROWS) for quarter in QUARTERS]
+        rows.append(np.stack(columns, axis=1))
+    return np.stack(rows)
+
+
+def _reports_due(frame: pd.DataFrame, horizon: int) -> np.ndarray:
+    """How near days t+1 .. t+h are to an event's anniversary, and whether the event has just been.
+
+    Returns:
+        (horizon, days, 8)
+    """
+    event = _events(frame)
+    near = _near_event(pd.DatetimeIndex(frame.index), event, horizon)  # (horizon, days, quarters), single days ahead
+    lately = [pd.Series(event).rolling(days, min_periods=1).max().to_numpy() for days in (5, 15)]
+    rows = []
+    for step in range(1, horizon + 1):
         ahead = near[:step]
         mean = ahead.mean(axis=2).max(axis=0)
         both = np.sort(ahead, axis=2)[:, :, -2:].mean(axis=2).max(axis=0)  # two quarters that agree
-        columns += [mean, both, mean**2, both**2]
         # A report that has just come does not come again.
-        columns += [part for recent in lately for part in (recent, recent * mean)]
-        rows.append(np.stack(columns, axis=1))
+        just_been = [part for recent in lately for part in (recent, recent * mean)]
+        rows.append(np.stack([mean, both, mean**2, both**2, *just_been], axis=1))
     return np.stack(rows)
 
 
