@@ -107,7 +107,7 @@ class StockForecaster(nn.Module):
         self.register_buffer("location", torch.zeros(len(table)) if location is None else location.float())
         self.location: Tensor
 
-    def forward(self, input_ids: Tensor, origin_tokens: Tensor, scale: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, origin_tokens: Tensor, scale: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Quantiles of the log return at every origin.
 
         No attention mask: rows are padded on the right only, and what stands to the right of a token is
@@ -117,11 +117,14 @@ class StockForecaster(nn.Module):
             input_ids: (batch, tokens) int64, padded on the right with any id.
             origin_tokens: (batch, targets) position of each origin's last token, padded with any position.
             scale: (batch, targets, horizon) size of the return in each row's own units.
+            hidden: (batch, targets, hidden) what ``hidden_at`` gives, where it is known; the backbone then rests.
 
         Returns:
             (batch, targets, horizon, levels) float32.
         """
-        scaled = self.head(self.hidden_at(input_ids, origin_tokens)) * scale[..., None].float()
+        if hidden is None:
+            hidden = self.hidden_at(input_ids, origin_tokens)
+        scaled = self.head(hidden) * scale[..., None].float()
         return self.location[:, None] + scaled
 
     def hidden_at(self, input_ids: Tensor, origin_tokens: Tensor) -> Tensor:

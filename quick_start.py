@@ -77,10 +77,11 @@ def run(settings: QuickStartSettings) -> int:
     say("[3/5] LoRA fine-tuning, starting at the random walk")
     from llm_model import facts_of
     from stocklora.base_models.loading import backbone_config
-    from stocklora.finetune.fit import fit, report_run
+    from stocklora.finetune.fit import finetune
+    from stocklora.finetune.report import print_outcome
 
     layers = min(FAST_LAYERS, facts_of(backbone_config(model_path)).layers) if settings.fast else None
-    result = fit(
+    result = finetune(
         prices,
         TrainLoraSettings(
             data=[data],
@@ -96,7 +97,7 @@ def run(settings: QuickStartSettings) -> int:
     )
 
     say("[4/5] How good is it? The last days, which it never saw")
-    report_run(result)
+    print_outcome(result)
     from stocklora.plots.forecasts import plot_backtest, plot_forecast
 
     test_origins = result.data.origins[TICKER]["test"]

@@ -39,10 +39,11 @@ def run(settings: TrainLoraSettings) -> int:
 
     prices = select_tickers(read_prices(settings.data), settings.tickers)
 
-    from stocklora.finetune.fit import fit, report_run
+    from stocklora.finetune.fit import finetune
+    from stocklora.finetune.report import print_outcome
 
-    result = fit(prices, settings)
-    report_run(result)
+    result = finetune(prices, settings)
+    print_outcome(result)
     say(f"weights: {result.weights_path}")
     say(
         f"next: python framework_llm.py --test_csv {settings.data[0]} --model_path {settings.model_path} "

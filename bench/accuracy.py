@@ -97,7 +97,7 @@ def one_benchmark(
 ) -> dict[str, Any]:
     """Train, score on test, print the table."""
     from stocklora.cli.console import say
-    from stocklora.finetune.fit import fit
+    from stocklora.finetune.fit import finetune
     from stocklora.finetune.settings import TrainLoraSettings
     from stocklora.metrics.scores import print_scores
 
@@ -118,7 +118,7 @@ def one_benchmark(
         save_dir=arguments.save_dir / name,
     )
     say(f"== {name} ==")
-    fitted = fit(prices, settings)
+    fitted = finetune(prices, settings)
     scores = dict(fitted.test_scores)
     raw_ewma = fitted.data.score(fitted.data.forecasts_of("ewma", "test"), "test")
     for peer in arguments.peers:

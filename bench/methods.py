@@ -141,7 +141,7 @@ def work(task: Path) -> int:
     from stocklora.cli.console import UserError
     from stocklora.cli.settings import restored
     from stocklora.dataset.prepare import select_tickers
-    from stocklora.finetune.fit import fit
+    from stocklora.finetune.fit import finetune
     from stocklora.finetune.settings import TrainLoraSettings
     from stocklora.forecaster.methods import trained_state
     from stocklora.forecaster.weights import WeightsFile, save_weights
@@ -152,7 +152,7 @@ def work(task: Path) -> int:
     settings = restored(content["settings"] | {"save_dir": str(task.parent / "run")}, TrainLoraSettings)
     prices = select_tickers(read_prices(settings.data), settings.tickers)
     torch.manual_seed(settings.seed)
-    run = fit(prices, settings)
+    run = finetune(prices, settings)
     peak_mb = peak_memory_mb(run.forecaster.device.type)
 
     forecaster, history = run.forecaster, run.outcome.history

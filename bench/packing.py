@@ -82,15 +82,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def build(arguments: argparse.Namespace, data: Any, layers: int | None) -> tuple[Any, int]:
     """A forecaster with rank-8 adapters on all linear layers, and how many targets fit a sequence."""
-    from stocklora.dataset.prompts import fit_targets_per_sequence
-    from stocklora.forecaster.forecaster import build_forecaster, context_tokens_of, load_encoder
+    from stocklora.base_models.loading import BaseModel
+    from stocklora.dataset.prompts import DayEncoder, fit_targets_per_sequence
+    from stocklora.forecaster.forecaster import build_forecaster
     from stocklora.forecaster.weights import ForecasterSpec
     from stocklora.runtime.machine import choose_device, choose_dtype
 
-    encoder = load_encoder(arguments.model_path, "returns")
-    frame = next(iter(data.prices.values()))
-    context = context_tokens_of(arguments.model_path)
-    fitted = fit_targets_per_sequence(encoder.tokens_per_day(frame), data.window_size, context, 1400, available=1000)
+    base = BaseModel(arguments.model_path)
+    tokens = DayEncoder(base.tokenizer, "returns").tokens_per_day(next(iter(data.prices.values())))
+    fitted = fit_targets_per_sequence(tokens, data.window_size, base.context_tokens, 1400, available=1000)
     start = data.baselines["ewma"]
     spec = ForecasterSpec(
         base_model={}, backbone_layers=layers, prompt="returns", window_size=data.window_size,
@@ -99,7 +99,7 @@ def build(arguments: argparse.Namespace, data: Any, layers: int | None) -> tuple
         calibration={"shrinkage": 1.0, "interval_scale": 1.0},
     )  # fmt: skip
     device = choose_device(arguments.device)
-    return build_forecaster(spec, arguments.model_path, encoder, device, choose_dtype("auto", device)), fitted
+    return build_forecaster(spec, base, device, choose_dtype("auto", device)), fitted
 
 
 class Trainer:

@@ -18,7 +18,6 @@ import pandas as pd
 
 from stocklora.backtest.results import REFERENCE, TickerForecasts
 from stocklora.cli.console import UserError
-from stocklora.dataset.windows import pack
 from stocklora.prices.store import ReturnsAhead
 from stocklora.prices.tables import log_returns_ahead
 from stocklora.volatility.market import Markets, markets_of
@@ -232,46 +231,37 @@ class LanguageModel:
     def _refit(self, prices: Mapping[str, pd.DataFrame], plan: Plan, cut: pd.Timestamp, folder: Path) -> None:
         """The same training again, on what was known at the cut; kept on disk, so that a resumed run has it."""
         from stocklora.cli.settings import restored
-        from stocklora.finetune.fit import WEIGHTS_NAME, fit
+        from stocklora.finetune.fit import finetune
+        from stocklora.finetune.report import WEIGHTS_NAME
         from stocklora.finetune.settings import TrainLoraSettings
         from stocklora.forecaster.ensemble import Ensemble
-        from stocklora.forecaster.weights import load_weights
 
         members = []
-        for number, (weights, model_path) in enumerate(self.ensemble.members):
+        for number, (_, model_path) in enumerate(self.ensemble.members):
             home = folder / f"{cut:%Y-%m-%d}-{number}"
             if self.is_main and not (home / WEIGHTS_NAME).is_file():
                 known = training_prices(prices, plan, cut, after=2 * plan.horizon + 1)
-                saved = restored(load_weights(weights).training["settings"], TrainLoraSettings)
+                saved = restored(self.ensemble.weights[number].training["settings"], TrainLoraSettings)
                 again = replace(
                     saved, data=[], tickers=[], model_path=model_path, save_dir=home, validation_from=None,
                     test_from=f"{cut:%Y-%m-%d}", device=str(self.ensemble.device.type),
                 )  # fmt: skip
-                fit(known, again)
+                finetune(known, again)
             members.append((home / WEIGHTS_NAME, model_path))
         wait_for_everyone()
         given = self.ensemble
         self.ensemble = Ensemble(members, given.how, given.device, given.dtype, given.trust_remote_code, keep=True)
 
     def quantiles(self, ticker: str, frame: pd.DataFrame, origins: range) -> Mapping[str, np.ndarray]:
-        from stocklora.dataset.prepare import make_examples
-        from stocklora.dataset.prompts import check_lengths
         from stocklora.forecaster.ensemble import combine
 
         markets = iter(self._markets)
 
         def forecast(forecaster: Any) -> np.ndarray:
-            (surprised, market), spec = next(markets), forecaster.spec
-            targets = spec.targets_per_sequence
+            surprised, market = next(markets)
             scales = {ticker: forecaster.scale.at(frame, surprised.of(ticker))}
-            while True:
-                sequences = pack(ticker, origins, spec.window_size, targets)
-                examples = make_examples({ticker: frame}, sequences, forecaster.encoder, scales, market)
-                longest = max(len(example.encoded.input_ids) for example in examples)
-                if targets == 1 or longest <= forecaster.context_tokens:
-                    check_lengths([example.encoded for example in examples], forecaster.context_tokens)
-                    return np.asarray(forecaster.quantiles(examples))
-                targets = max(1, int(0.9 * targets * forecaster.context_tokens / longest))
+            examples = forecaster.packed_examples({ticker: frame}, {ticker: origins}, scales, market)
+            return np.asarray(forecaster.quantiles(examples))
 
         return {"llm": combine(self.ensemble.each(forecast), self.ensemble.how)}
 

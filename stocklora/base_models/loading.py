@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 import warnings
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stocklora.base_models.folders import check_model_folder
+from llm_model import facts_of
+from stocklora.base_models.folders import check_model_folder, describe_model
 from stocklora.base_models.quantized import quantization_config, steady_quantized_layers
 from stocklora.cli.console import UserError, one_line
 
@@ -62,8 +65,56 @@ def load_causal_model(
     return model
 
 
+class BaseModel:
+    """What stands in a base model's folder beside the weights; each part is read once, when it is first asked for.
+
+    Raises:
+        UserError: the folder is not a whole model, or a part of it cannot be read.
+    """
+
+    def __init__(self, path: Path, trust_remote_code: bool = False) -> None:
+        check_model_folder(path)
+        self.path, self.trust_remote_code = path, trust_remote_code
+
+    @functools.cached_property
+    def description(self) -> dict[str, Any]:
+        """See ``describe_model``."""
+        return describe_model(self.path)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        quiet_transformers()
+        try:
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise unloadable(self.path, "tokenizer", error) from None
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """Of all its layers; see ``backbone_config``."""
+        try:
+            return backbone_config(self.path, None, self.trust_remote_code)
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise unloadable(self.path, "configuration", error) from None
+
+    @property
+    def context_tokens(self) -> int:
+        """What the model can read at once."""
+        return facts_of(self.config).context_tokens
+
+
+def unloadable(model_path: Path, part: str, error: Exception) -> UserError:
+    """Which part of a base model cannot be loaded, and why."""
+    hint = ""
+    if "trust_remote_code" in str(error):
+        hint = " (it brings Python code of its own: add --trust_remote_code if you trust its author)"
+    return UserError(f"cannot load the {part} of the base model in {model_path}: {str(error)[:300]}{hint}")
+
+
 def backbone_config(model_path: Path, layers: int | None = None, trust_remote_code: bool = False) -> Any:
-    """The base model's configuration, cut to its first ``layers`` layers if given.
+    """The base model's configuration without dropout, cut to its first ``layers`` layers if given.
 
     Raises:
         ValueError: more layers than there are.
@@ -75,6 +126,16 @@ def backbone_config(model_path: Path, layers: int | None = None, trust_remote_co
     for name, value in config.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
             setattr(config, name, 0.0)
+    return first_layers(config, layers)
+
+
+def first_layers(config: Any, layers: int | None) -> Any:
+    """A copy of a configuration, cut to its first ``layers`` layers if given.
+
+    Raises:
+        ValueError: more layers than there are.
+    """
+    config = copy.deepcopy(config)
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
             raise ValueError(f"the base model has {config.num_hidden_layers} layers; {layers} cannot be used")
@@ -91,6 +152,7 @@ def load_backbone(
     trust_remote_code: bool = False,
     quantization: str = "none",
     device: torch.device | None = None,
+    config: Any = None,
 ) -> nn.Module:
     """The base model without its vocabulary head, frozen, without dropout of its own.
 
@@ -100,13 +162,16 @@ def load_backbone(
         quantization: of the linear layers: ``none``; ``8bit``: rows of int8 with a scale each; ``4bit``: nf4 with
             quantized scales (Dettmers et al. 2023, arXiv:2305.14314).
         device: where a quantized model is made; an unquantized one is made on the CPU.
+        config: the ``backbone_config`` of all layers where it was read before; None reads it.
 
     Raises:
         ImportError: quantization without bitsandbytes.
     """
     from transformers import AutoModel
 
-    config = backbone_config(model_path, layers, trust_remote_code)
+    if config is None:
+        config = backbone_config(model_path, None, trust_remote_code)
+    config = first_layers(config, layers)
     options: dict[str, Any] = {}
     if quantization != "none":
         options = {

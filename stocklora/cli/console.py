@@ -84,6 +84,12 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names in one line, the first ``most`` of them and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def warn(message: str) -> None:
     """One line of warning on stderr; the run goes on."""
     print(f"warning: {one_line(message)}", file=sys.stderr)

@@ -6,7 +6,7 @@ Everything fitted here is fitted on training origins.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from stocklora.cli.console import UserError
-from stocklora.dataset.prompts import DayEncoder, EncodedSequence
+from stocklora.dataset.prompts import DayEncoder, EncodedSequence, check_lengths
 from stocklora.dataset.windows import (
     SPLITS,
     DaySequence,
@@ -185,6 +185,37 @@ def make_examples(
     ]
 
 
+def fitted_to_context(
+    make: Callable[[int], list[Example]],
+    targets: int,
+    context_tokens: int,
+    fewer: Callable[[int, int], int] | None = None,
+) -> tuple[int, list[Example]]:
+    """Examples that the base model can read: made anew with fewer targets a sequence while one is too long.
+
+    Args:
+        make: the examples for so many targets a sequence.
+        targets: how many to begin with.
+        context_tokens: what the base model can read at once.
+        fewer: the next number to try, from the last one and the tokens of its longest example; by default a tenth
+            below the number that would fit if each target took as many tokens.
+
+    Returns:
+        The targets a sequence that fit, and their examples.
+
+    Raises:
+        UserError: a single target outgrows the context.
+    """
+    while True:
+        examples = make(targets)
+        longest = max((len(example.encoded.input_ids) for example in examples), default=0)
+        if targets == 1 or longest <= context_tokens:
+            check_lengths([example.encoded for example in examples], context_tokens)
+            return targets, examples
+        proposed = int(0.9 * targets * context_tokens / longest) if fewer is None else fewer(targets, longest)
+        targets = max(1, proposed)
+
+
 def data_facts(data: ForecastData, sequences: Mapping[str, Sequence[DaySequence]]) -> dict[str, Any]:
     """What a weights file says of the data it was trained on."""
     digest = hashlib.sha256()
@@ -214,3 +245,9 @@ def select_tickers(prices: Mapping[str, pd.DataFrame], wanted: Sequence[str]) ->
     if missing:
         raise UserError(f"no prices of {', '.join(missing)} in the files; they have {', '.join(prices)}")
     return {name: prices[name] for name in wanted} if wanted else dict(prices)
+
+
+def split_by_rows(prices: Mapping[str, pd.DataFrame], least: int) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """The tickers with at least so many rows, and the others, each as ``NAME (rows)``."""
+    known = {name: frame for name, frame in prices.items() if len(frame) >= least}
+    return known, [f"{name} ({len(frame)})" for name, frame in prices.items() if name not in known]

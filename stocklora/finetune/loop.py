@@ -26,7 +26,7 @@ from stocklora.finetune.optimization import (
 )
 from stocklora.finetune.resume import Checkpoints, random_state, set_random_state
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.forecaster.batches import predict
+from stocklora.forecaster.batches import FrozenStates, predict
 from stocklora.forecaster.methods import load_trained_state
 from stocklora.metrics.scores import BASIS_POINTS, pinball_loss
 from stocklora.runtime.distributed import gathered, summed
@@ -102,7 +102,7 @@ class _Loop:
         self._clock = time.perf_counter()
         self.progress: Progress
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Epoch 0: the untrained model."""
         losses, state = self.validation_losses(), self.optimization.trained()
         bp = float(losses.mean())
@@ -115,7 +115,7 @@ class _Loop:
         self.optimization.load_state_dict(state["optimization"])
         set_random_state(state["random"][self.accelerator.process_index])
 
-    def run(self, show: _TrainingDisplay) -> str | None:
+    def train(self, show: _TrainingDisplay) -> str | None:
         """Train until the last epoch, or until something stops it; returns what that was."""
         self._clock = time.perf_counter() - self.progress.seconds
         try:
@@ -171,7 +171,7 @@ class _Loop:
         """(n,) quantile loss of every validation origin, basis points."""
         quantiles = predict(
             self.optimization.forecaster, self.validation, self.accelerator.device, accelerator=self.accelerator,
-            on_batch=on_batch,
+            on_batch=on_batch, states=self.optimization.frozen,
         )  # fmt: skip
         losses = BASIS_POINTS * pinball_loss(self.validation_returns, quantiles, self.levels).mean(axis=1)
         if not np.isfinite(losses).all():
@@ -215,6 +215,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     resumed: Mapping[str, Any] | None = None,
     standardize: bool = True,
+    frozen: FrozenStates | None = None,
 ) -> TrainingOutcome:
     """Fine-tune adapters and head; on return the model holds the weights of the best epoch.
 
@@ -228,20 +229,21 @@ def train(
         validation_dates: (n,) dates of the validation origins, in the examples' order.
         checkpoints: where the run's state goes. resumed: a state that ``checkpoints`` loaded, to go on from.
         standardize: fit the head's centre and spread first; a resumed run has them.
+        frozen: the states of a backbone in which nothing trains, so that it reads each example once.
     """
     if resumed is not None:
         resume_weights(model, resumed)  # before anything wraps the model or cuts it into shards
-    optimization = Optimization(model, training, levels, settings, accelerator)
+    optimization = Optimization(model, training, levels, settings, accelerator, frozen)
     interruption = Interruption(STOPPING if accelerator.is_main_process else None)
     loop = _Loop(optimization, validation, levels, checkpoints, interruption)
     if resumed is not None:
         loop.resume(resumed)
     else:
         if standardize:
-            standardize_head(model, training, accelerator.device)
-        loop.begin()
+            standardize_head(model, training, accelerator.device, frozen)
+        loop.start()
     with interruption, _training_progress(optimization, accelerator.is_main_process) as show:
-        stopped = loop.run(show)
+        stopped = loop.train(show)
     progress = loop.progress
     gain = gain_in_errors(
         progress.start_losses - progress.best_losses, validation_dates, loop.validation_returns.shape[1]

@@ -18,7 +18,7 @@ import torch
 
 from llm_model import padded_tokens
 from lora import LoRAError, find_targets, linear_layers
-from stocklora.base_models.loading import backbone_config
+from stocklora.base_models.loading import backbone_config, first_layers
 from stocklora.cli.console import UserError, print_table, say, warn
 from stocklora.dataset.prepare import Example
 from stocklora.finetune.settings import TrainLoraSettings
@@ -92,8 +92,11 @@ class Cost:
         return self.weights_mb + self.state_mb + self.activations_mb + self.program_mb
 
 
-def shape_of(settings: TrainLoraSettings) -> ModelShape:
+def shape_of(settings: TrainLoraSettings, config: Any = None) -> ModelShape:
     """The base model's sizes; no weight is read or made.
+
+    Args:
+        config: the ``backbone_config`` of all its layers, where it was read before.
 
     Raises:
         UserError: a configuration that cannot be read, or targets that the model does not have.
@@ -101,7 +104,9 @@ def shape_of(settings: TrainLoraSettings) -> ModelShape:
     from transformers import AutoModel
 
     try:
-        config = backbone_config(settings.model_path, settings.backbone_layers, settings.trust_remote_code)
+        if config is None:
+            config = backbone_config(settings.model_path, None, settings.trust_remote_code)
+        config = first_layers(config, settings.backbone_layers)
         with torch.device("meta"):
             model = AutoModel.from_config(config, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""Batches, forward passes and optimizer steps: what ``training_loop`` makes epochs of."""
+"""Batches, forward passes and optimizer steps: what ``finetune.loop`` makes epochs of."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_model import StockForecaster, distance_sum, pinball_sum
+from stocklora.cli.console import UserError
 from stocklora.dataset.prepare import Example
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.forecaster.batches import Batch, _by_tokens, collate
+from stocklora.forecaster.batches import Batch, FrozenStates, collate, grouped_by_tokens
 from stocklora.forecaster.methods import load_trained_state, parameter_groups, trained_state
 from stocklora.runtime.distributed import (
+    is_sharded,
     load_optimizer_state,
     prepared,
     summed,
@@ -65,7 +67,11 @@ class TrainingOutcome:
 
 
 def standardize_head(
-    model: StockForecaster, examples: Sequence[Example], device: torch.device, targets: int = 2000
+    model: StockForecaster,
+    examples: Sequence[Example],
+    device: torch.device,
+    frozen: FrozenStates | None = None,
+    targets: int = 2000,
 ) -> None:
     """Fit the head's centre and spread on training origins, about ``targets`` of them spread over all."""
     every = max(1, sum(len(example.scale) for example in examples) // targets)
@@ -74,6 +80,9 @@ def standardize_head(
     with torch.no_grad():
         states = []
         for example in examples[::every]:
+            if frozen is not None:
+                states.append(frozen.of(example).to(device))
+                continue
             batch = collate([example]).to(device)
             states.append(model.hidden_at(batch.input_ids, batch.origin_tokens)[0])
         model.head.standardize(torch.cat(states))
@@ -103,7 +112,7 @@ def accumulate_gradients(
         last = index == len(micro_batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             batch = batch.to(device)
-            quantiles = model(batch.input_ids, batch.origin_tokens, batch.scale)
+            quantiles = model(batch.input_ids, batch.origin_tokens, batch.scale, batch.hidden)
             loss = pinball_sum(quantiles, batch.returns, batch.scale, levels, batch.mask)
             if batch.teacher is not None:
                 loss = loss + distill_weight * distance_sum(quantiles, batch.teacher, batch.scale, batch.mask)
@@ -120,6 +129,9 @@ class NotFiniteError(Exception):
 class Optimization:
     """Model, optimizer and learning-rate schedule, moved a step at a time.
 
+    Args:
+        frozen: the states of a backbone in which nothing trains, in place of reading it anew in each epoch.
+
     Attributes:
         steps: optimizer steps taken so far.
         total_steps: steps of the whole run if nothing stops it.
@@ -133,6 +145,7 @@ class Optimization:
         levels: np.ndarray,
         settings: TrainLoraSettings,
         accelerator: Any,
+        frozen: FrozenStates | None = None,
     ) -> None:
         from transformers import get_cosine_schedule_with_warmup
 
@@ -140,7 +153,8 @@ class Optimization:
             parameter_groups(model, settings),
             weight_decay=settings.weight_decay,
         )
-        self.settings, self.accelerator, self.training = settings, accelerator, training
+        self.settings, self.accelerator = settings, accelerator
+        self.training, self.frozen = training, frozen
         self.per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
         self.steps = 0
         self.total_steps = math.ceil(len(training) / self.per_step) * settings.epochs
@@ -198,10 +212,11 @@ class Optimization:
         """
         count = self.accelerator.num_processes
         shares = [self._cut(group[index::count]) for index in range(count)]
-        batches = [collate(part) for part in shares[self.accelerator.process_index]]
+        batches = [collate(part, self.frozen) for part in shares[self.accelerator.process_index]]
         most = max(map(len, shares))
         if len(batches) < most:
-            blank = collate([min(self.training, key=lambda example: len(example.encoded.input_ids))])
+            shortest = min(self.training, key=lambda example: len(example.encoded.input_ids))
+            blank = collate([shortest], self.frozen)
             batches += [replace(blank, mask=torch.zeros_like(blank.mask))] * (most - len(batches))
         return batches
 
@@ -209,7 +224,7 @@ class Optimization:
         """A process's share of a step in batches of ``batch_size``, cut on where they have too many tokens."""
         size, most = self.settings.batch_size, self.settings.max_tokens_per_batch
         batches = [[self.training[i] for i in group[at : at + size]] for at in range(0, len(group), size)]
-        return batches if most is None else [part for batch in batches for part in _by_tokens(batch, most)]
+        return batches if most is None else [part for batch in batches for part in grouped_by_tokens(batch, most)]
 
     def trained(self) -> dict[str, Any]:
         """``trained_state``, whole even where the model is in shards; a call of all processes."""
@@ -238,3 +253,81 @@ class Optimization:
 
 def _number(norm: Any) -> float:
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+# ------------------------------------------------------------------------------------------------ torch.compile
+
+
+@contextlib.contextmanager
+def compiled(model: StockForecaster) -> Iterator[None]:
+    """Inside the block training passes run as torch.compile makes them; the weights and their names stay.
+
+    The backbone's repeated blocks are compiled, not the whole: they share their code, which is then compiled once and
+    not once a layer. Passes without gradient, of which there are few, run as they are: they would be compiled again.
+
+    Raises:
+        UserError: it cannot be compiled on this machine.
+    """
+    backbone = model.backbone
+    blocks = repeated_blocks(backbone) or [backbone]
+    before = [vars(block).get("forward") for block in blocks]  # another library may have put its own there
+    for block in blocks:
+        _compile_for_training(block)
+    try:
+        _try_compiled(model)
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            del block.forward  # the class's is seen again
+            if own is not None:
+                block.forward = own
+
+
+def _try_compiled(model: StockForecaster) -> None:
+    """One small pass, since the compiler is only asked at the first; mode and random numbers stay as they were.
+
+    Raises:
+        UserError: it cannot be compiled on this machine.
+    """
+    backbone = model.backbone
+    device, was_training = next(backbone.parameters()).device, backbone.training
+    tokens = torch.ones(2, 24, dtype=torch.long, device=device)
+    try:
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            torch.enable_grad(),
+            model._autocast(device.type),
+        ):
+            # In training mode, or it would be compiled again.
+            hidden = backbone.train()(input_ids=tokens, use_cache=False).last_hidden_state
+            trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+            if trained and not is_sharded(model):  # shards gather their gradients in a backward pass of their own
+                torch.autograd.grad(hidden.float().sum(), trained, allow_unused=True)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--compile does not work here ({reason[:200]}); leave the flag out") from None
+    finally:
+        backbone.train(was_training)
+
+
+def repeated_blocks(backbone: nn.Module) -> list[nn.Module]:
+    """The blocks that a transformer is a stack of, if they are all of one class."""
+    stack = next((module for module in backbone.modules() if isinstance(module, nn.ModuleList)), nn.ModuleList())
+    return list(stack) if len({type(block) for block in stack}) == 1 else []
+
+
+def _compile_for_training(block: nn.Module) -> None:
+    """Put a forward pass in front of the class's own; ``nn.Module.compile`` knows no way back, and no exception."""
+    as_written = block.forward
+    as_compiled = torch.compile(as_written, dynamic=True)
+    trains = any(parameter.requires_grad for parameter in block.parameters())
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return as_written(*args, **kwargs)
+        # The first block's input has no gradient, all others' have: without this each would be compiled for itself.
+        if args and torch.is_tensor(args[0]) and args[0].is_floating_point() and trains and not args[0].requires_grad:
+            args = (args[0].detach().requires_grad_(), *args[1:])
+        return as_compiled(*args, **kwargs)
+
+    block.forward = forward  # type: ignore[method-assign]

@@ -16,7 +16,7 @@ from stocklora.cli.console import UserError, say, warn
 from stocklora.dataset.prepare import Example, ForecastData
 from stocklora.dataset.windows import SplitDates
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.forecaster.forecaster import Forecaster, load_forecaster
+from stocklora.forecaster.forecaster import Forecaster, assemble
 from stocklora.forecaster.methods import load_trained_state
 from stocklora.forecaster.weights import ForecasterSpec, WeightsFile, load_weights, other_setting
 from stocklora.runtime.machine import choose_dtype
@@ -117,7 +117,7 @@ def with_teacher(
         )
     dtype = choose_dtype(settings.dtype, device)
     model_path = settings.teacher_model_path or settings.model_path
-    forecaster, _ = load_forecaster(path, model_path, device, dtype, settings.trust_remote_code)
+    forecaster = assemble(content, path, model_path, device, dtype, settings.trust_remote_code)
     origins = {
         ticker: range(max(parts["train"].start, spec.window_size), parts["train"].stop)
         for ticker, parts in data.origins.items()

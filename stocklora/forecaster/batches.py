@@ -9,18 +9,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from llm_model import StockForecaster, padded_tokens
 from stocklora.dataset.prepare import Example
-from stocklora.runtime.distributed import (
-    gathered,
-    is_sharded,
-)
+from stocklora.runtime.distributed import gathered, is_sharded
+
+STATES_BYTES = 2 * 10**9  # of frozen hidden states, in the machine's memory; those beyond are computed anew each time
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded tensors of some examples; ``mask`` is 1 where there is a target; ``teacher`` as ``Example.teacher``."""
+    """Padded tensors of some examples.
+
+    Attributes:
+        input_ids: (batch, tokens). origin_tokens: (batch, targets). scale, returns: (batch, targets, horizon).
+        mask: (batch, targets), 1 where there is a target.
+        teacher: (batch, targets, horizon, levels), as ``Example.teacher``.
+        hidden: (batch, targets, size), the backbone's states where ``FrozenStates`` has them.
+    """
 
     input_ids: Tensor
     origin_tokens: Tensor
@@ -28,13 +35,51 @@ class Batch:
     returns: Tensor
     mask: Tensor
     teacher: Tensor | None = None
+    hidden: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*[None if part is None else part.to(device) for part in vars(self).values()])  # type: ignore[arg-type]
 
 
-def collate(examples: Sequence[Example]) -> Batch:
-    """Pad on the right: ids with 0, scale with 1 (it divides), returns with 0 and a mask of 0."""
+class FrozenStates:
+    """Hidden states of a backbone in which nothing trains: each example is read once, and used in every epoch.
+
+    An example is read by itself, so that its states depend neither on the other rows of a batch nor on which batch
+    came first: a run that was stopped and goes on sees the same numbers.
+
+    Args:
+        limit_bytes: of the states that are kept.
+
+    Attributes:
+        passes: of the backbone so far.
+    """
+
+    def __init__(self, model: StockForecaster, limit_bytes: int = STATES_BYTES) -> None:
+        self.model, self.free_bytes = model, limit_bytes
+        self.passes = 0
+        self._known: dict[int, tuple[Example, Tensor]] = {}  # by identity; the example is kept, so that its id stays
+
+    def of(self, example: Example) -> Tensor:
+        """(targets, size) states at the example's origins, on the CPU."""
+        if id(example) in self._known:
+            return self._known[id(example)][1]
+        # Not even within a forecast an inference tensor, which training could not use.
+        with torch.inference_mode(False), torch.no_grad():
+            batch = collate([example]).to(next(self.model.parameters()).device)
+            states = self.model.hidden_at(batch.input_ids, batch.origin_tokens)[0].cpu()
+        self.passes += 1
+        if states.nbytes <= self.free_bytes:
+            self.free_bytes -= states.nbytes
+            self._known[id(example)] = (example, states)
+        return states
+
+
+def collate(examples: Sequence[Example], states: FrozenStates | None = None) -> Batch:
+    """Pad on the right: ids with 0, scale with 1 (it divides), returns with 0 and a mask of 0, states with 0.
+
+    Args:
+        states: of a backbone in which nothing trains, where the batch is to bring them along.
+    """
     tokens = max(len(example.encoded.input_ids) for example in examples)
     targets = max(len(example.scale) for example in examples)
     horizon = examples[0].scale.shape[1]
@@ -55,7 +100,10 @@ def collate(examples: Sequence[Example]) -> Batch:
         mask[row, :count] = 1.0
         if teacher is not None and example.teacher is not None:
             teacher[row, :count] = torch.from_numpy(example.teacher)
-    return Batch(input_ids, origin_tokens, scale, returns, mask, teacher)
+    hidden = None
+    if states is not None:
+        hidden = pad_sequence([states.of(example) for example in examples], batch_first=True)
+    return Batch(input_ids, origin_tokens, scale, returns, mask, teacher, hidden)
 
 
 def predict(
@@ -65,6 +113,7 @@ def predict(
     tokens_per_batch: int = 8192,
     accelerator: Any = None,
     on_batch: Callable[[], None] = lambda: None,
+    states: FrozenStates | None = None,
 ) -> np.ndarray:
     """Uncalibrated quantiles at every origin of the examples, in their order.
 
@@ -73,11 +122,12 @@ def predict(
         accelerator: whose processes share the passes, all of them calling this; each gets all quantiles, the same
             to the last bit as one process alone would.
         on_batch: called before each forward pass.
+        states: of a backbone in which nothing trains; the model then reads no example twice.
 
     Returns:
         (origins, horizon, levels) float64.
     """
-    groups = list(_by_tokens(examples, tokens_per_batch))
+    groups = list(grouped_by_tokens(examples, tokens_per_batch))
     count, index = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     was_training = model.training
     model.eval()
@@ -89,8 +139,9 @@ def predict(
                 on_batch()
                 # A process without a group repeats the last: under FSDP every pass is one of all processes.
                 number = min(first + index, len(groups) - 1)
-                batch = collate(groups[number]).to(device)
-                quantiles = model(batch.input_ids, batch.origin_tokens, batch.scale).cpu().double().numpy()
+                batch = collate(groups[number], states).to(device)
+                quantiles = model(batch.input_ids, batch.origin_tokens, batch.scale, batch.hidden)
+                quantiles = quantiles.cpu().double().numpy()
                 mine[number] = [quantiles[row, : len(example.scale)] for row, example in enumerate(groups[number])]
     finally:
         model.train(was_training)
@@ -99,7 +150,8 @@ def predict(
     return np.concatenate([row for number in range(len(groups)) for row in mine[number]])
 
 
-def _by_tokens(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[list[Example]]:
+def grouped_by_tokens(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[list[Example]]:
+    """Consecutive examples in groups whose padded rows have at most so many tokens together."""
     group: list[Example] = []
     longest = 0
     for example in examples:

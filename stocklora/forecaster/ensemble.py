@@ -1,4 +1,4 @@
-"""Several trained forecasters whose forecasts become one.
+"""Several trained forecasters as one: their forecasts combined, or their weights averaged into one model.
 
 Members may differ in anything but what is forecast: base model, layers, LoRA settings, prompt, window,
 scale. Horizon and quantile levels must be the same.
@@ -8,26 +8,34 @@ Averaging probabilities stretches the interval wherever members disagree about t
 is calibrated by itself; averaging quantiles leaves it as wide as the members' on average, and a
 location-scale family stays what it is (Lichtendahl, Grushka-Cockayne and Winkler, "Is It Better to
 Average Probabilities or Quantiles?", Management Science 59, 2013).
+
+An average of weights costs no more than one model. It makes sense for runs that began at the same point of the same
+base model ("model soups": Wortsman et al. 2022, arXiv:2203.05482), such as seeds or learning rates of one experiment;
+members that began elsewhere are refused, since between them lies nothing that was ever trained.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
-from stocklora.cli.console import UserError, warn
-from stocklora.forecaster.average import average
-from stocklora.forecaster.forecaster import Forecaster, assemble
-from stocklora.forecaster.weights import WeightsFile, load_weights
+from lora import LoRAConfig
+from stocklora.adapters.arithmetic import average_adapters, average_weights
+from stocklora.cli.console import UserError
+from stocklora.forecaster.forecaster import Forecaster, assemble, with_enough_days
+from stocklora.forecaster.weights import ForecasterSpec, WeightsFile, load_weights, other_setting
 from stocklora.metrics.scores import INTERVAL_COLUMNS
 
 T = TypeVar("T")
+SAME_START = ("levels", "table", "location", "scale")
 
 
 def combine(quantiles: Sequence[np.ndarray], how: str = "mean") -> np.ndarray:
@@ -63,7 +71,7 @@ class Ensemble:
     """Weights files that forecast together; one file is the plain case.
 
     Unless ``keep`` is set, no more than one model is in memory: each member is loaded, asked and freed, and
-    only the last one stays for the next forecast. A single member is therefore read once.
+    only the last one stays for the next forecast. Each weights file is read once for one forecast.
 
     Args:
         members: each weights file with its base model's folder.
@@ -93,6 +101,7 @@ class Ensemble:
         self.weights = [self._read(index) for index in range(len(self.members))]
         self._check_agreement()
         self._held: dict[int, Forecaster] = {}
+        self._unasked = set(range(len(self.members)))  # read, and not asked for a forecast yet
 
     def each(self, work: Callable[[Forecaster], T]) -> list[T]:
         """``work`` of every member, in order; it must not keep the forecaster, whose memory the next one needs.
@@ -114,7 +123,8 @@ class Ensemble:
             UserError: no ticker has as many days as every member needs.
         """
         if len(self.members) > 1:  # so that each ticker is forecast by all, and missed once
-            prices = enough_days(prices, max(content.spec.window_size for content in self.weights))
+            longest = max(content.spec.window_size for content in self.weights)
+            prices = with_enough_days(prices, longest, "the longest window")
         return combine_rows(self.each(lambda forecaster: forecaster.forecast(prices, beside)), self.how)
 
     def _forecaster(self, index: int) -> Forecaster:
@@ -125,11 +135,13 @@ class Ensemble:
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
             weights_path, model_path = self.members[index]
-            content = self._read(index)  # someone may have trained it again since
-            forecaster = assemble(content, weights_path, model_path, self.device, self.dtype, self.trust_remote_code)
-            self.weights[index] = content
-            self._check_agreement()
-            self._held[index] = forecaster
+            if index not in self._unasked:  # someone may have trained it again since it was asked
+                self.weights[index] = self._read(index)
+                self._check_agreement()
+            self._unasked.discard(index)
+            self._held[index] = assemble(
+                self.weights[index], weights_path, model_path, self.device, self.dtype, self.trust_remote_code
+            )
         return self._held[index]
 
     def _read(self, index: int) -> WeightsFile:
@@ -193,20 +205,88 @@ def written(levels: Sequence[float]) -> str:
     return " ".join(f"{level:g}" for level in levels)
 
 
-def enough_days(prices: Mapping[str, pd.DataFrame], window_size: int) -> dict[str, pd.DataFrame]:
-    """The tickers with a window of days and the close before them; a warning names the others.
+# ------------------------------------------------------------------- one model of several models' weights
+
+
+def average(contents: Sequence[WeightsFile], weights: Sequence[float], paths: Sequence[Path]) -> WeightsFile:
+    """One model whose updates, head and calibration are weighted means.
+
+    Updates are averaged as products (``adapters.average_adapters``), the head as the linear map that it is, with each
+    member's own centre and spread of the features taken into account. The start of all members is the same.
+
+    Args:
+        weights: of each member; divided by their sum.
 
     Raises:
-        UserError: there is none.
+        UserError: members of different models, methods, inputs or starts, or adapters that have no average.
     """
-    known = {name: frame for name, frame in prices.items() if len(frame) > window_size}
-    short = [f"{name} ({len(frame)})" for name, frame in prices.items() if name not in known]
-    if short:
-        message = (
-            f"a forecast needs {window_size + 1} rows (the {window_size} days of the longest window and the close "
-            f"before them); too few for {', '.join(short)}"
+    shares = average_weights(weights)
+    for path, content in zip(paths[1:], contents[1:], strict=True):
+        _check_alike(contents[0].spec, content.spec, paths[0], path)
+    spec = contents[0].spec
+    adapters: dict[str, Tensor] = {}
+    if spec.method in ("lora", "peft"):
+        members = [
+            (content.adapters, LoRAConfig.from_dict(content.spec.lora), share)
+            for content, share in zip(contents, shares, strict=True)
+        ]
+        adapters, config = average_adapters(members)
+        spec = replace(spec, lora=asdict(config))
+    elif spec.method == "full":
+        adapters = _mean_weights(contents, shares, paths)
+    calibration = {
+        name: sum(share * content.spec.calibration[name] for share, content in zip(shares, contents, strict=True))
+        for name in spec.calibration
+    }
+    averaged = [
+        {"path": str(path), "share": share, "test_scores": content.training.get("test_scores", {})}
+        for path, share, content in zip(paths, shares, contents, strict=True)
+    ]
+    training: dict[str, Any] = {"data": contents[0].training.get("data", {}), "averaged": averaged}
+    heads = [content.head for content in contents]
+    return WeightsFile(replace(spec, calibration=calibration), adapters, mean_head(heads, shares), training)
+
+
+def mean_head(heads: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:
+    """The head whose linear outputs are the mean of all heads' outputs, for whatever features they read.
+
+    A head computes ``W (f - mean) / spread + bias``. The result has the first one's mean and spread.
+    """
+    mean, spread = heads[0]["mean"].double(), heads[0]["spread"].double()
+    weight = torch.zeros_like(heads[0]["linear.weight"], dtype=torch.float64)
+    bias = torch.zeros_like(heads[0]["linear.bias"], dtype=torch.float64)
+    for head, share in zip(heads, shares, strict=True):
+        own = head["linear.weight"].double() / head["spread"].double()  # (outputs, hidden), of the features as they are
+        weight += share * own * spread
+        bias += share * (head["linear.bias"].double() + own @ (mean - head["mean"].double()))
+    return {**heads[0], "linear.weight": weight.float(), "linear.bias": bias.float()}
+
+
+def _mean_weights(contents: Sequence[WeightsFile], shares: Sequence[float], paths: Sequence[Path]) -> dict[str, Tensor]:
+    for path, content in zip(paths, contents, strict=True):
+        if content.adapters.keys() != contents[0].adapters.keys() or not content.adapters:
+            raise UserError(f"{path}: its training kept nothing of the base's weights; leave it out of the average")
+    mean = {name: shares[0] * tensor for name, tensor in contents[0].adapters.items()}
+    for content, share in zip(contents[1:], shares[1:], strict=True):
+        for name, tensor in mean.items():
+            tensor.add_(content.adapters[name], alpha=share)
+    return mean
+
+
+def _check_alike(first: ForecasterSpec, other: ForecasterSpec, first_path: Path, path: Path) -> None:
+    instead = "combine their forecasts instead: leave the weights after the file names out (see --ensemble)"
+    if first.base_model["config_sha256"] != other.base_model["config_sha256"]:
+        raise UserError(
+            f"{first_path} was trained on {first.base_model['name']} and {path} on {other.base_model['name']}, which "
+            f"have no average; {instead}"
         )
-        if not known:
-            raise UserError(f"{message}; download more days")
-        warn(f"{message}; left out")
-    return known
+    if found := other_setting(first, other):
+        flag, ours, theirs = found
+        raise UserError(
+            f"{first_path} was trained with {flag} {ours} and {path} with {theirs}, which have no average; {instead}"
+        )
+    if any(getattr(first, name) != getattr(other, name) for name in SAME_START):
+        raise UserError(
+            f"{first_path} and {path} began at different quantiles or volatility scales (other prices, or another "
+            f"--scale), and their heads have no average; {instead}"
+        )

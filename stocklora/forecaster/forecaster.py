@@ -11,13 +11,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from llm_model import StockForecaster, facts_of
+from llm_model import StockForecaster
 from lora import LoRAError
-from stocklora.base_models.folders import check_model_folder, describe_model
-from stocklora.base_models.loading import backbone_config, is_causal, load_backbone, quiet_transformers
+from stocklora.base_models.loading import BaseModel, is_causal, load_backbone, quiet_transformers, unloadable
 from stocklora.base_models.quantized import check_quantization
 from stocklora.cli.console import UserError, warn
-from stocklora.dataset.prepare import Example, make_examples
+from stocklora.dataset.prepare import Example, fitted_to_context, make_examples, split_by_rows
 from stocklora.dataset.prompts import DayEncoder, check_lengths
 from stocklora.dataset.windows import DaySequence, last_origin, pack
 from stocklora.forecaster.batches import predict
@@ -60,26 +59,30 @@ class Forecaster:
         check_lengths([example.encoded for example in examples], self.context_tokens)
         return examples
 
-    def packed_examples(self, prices: Mapping[str, pd.DataFrame], origins: Mapping[str, range]) -> list[Example]:
+    def packed_examples(
+        self,
+        prices: Mapping[str, pd.DataFrame],
+        origins: Mapping[str, range],
+        scales: Mapping[str, np.ndarray] | None = None,
+        markets: Markets | None = None,
+    ) -> list[Example]:
         """Examples that forecast from consecutive rows of each ticker, in order; shorter where days write long lines.
+
+        Args:
+            scales: ticker -> (days, horizon). markets: of all tickers. Both by default those of ``prices``.
 
         Raises:
             UserError: a single window outgrows the model's context.
         """
-        targets = self.spec.targets_per_sequence
-        scales, markets = self.scale.on(prices), markets_of(prices)
-        while True:
-            sequences = [
-                sequence
-                for name, rows in origins.items()
-                for sequence in pack(name, rows, self.spec.window_size, targets)
-            ]
-            examples = make_examples(prices, sequences, self.encoder, scales, markets)
-            longest = max((len(example.encoded.input_ids) for example in examples), default=0)
-            if targets == 1 or longest <= self.context_tokens:
-                check_lengths([example.encoded for example in examples], self.context_tokens)
-                return examples
-            targets = max(1, int(0.9 * targets * self.context_tokens / longest))
+        scales = self.scale.on(prices) if scales is None else scales
+        markets = markets_of(prices) if markets is None else markets
+
+        def examples_of(targets: int) -> list[Example]:
+            window = self.spec.window_size
+            sequences = [sequence for name, rows in origins.items() for sequence in pack(name, rows, window, targets)]
+            return make_examples(prices, sequences, self.encoder, scales, markets)
+
+        return fitted_to_context(examples_of, self.spec.targets_per_sequence, self.context_tokens)[1]
 
     def quantiles(self, examples: Sequence[Example], calibrated: bool = True) -> np.ndarray:
         """(origins, horizon, levels) quantiles of the log return, examples in order."""
@@ -97,17 +100,7 @@ class Forecaster:
         Raises:
             UserError: a ticker with fewer days than the window needs.
         """
-        window = self.spec.window_size
-        short = [f"{name} ({len(frame)})" for name, frame in prices.items() if len(frame) < window + 1]
-        known = {name: frame for name, frame in prices.items() if len(frame) >= window + 1}
-        if short:
-            message = (
-                f"a forecast needs {window + 1} rows (the {window} days of the window and the close before them); too "
-                f"few for {', '.join(short)}"
-            )
-            if not known:
-                raise UserError(f"{message}; download more days")
-            warn(f"{message}; left out")
+        known = with_enough_days(prices, self.spec.window_size, "the window")
         everything = {**known, **(beside or {})}
         surprised, markets = self.scale.markets_of(everything), markets_of(everything)
         scales = {name: self.scale.at(frame, surprised.of(name)) for name, frame in known.items()}
@@ -122,81 +115,76 @@ class Forecaster:
         self, name: str, frame: pd.DataFrame, scales: Mapping[str, np.ndarray], markets: Markets
     ) -> Example:
         """The last row as origin, with as much past as in training, less where wild days make long lines."""
-        targets = self.spec.targets_per_sequence
-        while True:
+
+        def example_of(targets: int) -> list[Example]:
             sequence = last_origin(name, len(frame), self.spec.window_size, targets)
-            (example,) = make_examples({name: frame}, [sequence], self.encoder, scales, markets)
-            if targets == 1 or len(example.encoded.input_ids) <= self.context_tokens:
-                check_lengths([example.encoded], self.context_tokens)
-                return example
-            targets = max(1, targets - 5)
+            return make_examples({name: frame}, [sequence], self.encoder, scales, markets)
+
+        _, (example,) = fitted_to_context(
+            example_of, self.spec.targets_per_sequence, self.context_tokens, fewer=lambda targets, _: targets - 5
+        )
+        return example
 
 
-def load_encoder(
-    model_path: Path,
-    prompt: str,
-    trust_remote_code: bool = False,
-    indicators: Sequence[str] = (),
-    *,
-    anonymize: bool = True,
-) -> DayEncoder:
-    """The base model's tokenizer, for one prompt format."""
-    from transformers import AutoTokenizer
+def with_enough_days(prices: Mapping[str, pd.DataFrame], window_size: int, window: str) -> dict[str, pd.DataFrame]:
+    """The tickers with a window of days and the close before them; a warning names the others.
 
-    quiet_transformers()
-    check_model_folder(model_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unloadable(model_path, "tokenizer", error) from None
-    return DayEncoder(tokenizer, prompt, indicators, anonymize=anonymize)
+    Args:
+        window: how messages name what has ``window_size`` days.
 
-
-def context_tokens_of(model_path: Path, trust_remote_code: bool = False) -> int:
-    try:
-        return facts_of(backbone_config(model_path, None, trust_remote_code)).context_tokens
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise _unloadable(model_path, "configuration", error) from None
+    Raises:
+        UserError: no ticker has them.
+    """
+    known, short = split_by_rows(prices, window_size + 1)
+    if short:
+        message = (
+            f"a forecast needs {window_size + 1} rows (the {window_size} days of {window} and the close before them); "
+            f"too few for {', '.join(short)}"
+        )
+        if not known:
+            raise UserError(f"{message}; download more days")
+        warn(f"{message}; left out")
+    return known
 
 
 def build_forecaster(
     spec: ForecasterSpec,
-    model_path: Path,
-    encoder: DayEncoder,
+    base: BaseModel,
     device: torch.device,
     dtype: torch.dtype,
-    trust_remote_code: bool = False,
     *,
     fresh: bool = True,
 ) -> Forecaster:
     """Base model, fresh adapters, head at the starting quantiles: a forecaster that has learned nothing yet.
 
     Args:
+        base: whose folder has been checked.
         dtype: what the base computes in. Weights that all train are kept in float32 all the same.
         fresh: False if ``load_trained_state`` follows: nothing is worked out that the state brings.
 
     Raises:
         UserError: a base model that cannot be loaded or quantized, or adapter targets that it doesn't have.
     """
+    encoder = DayEncoder(base.tokenizer, spec.prompt, spec.indicators, anonymize=spec.anonymize)
     quiet_transformers()
-    check_model_folder(model_path)
     check_quantization(spec.quantization, device, f"--quantization {spec.quantization}")
     full = spec.method == "full"
     try:
         with memory_errors(LESS_MEMORY):
             backbone = load_backbone(
-                model_path,
+                base.path,
                 torch.float32 if full else dtype,
                 spec.backbone_layers,
-                trust_remote_code,
+                base.trust_remote_code,
                 spec.quantization,
                 device,
+                base.config,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise _unloadable(model_path, "weights", error) from None
+        raise unloadable(base.path, "weights", error) from None
     if not is_causal(backbone):
         raise UserError(
-            f"{model_path} is no causal language model: its forecasts would see the days after them; choose one that "
+            f"{base.path} is no causal language model: its forecasts would see the days after them; choose one that "
             f"generates text, such as Qwen3, Llama or GPT-2"
         )
     table = torch.tensor(spec.table, dtype=torch.float64)
@@ -204,9 +192,8 @@ def build_forecaster(
     if full and dtype != torch.float32:
         model.autocast_dtype = dtype
     put_on(model, spec.method, spec.lora, fresh)
-    context = context_tokens_of(model_path, trust_remote_code)
     with memory_errors(LESS_MEMORY):
-        return Forecaster(model.to(device), spec, encoder, device, context)
+        return Forecaster(model.to(device), spec, encoder, device, base.context_tokens)
 
 
 def load_forecaster(
@@ -241,10 +228,9 @@ def assemble(
     Raises:
         UserError: a base model other than the one it was trained on.
     """
-    check_base(content.spec, weights_path, model_path)
-    spec = content.spec
-    encoder = load_encoder(model_path, spec.prompt, trust_remote_code, spec.indicators, anonymize=spec.anonymize)
-    forecaster = build_forecaster(spec, model_path, encoder, device, dtype, trust_remote_code, fresh=False)
+    base = BaseModel(model_path, trust_remote_code)
+    check_base(content.spec, weights_path, base)
+    forecaster = build_forecaster(content.spec, base, device, dtype, fresh=False)
     try:
         load_trained_state(forecaster.model, {"adapters": content.adapters, "head": content.head})
     except (LoRAError, RuntimeError) as error:
@@ -253,28 +239,20 @@ def assemble(
     return forecaster
 
 
-def check_base(spec: ForecasterSpec, weights_path: Path, model_path: Path) -> None:
+def check_base(spec: ForecasterSpec, weights_path: Path, base: BaseModel) -> None:
     """Warn of another revision of the base model than the weights were trained on; refuse another model.
 
     Raises:
-        UserError: another model, or none.
+        UserError: another model.
     """
-    check_model_folder(model_path)
-    trained_on, given = spec.base_model, describe_model(model_path)
+    trained_on, given = spec.base_model, base.description
     if trained_on["config_sha256"] != given["config_sha256"]:
         raise UserError(
-            f"{weights_path} was trained on {trained_on['name']}, but {model_path} is another model; give --model_path "
+            f"{weights_path} was trained on {trained_on['name']}, but {base.path} is another model; give --model_path "
             f"the folder of {trained_on['name']}"
         )
     if trained_on["revision"] != given["revision"]:
         warn(
             f"{weights_path} was trained on revision {trained_on['revision']} of {trained_on['name']}, but "
-            f"{model_path} is {given['revision']}: the forecast may differ"
+            f"{base.path} is {given['revision']}: the forecast may differ"
         )
-
-
-def _unloadable(model_path: Path, what: str, error: Exception) -> UserError:
-    hint = ""
-    if "trust_remote_code" in str(error):
-        hint = " (it brings Python code of its own: add --trust_remote_code if you trust its author)"
-    return UserError(f"cannot load the {what} of the base model in {model_path}: {str(error)[:300]}{hint}")

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import pandas as pd
 
-from stocklora.cli.console import UserError, say, warn
+from stocklora.cli.console import UserError, listed, say, warn
 from stocklora.dataset.prepare import select_tickers
 from stocklora.forecaster.settings import ForecastSettings
 from stocklora.prices.calendar import Clock, exchange_of, is_complete, next_sessions, utc_now
@@ -28,7 +28,6 @@ from stocklora.prices.tables import meta_path, price_files, read_prices
 Prices = dict[str, pd.DataFrame]
 
 STILL_S = 0.25  # a file that did not change for so long is taken to be whole
-MOST_NAMES = 8  # in one line
 
 
 # ------------------------------------------------------------------------------------------- complete bars
@@ -297,8 +296,3 @@ def news(old: Mapping[str, pd.DataFrame], new: Mapping[str, pd.DataFrame]) -> st
     before = {name: frame.index[-1] for name, frame in old.items() if len(frame)}
     bars = [f"{name} {day:%Y-%m-%d}" for name, day in last.items() if before.get(name) != day]
     return f"new: {listed(bars)}" if bars else "prices have changed"
-
-
-def listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more

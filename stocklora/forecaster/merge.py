@@ -28,6 +28,7 @@ from stocklora.base_models.folders import (
     describe_model,
     made_whole,
 )
+from stocklora.base_models.loading import BaseModel
 from stocklora.cli.console import UserError, print_table, say
 from stocklora.forecaster.forecaster import Forecaster, assemble, check_base, load_forecaster
 from stocklora.forecaster.methods import merge_into_base
@@ -49,7 +50,7 @@ def merge(settings: MergeSettings) -> None:
         UserError: weights without anything to merge, another base model, or a folder that is there already.
     """
     content = load_weights(settings.lora_weights)
-    check_base(content.spec, settings.lora_weights, settings.model_path)
+    check_base(content.spec, settings.lora_weights, BaseModel(settings.model_path, settings.trust_remote_code))
     method = content.spec.method
     if method == "head":
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stocklora.plots.style import (
     INK,
@@ -19,9 +19,6 @@ from stocklora.plots.style import (
     set_step_axis,
     set_title,
 )
-
-if TYPE_CHECKING:
-    from stocklora.finetune.optimization import TrainingOutcome
 
 
 def plot_loss_curve(log: Sequence[Mapping[str, Any]], path: Path, subtitle: str = "") -> None:
@@ -56,10 +53,14 @@ def plot_loss_curve(log: Sequence[Mapping[str, Any]], path: Path, subtitle: str 
     save_figure(figure, path)
 
 
-def plot_training_curve(outcome: TrainingOutcome, path: Path) -> None:
-    """Validation loss against the untrained model's, epoch by epoch, and the training loss below it."""
-    epochs = [row["epoch"] for row in outcome.history]
-    ratios = [row["validation_ratio"] for row in outcome.history]
+def plot_training_curve(history: Sequence[Mapping[str, float]], best_epoch: int, path: Path) -> None:
+    """Draw validation loss against the untrained model's, epoch by epoch, and the training loss below it.
+
+    Args:
+        history: rows of ``training_history.csv``, from epoch 0 on. best_epoch: whose weights were kept.
+    """
+    epochs = [row["epoch"] for row in history]
+    ratios = [row["validation_ratio"] for row in history]
     figure, (top, bottom) = new_figure(2, 6.0, (3, 2))
     set_title(
         top,
@@ -68,11 +69,10 @@ def plot_training_curve(outcome: TrainingOutcome, path: Path) -> None:
     )
     top.axhline(1.0, color=WALK, linewidth=1.2, linestyle="--")
     top.plot(epochs, ratios, color=MODEL, marker="o", markersize=4)
-    best = outcome.best_epoch
-    top.plot([best], [ratios[best]], "o", color=UP, markersize=9, zorder=3)
+    top.plot([best_epoch], [ratios[best_epoch]], "o", color=UP, markersize=9, zorder=3)
     top.annotate(
-        f"kept: epoch {best}, {ratios[best]:.4f}",
-        (best, ratios[best]),
+        f"kept: epoch {best_epoch}, {ratios[best_epoch]:.4f}",
+        (best_epoch, ratios[best_epoch]),
         (9, -14),
         color=UP,
         fontsize=9.5,
@@ -82,7 +82,7 @@ def plot_training_curve(outcome: TrainingOutcome, path: Path) -> None:
     low, high = min([*ratios, 0.998]), max([*ratios, 1.002])
     top.set_ylim(low - 0.25 * (high - low), high + 0.2 * (high - low))
     top.set_ylabel("ratio", color=MUTED)
-    bottom.plot(epochs[1:], [row["train_loss"] for row in outcome.history[1:]], color=INK, marker="o", markersize=4)
+    bottom.plot(epochs[1:], [row["train_loss"] for row in history[1:]], color=INK, marker="o", markersize=4)
     bottom.set_ylabel("training loss\n(units of the scale)", color=MUTED)
     bottom.set_xlabel("epoch", color=MUTED)
     bottom.xaxis.get_major_locator().set_params(integer=True)

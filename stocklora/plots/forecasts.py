@@ -1,10 +1,10 @@
-"""Pictures: the training curve, the forecast's fan, the backtest. Drawn without a display."""
+"""Pictures of forecasts: the fan after the last close, and a backtest's intervals. Drawn without a display."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,9 +12,6 @@ from matplotlib.collections import LineCollection, PolyCollection
 
 from stocklora.metrics.scores import INTERVAL_COLUMNS
 from stocklora.plots.style import DOWN, INK, MODEL, MUTED, UP, WALK, new_figure, save_figure, set_title
-
-if TYPE_CHECKING:
-    pass
 
 BANDS = (("P05", "P95", 0.14, "90%"), ("P10", "P90", 0.22, "80%"), ("P25", "P75", 0.34, "50%"))
 

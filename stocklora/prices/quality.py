@@ -7,7 +7,7 @@ dates, so that the reader can look. :func:`short_form` is the line that training
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stocklora.cli.console import print_table, say
+from stocklora.cli.console import listed, print_table, say
 from stocklora.prices.calendar import exchange_of, sessions_between
 from stocklora.prices.tables import price_files, read_prices, read_table, trusted_meta
 
 JUMP = 0.25  # simple return in one bar
 STALE_RUN = 5  # bars with the same close
 SPLIT_RATIOS = (2, 3, 4, 5, 6, 7, 8, 10, 15, 20, 25, 30, 50, 100, 1.5, 1.25)
-SHOWN = 8  # dates before "and N more"
 
 
 @dataclass(frozen=True)
@@ -117,11 +116,6 @@ def day_text(day: pd.Timestamp) -> str:
 
 def times(count: int) -> str:
     return "once" if count == 1 else f"{count:,} times"
-
-
-def listed(texts: Sequence[str], most: int = SHOWN) -> str:
-    shown = ", ".join(texts[:most])
-    return shown + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
 def short_form(frames: Mapping[str, pd.DataFrame], meta: Mapping[str, Any] | None = None) -> str:

@@ -36,11 +36,11 @@ def test_no_forecast_scale_calibration_or_indicator_sees_the_future(settings, ca
 
 
 def test_nor_does_the_language_model(settings, tiny_model, tmp_path, capsys):
-    from stocklora.finetune.fit import fit
+    from stocklora.finetune.fit import finetune
     from stocklora.finetune.settings import TrainLoraSettings
     from stocklora.prices.tables import read_prices
 
-    fit(
+    finetune(
         read_prices(settings.data),
         TrainLoraSettings(
             model_path=tiny_model, save_dir=tmp_path, epochs=1, lora_rank=2, dtype="float32", device="cpu",

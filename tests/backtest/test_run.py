@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def weights(folder, tmp_path_factory, tiny_model) -> Path:
     """A tiny model trained on two of the tickers; its first test day is 2021-09-01."""
-    from stocklora.finetune.fit import fit
+    from stocklora.finetune.fit import finetune
 
     home = tmp_path_factory.mktemp("weights")
     prices = read_prices([folder / "T0.csv", folder / "T1.csv"])
@@ -47,7 +47,7 @@ def weights(folder, tmp_path_factory, tiny_model) -> Path:
         model_path=tiny_model, save_dir=home, epochs=1, lora_rank=2, dtype="float32", device="cpu",
         validation_from="2021-05-03", test_from="2021-09-01",
     )  # fmt: skip
-    fit(prices, settings)
+    finetune(prices, settings)
     return home / "best_lora_weights.pth"
 
 

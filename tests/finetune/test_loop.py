@@ -16,9 +16,9 @@ from price_tables import planted_trend, random_prices
 import stocklora.finetune.optimization as training
 from lora import lora_parameters
 from stocklora.dataset.prepare import prepare
-from stocklora.dataset.windows import SPLITS
-from stocklora.finetune.fit import fit, save_run
+from stocklora.finetune.fit import finetune
 from stocklora.finetune.loop import gain_in_errors
+from stocklora.finetune.report import save_run
 from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.forecaster.forecaster import load_forecaster
 from stocklora.forecaster.weights import load_weights
@@ -59,7 +59,7 @@ def changed(settings, **changes):
 
 
 def test_epoch_0_is_the_volatility_scaled_random_walk(prices, settings):
-    run = fit(prices, changed(settings, epochs=0, scale="ewma"))
+    run = finetune(prices, changed(settings, epochs=0, scale="ewma"))
     baseline = run.data.forecasts_of("ewma", "validation")
     expected = 1e4 * pinball_loss(run.data.returns_of("validation"), baseline, LEVELS).mean()
     assert run.outcome.history[0]["validation_pinball_bp"] == pytest.approx(expected, rel=1e-5)
@@ -68,7 +68,7 @@ def test_epoch_0_is_the_volatility_scaled_random_walk(prices, settings):
 
 def test_a_model_that_only_gets_worse_ends_as_the_random_walk(prices, settings):
     # A learning rate this size destroys the head; what is saved must be the start.
-    run = fit(prices, changed(settings, epochs=3, head_learning_rate=5.0, learning_rate=1.0, max_grad_norm=1e9))
+    run = finetune(prices, changed(settings, epochs=3, head_learning_rate=5.0, learning_rate=1.0, max_grad_norm=1e9))
     kept = run.forecaster.quantiles(run.forecaster.examples(prices, run.data.sequences("test", 20)), calibrated=False)
     np.testing.assert_allclose(kept, run.data.forecasts_of(run.forecaster.spec.scale["kind"], "test"), rtol=1e-4)
     assert run.outcome.best_epoch == 0
@@ -76,7 +76,7 @@ def test_a_model_that_only_gets_worse_ends_as_the_random_walk(prices, settings):
 
 def test_it_learns_when_there_is_something_to_learn(settings):
     changes = {"epochs": 6, "horizon": 1, "batch_size": 1, "learning_rate": 2e-3, "head_learning_rate": 3e-4}
-    run = fit({"X": planted_trend(1500)}, changed(settings, targets_per_sequence=40, scale="ewma", **changes))
+    run = finetune({"X": planted_trend(1500)}, changed(settings, targets_per_sequence=40, scale="ewma", **changes))
     assert run.outcome.best_ratio < 0.92
     assert run.test_scores["model"].pinball_bp < 0.92 * run.test_scores["ewma"].pinball_bp
     assert run.test_scores["model"].mae < 0.98 * run.test_scores["naive"].mae
@@ -97,7 +97,7 @@ def gradients(run, examples, cut):
 
 
 def test_accumulated_gradients_are_the_large_batchs(prices, settings):
-    run = fit(prices, changed(settings, epochs=0))
+    run = finetune(prices, changed(settings, epochs=0))
     examples = run.forecaster.examples(prices, run.data.sequences("train", 20))
     sizes = {len(example.scale) for example in examples}
     assert len(sizes) > 1  # unequal sequences: a mean of means would give other gradients
@@ -111,7 +111,7 @@ def test_accumulated_gradients_are_the_large_batchs(prices, settings):
 
 
 def test_packed_forecasts_are_those_of_one_window_a_pass_when_they_see_the_same_days(prices, settings):
-    run = unsettled(fit(prices, changed(settings, epochs=0)))
+    run = unsettled(finetune(prices, changed(settings, epochs=0)))
     packed = run.forecaster.examples(prices, run.data.sequences("test", 20))
     single = run.forecaster.examples(prices, run.data.sequences("test", 1))
     first = [0]
@@ -124,27 +124,27 @@ def test_packed_forecasts_are_those_of_one_window_a_pass_when_they_see_the_same_
 
 
 def test_the_same_seed_gives_the_same_weights(prices, settings, tmp_path):
-    runs = [fit(prices, changed(settings, save_dir=tmp_path / name)) for name in ("a", "b")]
+    runs = [finetune(prices, changed(settings, save_dir=tmp_path / name)) for name in ("a", "b")]
     first, second = (load_weights(run.weights_path) for run in runs)
     assert all(torch.equal(first.adapters[name], second.adapters[name]) for name in first.adapters)
     assert all(torch.equal(first.head[name], second.head[name]) for name in first.head)
     losses = [[row["train_loss"] for row in run.outcome.history[1:]] for run in runs]
     assert losses[0] == losses[1]  # whatever epoch was kept
-    other = load_weights(fit(prices, changed(settings, seed=7, save_dir=tmp_path / "c")).weights_path)
+    other = load_weights(finetune(prices, changed(settings, seed=7, save_dir=tmp_path / "c")).weights_path)
     assert any(not torch.equal(first.adapters[name], other.adapters[name]) for name in first.adapters)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_saved_weights_forecast_the_same_in_a_new_forecaster(prices, settings, checkpointing):
-    run = unsettled(fit(prices, changed(settings, epochs=1, batch_size=1, gradient_checkpointing=checkpointing)))
-    save_run(run, settings, {split: [] for split in SPLITS})
+    run = unsettled(finetune(prices, changed(settings, epochs=1, batch_size=1, gradient_checkpointing=checkpointing)))
+    save_run(run, settings)
     loaded, content = load_forecaster(run.weights_path, settings.model_path, choose_device("cpu"), torch.float32)
     assert loaded.forecast(prices) == run.forecaster.forecast(prices)
     assert content.training["test_scores"]["model"]["pinball_bp"] == run.test_scores["model"].pinball_bp
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(prices, settings):
-    plain, checkpointed = (fit(prices, changed(settings, gradient_checkpointing=flag)) for flag in (False, True))
+    plain, checkpointed = (finetune(prices, changed(settings, gradient_checkpointing=flag)) for flag in (False, True))
     assert checkpointed.forecaster.model.backbone.is_gradient_checkpointing
     assert not plain.forecaster.model.backbone.is_gradient_checkpointing
     for one, other in zip(plain.outcome.history[1:], checkpointed.outcome.history[1:], strict=True):
@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(prices,
         return real(*arguments) * (float("nan") if len(calls) > 8 else 1.0)
 
     monkeypatch.setattr(training, "pinball_sum", breaks_in_the_second_epoch)
-    run = fit(prices, changed(settings, epochs=5, head_learning_rate=1e-4))
+    run = finetune(prices, changed(settings, epochs=5, head_learning_rate=1e-4))
     assert "no longer finite" in run.outcome.stopped
     assert run.outcome.history[-1]["epoch"] >= 1
     assert np.isfinite(run.test_quantiles).all()
@@ -177,7 +177,7 @@ def test_ctrl_c_keeps_the_best_weights_so_far(prices, settings, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(training, "pinball_sum", interrupted_in_the_second_epoch)
-    run = fit(prices, changed(settings, epochs=5))
+    run = finetune(prices, changed(settings, epochs=5))
     assert run.outcome.stopped == "interrupted"
     assert run.outcome.steps == 9
     assert_holds_the_best_epoch(run, prices)
@@ -196,7 +196,7 @@ def assert_holds_the_best_epoch(run, prices):
 
 
 def test_a_run_that_fails_at_the_end_leaves_the_previous_artefacts(prices, settings, monkeypatch):
-    fit(prices, changed(settings, epochs=1))
+    finetune(prices, changed(settings, epochs=1))
     before = {path.name: path.read_bytes() for path in settings.save_dir.iterdir() if path.is_file()}
 
     def fails(*arguments):
@@ -204,12 +204,12 @@ def test_a_run_that_fails_at_the_end_leaves_the_previous_artefacts(prices, setti
 
     monkeypatch.setattr("stocklora.plots.curves.plot_training_curve", fails)
     with pytest.raises(RuntimeError, match="no ink"):
-        fit(prices, changed(settings, epochs=2, seed=7))
+        finetune(prices, changed(settings, epochs=2, seed=7))
     assert {path.name: path.read_bytes() for path in settings.save_dir.iterdir() if path.is_file()} == before
 
 
 def test_a_model_that_learned_nothing_scores_exactly_as_its_start(prices, settings):
-    run = fit(prices, changed(settings, epochs=0, scale="har"))
+    run = finetune(prices, changed(settings, epochs=0, scale="har"))
     start, model = run.test_scores["har"], run.test_scores["model"]
     assert model.pinball_bp == pytest.approx(start.pinball_bp, rel=1e-4)
     assert model.mae == pytest.approx(start.mae, rel=1e-4)
@@ -219,7 +219,7 @@ def test_a_gain_that_may_be_chance_is_not_kept(settings, tmp_path):
     changes = {"epochs": 2, "horizon": 1, "batch_size": 1, "learning_rate": 2e-3, "head_learning_rate": 3e-4}
     prices = {"X": planted_trend(1500)}
     kept, left = (
-        fit(
+        finetune(
             prices,
             changed(
                 settings, targets_per_sequence=40, scale="ewma", required_gain=required,
@@ -256,12 +256,12 @@ def test_standard_errors_of_a_gain():
 
 
 def test_early_stopping_waits_for_its_patience(prices, settings):
-    run = fit(prices, changed(settings, epochs=10, patience=2, learning_rate=1.0, head_learning_rate=5.0))
+    run = finetune(prices, changed(settings, epochs=10, patience=2, learning_rate=1.0, head_learning_rate=5.0))
     assert run.outcome.history[-1]["epoch"] == run.outcome.best_epoch + 2
 
 
 def test_history_and_curve_are_written(prices, settings):
-    run = fit(prices, settings)
+    run = finetune(prices, settings)
     history = pd.read_csv(settings.save_dir / "training_history.csv")
     assert history["epoch"].tolist() == [0, 1, 2]
     assert history["validation_ratio"][0] == 1.0
@@ -272,7 +272,7 @@ def test_history_and_curve_are_written(prices, settings):
 
 
 def test_changing_future_prices_moves_no_earlier_forecast_bit_for_bit(prices, settings):
-    run = unsettled(fit(prices, changed(settings, epochs=0)))
+    run = unsettled(finetune(prices, changed(settings, epochs=0)))
     frame, cut = prices["AAA"], 190
     altered = frame.copy()
     draw = np.random.default_rng(0)

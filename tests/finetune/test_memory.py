@@ -13,16 +13,15 @@ import torch
 from price_tables import random_prices
 from tuned_models import CPU, LORA, built, spec_of
 
-import stocklora.forecaster.forecaster
-from stocklora.base_models.loading import load_backbone
+from stocklora.base_models.loading import BaseModel, load_backbone
 from stocklora.cli.console import UserError
 from stocklora.dataset.prepare import prepare
-from stocklora.finetune.fit import fit
+from stocklora.finetune.fit import finetune
 from stocklora.finetune.memory import cost_of, free_memory_mb, setup_of, shape_of, warn_if_too_large
 from stocklora.finetune.optimization import Optimization, standardize_head
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.finetune.speedups import speedups
-from stocklora.forecaster.forecaster import build_forecaster, load_encoder
+from stocklora.forecaster.batches import FrozenStates, predict
+from stocklora.forecaster.forecaster import build_forecaster
 from stocklora.runtime.distributed import Alone
 
 
@@ -89,7 +88,7 @@ def test_training_shows_the_plan_and_warns(tiny_model, prices, tmp_path, monkeyp
         model_path=tiny_model, window_size=20, epochs=0, device="cpu", scale="ewma", save_dir=tmp_path, method="peft",
         quantization="4bit",
     )  # fmt: skip
-    run = fit(prices, settings)
+    run = finetune(prices, settings)
     printed = capsys.readouterr()
     assert "warning: this run is expected to take" in printed.err
     rows = {line.split("  ")[0].strip(): line.split() for line in printed.out.splitlines() if "--method" in line}
@@ -128,22 +127,23 @@ def _peak_mb(settings: TrainLoraSettings, dtype: torch.dtype, queue: Any) -> Non
         spec_of(settings.model_path, settings.method, settings.quantization), window_size=30, lora=fields,
         targets_per_sequence=50,
     )  # fmt: skip
-    encoder = load_encoder(settings.model_path, "returns")
+    base = BaseModel(settings.model_path)
+    assert base.tokenizer  # read before memory is measured
     # What earlier tests of this process freed and glibc kept would be used again, and not seen to be taken.
     getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
     before = status("VmRSS:")
     Path("/proc/self/clear_refs").write_text("5")
-    forecaster = build_forecaster(spec, settings.model_path, encoder, CPU, dtype)
+    forecaster = build_forecaster(spec, base, CPU, dtype)
     examples = forecaster.packed_examples(table, {"A": data.origins["A"]["train"]})
     if settings.gradient_checkpointing:
         forecaster.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    with speedups(forecaster.model, settings):
-        standardize_head(forecaster.model, examples, CPU)
-        optimization = Optimization(forecaster.model, examples, data.levels, settings, Alone(CPU))
-        copies = [optimization.trained()]
-        list(optimization.epoch(1))
-        copies.append(optimization.trained())
-        stocklora.forecaster.forecaster.predict(forecaster.model, examples, CPU)
+    frozen = FrozenStates(forecaster.model) if settings.method == "head" else None
+    standardize_head(forecaster.model, examples, CPU, frozen)
+    optimization = Optimization(forecaster.model, examples, data.levels, settings, Alone(CPU), frozen)
+    copies = [optimization.trained()]
+    list(optimization.epoch(1))
+    copies.append(optimization.trained())
+    predict(forecaster.model, examples, CPU, states=frozen)
     shape = shape_of(settings)
     cost = cost_of(shape, setup_of(settings, shape, examples, dtype, CPU))
     queue.put((status("VmHWM:") - before, cost.total_mb - cost.program_mb))

@@ -25,7 +25,7 @@ import stocklora.finetune.optimization as training
 import stocklora.finetune.resume as run_state
 from stocklora.cli.console import UserError
 from stocklora.cli.settings import resolve_settings
-from stocklora.finetune.fit import fit
+from stocklora.finetune.fit import finetune
 from stocklora.finetune.resume import (
     Checkpoints,
     check_identity,
@@ -146,7 +146,7 @@ def run_and_die(prices: dict[str, pd.DataFrame], settings: TrainLoraSettings, wh
         run_state.write_json = counted(run_state.write_json, False)
     elif where == "validation":
         training_loop.pinball_loss = counted(training_loop.pinball_loss, True)
-    fit(prices, settings)
+    finetune(prices, settings)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_last_bit(
     prices: dict[str, pd.DataFrame], settings: TrainLoraSettings, tmp_path: Path, nursery: Any
 ) -> None:
     whole = changed(settings, save_dir=tmp_path / "whole")
-    uninterrupted = fit(prices, whole)
+    uninterrupted = finetune(prices, whole)
     steps = uninterrupted.outcome.steps
     assert uninterrupted.outcome.best_epoch > 0  # what is compared was trained
     draw = np.random.default_rng(20240607)
@@ -188,7 +188,7 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_last_bit(
             killed = changed(killed, resume=True)
         assert {code for *_, code in kills} <= {-signal.SIGKILL, 0}, kills
         assert kills[0][2] == kills[1][2] == -signal.SIGKILL, kills
-        resumed = fit(prices, killed)
+        resumed = finetune(prices, killed)
         assert resumed.outcome.steps == steps
         assert_same_run(whole, killed)
 
@@ -199,7 +199,7 @@ def test_asked_to_stop_it_saves_says_how_to_go_on_and_does(
     capfd: pytest.CaptureFixture[str], number: signal.Signals, where: str,
 ) -> None:  # fmt: skip
     whole = changed(settings, save_dir=tmp_path / "whole", checkpoint_every=1000)
-    steps = fit(prices, whole).outcome.steps
+    steps = finetune(prices, whole).outcome.steps
     if where == "a step":
         module, name, at = training, "pinball_sum", steps // 3 + 2
     else:
@@ -216,7 +216,7 @@ def test_asked_to_stop_it_saves_says_how_to_go_on_and_does(
     stopped = changed(settings, checkpoint_every=1000, keep_checkpoints=False)
     capfd.readouterr()
     before = signal.getsignal(number)
-    run = fit(prices, stopped)
+    run = finetune(prices, stopped)
     assert signal.getsignal(number) is before
     assert run.outcome.stopped == "interrupted"
     assert run.outcome.steps == (at if where == "a step" else steps // 3)  # the step in progress was finished
@@ -224,7 +224,7 @@ def test_asked_to_stop_it_saves_says_how_to_go_on_and_does(
     assert "--resume" in said.out
     assert "finishing this step" in said.err
     assert load_weights(run.weights_path).training["stopped"] == "interrupted"  # the best so far, to use meanwhile
-    again = fit(prices, changed(stopped, resume=True, keep_checkpoints=True))
+    again = finetune(prices, changed(stopped, resume=True, keep_checkpoints=True))
     assert again.outcome.stopped is None
     assert_same_run(whole, stopped)
 
@@ -245,7 +245,7 @@ def test_every_method_goes_on_to_the_same_last_bit(
 ) -> None:  # fmt: skip
     settings = changed(settings, epochs=2, **changes)
     whole = changed(settings, save_dir=tmp_path / "whole")
-    fit(prices, whole)
+    finetune(prices, whole)
     real, calls = training.pinball_sum, []
 
     def asked(*arguments: Any) -> Any:
@@ -255,8 +255,8 @@ def test_every_method_goes_on_to_the_same_last_bit(
         return real(*arguments)
 
     monkeypatch.setattr(training, "pinball_sum", asked)
-    assert fit(prices, settings).outcome.interrupted
-    fit(prices, changed(settings, resume=True))
+    assert finetune(prices, settings).outcome.interrupted
+    finetune(prices, changed(settings, resume=True))
     assert_same_run(whole, settings)
 
 
@@ -274,18 +274,18 @@ def test_asked_twice_it_leaves_at_once(
         return real(*arguments)
 
     monkeypatch.setattr(training, "pinball_sum", impatient)
-    assert fit(prices, settings).outcome.steps == 5
+    assert finetune(prices, settings).outcome.steps == 5
     calls.clear()
     monkeypatch.setattr(training_loop, "Interruption", functools.partial(Interruption, together_s=-1.0))
     with pytest.raises(KeyboardInterrupt):
-        fit(prices, changed(settings, resume=True))
+        finetune(prices, changed(settings, resume=True))
     assert len(calls) == 5
     # What was saved before is still there, and whole.
     assert last_state(settings)["optimization"]["steps"] == 9
 
 
 def test_a_finished_run_takes_its_states_away(prices: dict[str, pd.DataFrame], settings: TrainLoraSettings) -> None:
-    fit(prices, changed(settings, keep_checkpoints=False))
+    finetune(prices, changed(settings, keep_checkpoints=False))
     assert {path.name for path in settings.save_dir.iterdir()} == {
         "best_lora_weights.pth", "training_history.csv", "training_curve.png",
     }  # fmt: skip
@@ -300,9 +300,9 @@ def test_a_run_that_failed_at_its_end_is_only_scored_again(
     with monkeypatch.context() as patch:
         patch.setattr("stocklora.plots.curves.plot_training_curve", fails)
         with pytest.raises(RuntimeError, match="no ink"):
-            fit(prices, settings)
+            finetune(prices, settings)
     monkeypatch.setattr(training, "pinball_sum", die)  # not one step more
-    run = fit(prices, changed(settings, resume=True))
+    run = finetune(prices, changed(settings, resume=True))
     assert run.outcome.steps == last_state(settings)["optimization"]["steps"]
     assert run.weights_path.is_file()
 
@@ -310,19 +310,19 @@ def test_a_run_that_failed_at_its_end_is_only_scored_again(
 def test_another_run_in_the_same_folder_keeps_the_unfinished_one(
     prices: dict[str, pd.DataFrame], settings: TrainLoraSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit(prices, settings)  # its states are kept
+    finetune(prices, settings)  # its states are kept
     states = {path.name: path.read_bytes() for path in (settings.save_dir / "last").iterdir()}
-    fit(prices, changed(settings, epochs=1, keep_checkpoints=False))
+    finetune(prices, changed(settings, epochs=1, keep_checkpoints=False))
     assert "last-before" in capsys.readouterr().err
     aside = settings.save_dir / "last-before"
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == states
     assert not (settings.save_dir / "last").exists()
-    fit(prices, changed(settings, resume=True, epochs=1))
+    finetune(prices, changed(settings, resume=True, epochs=1))
     assert "nothing to resume" in capsys.readouterr().err
 
 
 def test_states_load_as_plain_tensors_alone(prices: dict[str, pd.DataFrame], settings: TrainLoraSettings) -> None:
-    fit(prices, changed(settings, epochs=1))
+    finetune(prices, changed(settings, epochs=1))
     folder = settings.save_dir / "last"
     assert len(list(folder.glob("state-*.pt"))) == len(list(folder.glob("state-*.json"))) == 2
     state = last_state(settings)  # weights_only
@@ -468,11 +468,11 @@ def test_training_goes_on_where_states_cannot_be_saved(
         path.write_bytes(b"as far as it went")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    plain = fit(prices, changed(settings, save_dir=tmp_path / "plain"))
+    plain = finetune(prices, changed(settings, save_dir=tmp_path / "plain"))
     with monkeypatch.context() as patch:
         patch.setattr(run_state.torch, "save", full)
         patch.setattr("stocklora.finetune.fit.save_run", lambda *_: None)  # it uses the same torch
-        run = fit(prices, settings)
+        run = finetune(prices, settings)
     said = capsys.readouterr().err
     assert "disk is full" in said
     assert "training goes on, none was saved before it" in said
@@ -522,17 +522,17 @@ def test_other_settings_are_refused_by_name(
     home = tmp_path_factory.getbasetemp() / "once"
     settings = changed(settings, save_dir=home)
     if not home.exists():
-        fit(prices, settings)
+        finetune(prices, settings)
     before = sorted((path, path.stat().st_mtime_ns) for path in home.rglob("*"))
     with pytest.raises(UserError) as error:
-        fit(prices, changed(settings, resume=True, **changes))
+        finetune(prices, changed(settings, resume=True, **changes))
     assert named in str(error.value)
     assert sorted((path, path.stat().st_mtime_ns) for path in home.rglob("*")) == before
 
 
 def test_other_prices_are_refused_by_name(prices: dict[str, pd.DataFrame], settings: TrainLoraSettings) -> None:
     settings = changed(settings, epochs=1)
-    fit(prices, settings)
+    finetune(prices, settings)
     nudged = {name: frame.copy() for name, frame in prices.items()}
     nudged["AAA"].iloc[5, 3] *= 1.0001
     for other, named in (
@@ -542,9 +542,9 @@ def test_other_prices_are_refused_by_name(prices: dict[str, pd.DataFrame], setti
         ({name: frame.iloc[1:] for name, frame in prices.items()}, "more or fewer rows"),
     ):
         with pytest.raises(UserError, match=named):
-            fit(other, changed(settings, resume=True))
+            finetune(other, changed(settings, resume=True))
     # Where they lie does not matter.
-    fit(prices, changed(settings, resume=True, data=[Path("elsewhere.csv")], tickers=["AAA", "BBB"]))
+    finetune(prices, changed(settings, resume=True, data=[Path("elsewhere.csv")], tickers=["AAA", "BBB"]))
 
 
 def test_what_else_makes_another_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,9 @@ from llm_model import distance_sum
 from stocklora.cli.console import UserError
 from stocklora.dataset.prepare import prepare
 from stocklora.dataset.windows import pack
-from stocklora.finetune.fit import fit, save_run
+from stocklora.finetune.fit import finetune
 from stocklora.finetune.optimization import Optimization, standardize_head
+from stocklora.finetune.report import save_run
 from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.finetune.warm_start import check_days, with_teacher
 from stocklora.forecaster.batches import collate
@@ -45,9 +46,9 @@ def earlier(tmp_path_factory, tiny_model, prices) -> dict[str, Path]:
     paths = {}
     for method in ("lora", "peft"):
         settings = settings_for(tiny_model, tmp_path_factory.mktemp(method), method=method)
-        run = fit(prices, settings)
+        run = finetune(prices, settings)
         unsettled(run.forecaster)
-        save_run(run, settings, {})
+        save_run(run, settings)
         paths[method] = run.weights_path
     return paths
 
@@ -57,7 +58,7 @@ def earlier(tmp_path_factory, tiny_model, prices) -> dict[str, Path]:
     "changes", [{"lora_rank": 4}, {"lora_rank": 8, "lora_alpha": 5.0}, {"lora_rank": 3, "use_rslora": True}]
 )
 def test_a_larger_rank_starts_as_the_same_function(earlier, tiny_model, prices, tmp_path, method, changes) -> None:
-    run = fit(prices, settings_for(
+    run = finetune(prices, settings_for(
         tiny_model, tmp_path, method=method, expand_rank_from=earlier[method], **changes
     ))  # fmt: skip
     old, _ = load_forecaster(earlier[method], tiny_model, CPU, torch.float32)
@@ -87,7 +88,7 @@ def test_a_larger_rank_starts_as_the_same_function(earlier, tiny_model, prices, 
 )
 def test_weights_that_cannot_be_continued_say_why(earlier, tiny_model, prices, tmp_path, changes, words) -> None:
     with pytest.raises(UserError, match=words):
-        fit(prices, settings_for(tiny_model, tmp_path / "out", expand_rank_from=earlier["lora"], **changes))
+        finetune(prices, settings_for(tiny_model, tmp_path / "out", expand_rank_from=earlier["lora"], **changes))
     assert not (tmp_path / "out").exists()
 
 
@@ -114,9 +115,9 @@ def test_a_teacher_of_another_kind_teaches_its_own_forecasts(tiny_models, prices
     gpt2, qwen3 = tiny_models["gpt2"], tiny_models["qwen3"]
     split = {"validation_from": "2020-05-05", "test_from": "2020-05-26"}
     settings = settings_for(gpt2, tmp_path / "teacher", window_size=30, scale="har", **split)
-    run = fit(prices, settings)
+    run = finetune(prices, settings)
     unsettled(run.forecaster)
-    save_run(run, settings, {})
+    save_run(run, settings)
     student = settings_for(
         qwen3, tmp_path / "student", teacher=run.weights_path, teacher_model_path=gpt2, distill_weight=5.0, **split,
     )  # fmt: skip
@@ -166,7 +167,7 @@ def test_a_teacher_of_another_kind_teaches_its_own_forecasts(tiny_models, prices
         apart.append(distance(pupil))
     assert apart[1] < 0.8 * apart[0]
     assert apart[1] < 0.8 * distance(built(spec_of(qwen3, "lora"), qwen3))
-    fit(prices, dataclasses.replace(student, epochs=1))  # and as a user runs it
+    finetune(prices, dataclasses.replace(student, epochs=1))  # and as a user runs it
     assert f"for {known} of {sum(map(len, origins.values()))} training days" in capsys.readouterr().out
 
 
@@ -189,4 +190,4 @@ def test_a_teacher_that_has_seen_later_days_is_refused(tiny_model, prices) -> No
 
 def test_a_teacher_of_other_days_is_refused(tiny_model, prices, tmp_path, earlier) -> None:
     with pytest.raises(UserError, match="forecasts 3 days ahead at 9 quantile levels, and this run 2 at 9"):
-        fit(prices, settings_for(tiny_model, tmp_path / "x", horizon=2, teacher=earlier["lora"]))
+        finetune(prices, settings_for(tiny_model, tmp_path / "x", horizon=2, teacher=earlier["lora"]))

@@ -21,6 +21,7 @@ from scipy.stats import gmean, norm
 from tuned_models import make_weights
 
 import framework_llm as script
+import stocklora.forecaster.ensemble
 import stocklora.forecaster.forecaster
 from stocklora.cli.console import UserError
 from stocklora.dataset.prepare import prepare
@@ -168,6 +169,25 @@ def test_only_one_model_is_in_memory_and_a_single_one_stays(members, prices, mon
     assert len(loaded) == 1 + 2 * 4
     # what a backtest needs: any work, member by member
     assert several.each(lambda forecaster: forecaster.spec.window_size) == [20, 20, 20, 25]
+
+
+@pytest.mark.parametrize("names", [("plain",), ("plain", "seed", "layers")])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_weights_file_is_read_once_for_one_forecast(members, prices, monkeypatch, names, averaged) -> None:
+    if averaged and len(names) > 1:
+        names = ("plain", "seed")  # of one base model, and from one start
+    read: list[Path] = []
+    load = stocklora.forecaster.ensemble.load_weights
+    monkeypatch.setattr(stocklora.forecaster.ensemble, "load_weights", lambda path: read.append(path) or load(path))
+    paths = [members[name][0] for name in names]
+    shares = [1.0] * len(names) if averaged else None
+    ensemble = Ensemble([members[name] for name in names], "mean", CPU, torch.float32, shares=shares)
+    ensemble.forecast(prices)
+    assert read == paths
+    read.clear()
+    ensemble.forecast(prices)
+    # One model stays in memory; several are loaded again, and may have been trained again since.
+    assert read == ([] if averaged or len(names) == 1 else paths)
 
 
 def test_a_member_trained_again_in_between_is_read_again(members, prices, tmp_path) -> None:

@@ -24,8 +24,7 @@ import merge_lora
 import stocklora.forecaster.merge
 from lora import LoRAConfig
 from stocklora.cli.console import UserError
-from stocklora.forecaster.average import average, mean_head
-from stocklora.forecaster.ensemble import Ensemble
+from stocklora.forecaster.ensemble import Ensemble, average, mean_head
 from stocklora.forecaster.forecaster import Forecaster, load_forecaster
 from stocklora.forecaster.merge import merge
 from stocklora.forecaster.settings import ForecastSettings, MergeSettings

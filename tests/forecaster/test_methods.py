@@ -18,18 +18,17 @@ from source_tree import REPO_ROOT
 from torch import nn
 from tuned_models import CPU, VARIANTS, built, content_of, exact, spec_of, unsettled
 
-import stocklora.forecaster.forecaster
 from llm_model import padded_tokens
-from stocklora.base_models.loading import load_backbone
+from stocklora.base_models.loading import BaseModel, load_backbone
 from stocklora.base_models.quantized import check_quantization
 from stocklora.cli.console import UserError
 from stocklora.dataset.prepare import prepare
-from stocklora.finetune.fit import fit, save_run
-from stocklora.finetune.frozen_states import remembered
-from stocklora.finetune.optimization import Optimization, standardize_head
+from stocklora.finetune.fit import finetune
+from stocklora.finetune.optimization import Optimization, compiled, standardize_head
+from stocklora.finetune.report import save_run
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.finetune.speedups import speedups
-from stocklora.forecaster.forecaster import build_forecaster, load_encoder, load_forecaster
+from stocklora.forecaster.batches import FrozenStates, collate, predict
+from stocklora.forecaster.forecaster import build_forecaster, load_forecaster
 from stocklora.forecaster.methods import load_trained_state, parameter_groups, trained_state
 from stocklora.forecaster.weights import load_weights, save_weights
 from stocklora.runtime.distributed import Alone
@@ -107,10 +106,10 @@ def artefacts(tmp_path_factory, tiny_models, prices) -> dict[str, tuple[Any, Any
             model_path=tiny_models["qwen3"], window_size=20, epochs=1, batch_size=4, required_gain=0.0, device="cpu",
             scale="ewma", dtype="float32", head_learning_rate=1e-2, save_dir=folder / f"fit{index}", **flags,
         )  # fmt: skip
-        run = fit(prices, settings)
+        run = finetune(prices, settings)
         run.outcome.best_epoch = 1
         unsettled(run.forecaster, 100 + index)
-        save_run(run, settings, {})
+        save_run(run, settings)
         here[str(flags)] = exact(run.forecaster.forecast(prices))
         cases.append((str(flags), str(run.weights_path), str(settings.model_path), "float32"))
     there = reloaded(cases, folder)
@@ -135,7 +134,7 @@ def test_training_saves_its_method_and_all_that_belongs_to_it(artefacts, flags) 
 
 
 def test_a_full_run_that_kept_nothing_writes_a_small_file(tiny_model, tmp_path, prices) -> None:
-    run = fit(prices, TrainLoraSettings(
+    run = finetune(prices, TrainLoraSettings(
         model_path=tiny_model, window_size=20, epochs=0, device="cpu", scale="ewma", save_dir=tmp_path, method="full",
     ))  # fmt: skip
     assert load_weights(run.weights_path).adapters == {}
@@ -206,13 +205,13 @@ def test_a_run_that_goes_on_ends_as_one_that_never_stopped(tiny_model, prices, t
     def trained_at_the_end() -> dict[str, Any]:  # not the best, which may be the start
         return torch.load(states()[-1], weights_only=True)["optimization"]["trained"]
 
-    fit(prices, settings)
+    finetune(prices, settings)
     whole = trained_at_the_end()
     assert whole["head"]["linear.weight"].abs().sum() > 0
     assert len(states()) == 2
     for path in (states()[1], states()[1].with_suffix(".json")):  # as if stopped before the last state was written
         path.unlink()
-    fit(prices, dataclasses.replace(settings, resume=True))
+    finetune(prices, dataclasses.replace(settings, resume=True))
     again = trained_at_the_end()
     for part in ("adapters", "head"):
         assert again[part].keys() == whole[part].keys()
@@ -344,14 +343,13 @@ def test_head_training_reads_each_sequence_once_and_ends_where_reading_always_en
         examples = forecaster.packed_examples(prices, origins)
         passes = []
         forecaster.model.backbone.register_forward_hook(lambda *_, passes=passes: passes.append(1))
-        with remembered(forecaster.model) if once else speedups(forecaster.model, TrainLoraSettings()):
-            standardize_head(forecaster.model, examples, CPU)
-            optimization = Optimization(forecaster.model, examples, data.levels, settings, Alone(CPU))
-            for epoch in range(1, 5):
-                list(optimization.epoch(epoch))
-                stocklora.forecaster.forecaster.predict(forecaster.model, examples, CPU)
+        frozen = FrozenStates(forecaster.model) if once else None
+        standardize_head(forecaster.model, examples, CPU, frozen)
+        optimization = Optimization(forecaster.model, examples, data.levels, settings, Alone(CPU), frozen)
+        for epoch in range(1, 5):
+            list(optimization.epoch(epoch))
+            predict(forecaster.model, examples, CPU, states=frozen)
         assert (len(passes) == len(examples)) == once
-        assert "hidden_at" not in vars(forecaster.model)
         results.append(trained_state(forecaster.model)["head"])
     for name, tensor in results[0].items():
         torch.testing.assert_close(tensor, results[1][name], rtol=1e-4, atol=1e-5)
@@ -366,30 +364,35 @@ def test_training_a_head_alone_leaves_the_base_at_rest(tiny_model, prices, tmp_p
         model_path=tiny_model, window_size=20, epochs=6, patience=6, batch_size=1, device="cpu", scale="ewma",
         method="head", targets_per_sequence=10, save_dir=tmp_path,
     )  # fmt: skip
-    run = fit(prices, settings)
+    run = finetune(prices, settings)
     sequences = sum(len(run.data.sequences(split, 10)) for split in ("train", "validation"))
     assert run.outcome.steps > 60
     # Each once; then the checks of a causal model, and validation and test by the plain model.
     assert sequences <= len(passes) <= sequences + 6
 
 
-def test_remembered_states_are_those_of_the_row_alone_whatever_stood_beside_it(tiny_model) -> None:
-    model = built(spec_of(tiny_model, "head"), tiny_model).model.eval()
-    ids = torch.randint(3, 200, (2, 50))
-    at = torch.tensor([[10, 20, 0], [15, 30, 49]])  # the first is padded
-    alone = [model.hidden_at(ids[:1, :21], at[:1, :2])[0], model.hidden_at(ids[1:], at[1:])[0]]
-    with remembered(model) as states:
-        with torch.inference_mode():
-            model.hidden_at(ids, at)
-        hidden = model.hidden_at(ids[:1, :30], at[:1, :2])
-        assert states.passes == 2
-        model.head(hidden).sum().backward()  # not an inference tensor
-        assert torch.equal(model.hidden_at(ids, at)[0, :2], alone[0])
-        assert torch.equal(model.hidden_at(ids, at)[1], alone[1])
-        changed = ids.clone()
-        changed[0, 5] += 1
-        assert not torch.equal(model.hidden_at(changed, at)[0, :2], alone[0])
-        assert states.passes == 3
+def test_frozen_states_are_those_of_the_example_alone_and_can_be_trained_on(tiny_model, prices) -> None:
+    forecaster = built(spec_of(tiny_model, "head"), tiny_model)
+    model = forecaster.model.eval()
+    longer, shorter = forecaster.packed_examples(prices, {"AAA": range(40, 47)})
+    assert len(longer.scale) > len(shorter.scale)
+    alone = []
+    for example in (longer, shorter):
+        batch = collate([example])
+        alone.append(model.hidden_at(batch.input_ids, batch.origin_tokens)[0])
+    frozen = FrozenStates(model)
+    with torch.inference_mode():
+        collate([longer, shorter], frozen)
+    batch = collate([shorter, longer], frozen)
+    assert frozen.passes == 2
+    assert torch.equal(batch.hidden[0, : len(shorter.scale)], alone[1])
+    assert torch.equal(batch.hidden[1], alone[0])
+    model(batch.input_ids, batch.origin_tokens, batch.scale, batch.hidden).sum().backward()  # no inference tensor
+    small = FrozenStates(model, limit_bytes=alone[0].nbytes)
+    for _ in range(2):
+        for example, expected in zip((longer, shorter), alone, strict=True):
+            assert torch.equal(small.of(example), expected)
+    assert small.passes == 3  # the shorter one finds no room and is read each time
 
 
 # ----------------------------------------------------------------------------------------------- quantization
@@ -474,7 +477,7 @@ def test_quantization_says_what_it_lacks(tiny_model, monkeypatch) -> None:
         check_quantization("4bit", torch.device("mps"), "--quantization 4bit")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs bitsandbytes; install it: pip install bitsandbytes"):
-        build_forecaster(spec, tiny_model, load_encoder(tiny_model, "returns"), CPU, torch.float32)
+        build_forecaster(spec, BaseModel(tiny_model), CPU, torch.float32)
 
 
 # --------------------------------------------------------------------------------------------------- settings
@@ -521,7 +524,7 @@ def test_a_compiler_that_fails_is_one_line(tiny_model, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda call, **_: fails)
     with (
         pytest.raises(UserError, match=r"--compile does not work here \(InvalidCxx.*found\); leave the flag out"),
-        speedups(model, TrainLoraSettings(compile=True)),
+        compiled(model),
     ):
         pass
     model(torch.ones(1, 8, dtype=torch.long), torch.tensor([[7]]), torch.ones(1, 1, 3))  # plain again
@@ -530,19 +533,19 @@ def test_a_compiler_that_fails_is_one_line(tiny_model, monkeypatch) -> None:
 def test_compiling_is_for_training_alone(tiny_model, monkeypatch) -> None:
     model, calls = built(spec_of(tiny_model, "lora", dropout=0.5), tiny_model).model, []
 
-    def compiled(call: Any, **options: object) -> Any:
+    def counted(call: Any, **options: object) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
             calls.append(options)
             return call(*args, **kwargs)
 
         return run
 
-    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch, "compile", counted)
     ids, at, scale = torch.ones(1, 8, dtype=torch.long), torch.tensor([[7]]), torch.ones(1, 1, 3)
     names = list(model.state_dict())
     plain = model.eval()(ids, at, scale)
     drawn = torch.random.get_rng_state()
-    with speedups(model.train(), TrainLoraSettings(compile=True)):
+    with compiled(model.train()):
         assert torch.equal(torch.random.get_rng_state(), drawn)  # or dropout would not be that of a plain run
         assert model.backbone.training
         model.eval()
@@ -554,6 +557,7 @@ def test_compiling_is_for_training_alone(tiny_model, monkeypatch) -> None:
         assert len(calls) == 4
         assert list(model.state_dict()) == names
     assert not model.backbone.training  # as the run left it
+    assert not any("forward" in vars(module) for module in model.modules())
     model(ids, at, scale)
     assert len(calls) == 4
 
@@ -572,7 +576,7 @@ def test_a_compiled_run_is_the_plain_one_compiled_once(tiny_model, prices, tmp_p
             device="cpu", scale="ewma", dtype="float32", learning_rate=1e-2, head_learning_rate=1e-2,
             save_dir=tmp_path / str(compile), compile=compile,
         )  # fmt: skip
-        histories.append([row["validation_ratio"] for row in fit(prices, settings).outcome.history])
+        histories.append([row["validation_ratio"] for row in finetune(prices, settings).outcome.history])
     assert counters["stats"]["unique_graphs"] == 1
     assert histories[0] == pytest.approx(histories[1], rel=1e-4)
     assert histories[0][0] != histories[0][-1]
@@ -618,13 +622,13 @@ def test_smollm2_trains_quantized_and_reloads(smollm2, tmp_path, method, quantiz
         quantization=quantization, required_gain=0.0, device="cpu", scale="ewma", targets_per_sequence=20,
         dtype="float32", save_dir=tmp_path,
     )  # fmt: skip
-    run = fit(table, settings)
+    run = finetune(table, settings)
     assert run.outcome.steps > 2
     assert run.outcome.stopped is None
     assert 0.9 < run.outcome.history[1]["validation_ratio"] < 1.1
     run.outcome.best_epoch = 1
     unsettled(run.forecaster)
-    save_run(run, settings, {})
+    save_run(run, settings)
     expected = exact(run.forecaster.forecast(table))
     assert reloaded([("x", str(run.weights_path), str(smollm2), "float32")], tmp_path)["x"] == expected
     kinds = [type(module).__name__ for module in run.forecaster.model.modules() if "bitsandbytes" in module.__module__]

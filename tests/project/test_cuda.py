@@ -16,7 +16,8 @@ from tuned_models import VARIANTS, built, content_of, spec_of, unsettled
 
 from lora import LoRAConfig, apply_lora
 from stocklora.cli.console import UserError
-from stocklora.finetune.fit import fit, save_run
+from stocklora.finetune.fit import finetune
+from stocklora.finetune.report import save_run
 from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.forecaster.forecaster import load_forecaster
 from stocklora.forecaster.weights import save_weights
@@ -98,7 +99,7 @@ def test_training_takes_the_cpus_steps(tiny_model: Path, tmp_path: Path, flags: 
     histories = []
     for device in ("cpu", "cuda"):
         changes = {key: value for key, value in flags.items() if key != "compile" or device == "cuda"}
-        run = fit(PRICES, fit_settings(tiny_model, tmp_path / device, device=device, **changes))
+        run = finetune(PRICES, fit_settings(tiny_model, tmp_path / device, device=device, **changes))
         histories.append([row["validation_ratio"] for row in run.outcome.history])
     assert histories[1] == pytest.approx(histories[0], rel=5e-3)
     assert histories[1][0] != histories[1][-1]
@@ -110,12 +111,12 @@ def test_bfloat16_trains_and_its_file_is_read_on_the_cpu(
 ) -> None:
     rates = {"learning_rate": 1e-3, "head_learning_rate": 1e-3}
     settings = fit_settings(tiny_model, tmp_path, device="cuda", **rates | flags | {"dtype": "auto"})
-    run = fit(PRICES, settings)
+    run = finetune(PRICES, settings)
     ratios = [row["validation_ratio"] for row in run.outcome.history]
     assert all(0.9 < ratio < 1.1 for ratio in ratios)
     assert ratios[0] != ratios[-1]
     run.outcome.best_epoch = 1
-    save_run(run, settings, {})
+    save_run(run, settings)
     here, there = (
         numbers(load_forecaster(run.weights_path, tiny_model, device, torch.float32)[0].forecast(PRICES))
         for device in (CPU, CARD)
@@ -135,11 +136,11 @@ def test_a_run_goes_on_exactly_on_the_card(tiny_model: Path, tmp_path: Path) -> 
         parts = torch.load(states()[-1], weights_only=True)["optimization"]["trained"]
         return {**parts["adapters"], **parts["head"]}
 
-    fit(PRICES, settings)
+    finetune(PRICES, settings)
     whole = trained()
     for path in (states()[1], states()[1].with_suffix(".json")):
         path.unlink()
-    fit(PRICES, dataclasses.replace(settings, resume=True))
+    finetune(PRICES, dataclasses.replace(settings, resume=True))
     for name, tensor in trained().items():
         torch.testing.assert_close(tensor, whole[name], rtol=1e-5, atol=1e-6)
 
@@ -209,6 +210,6 @@ def test_a_full_card_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="memory is full; try --batch_size 1"):
             tune(tiny_model, tmp_path / "out", device="cuda")
         with pytest.raises(UserError, match="memory is full; try --batch_size 1"):
-            fit(PRICES, fit_settings(tiny_model, tmp_path / "fit", device="cuda"))
+            finetune(PRICES, fit_settings(tiny_model, tmp_path / "fit", device="cuda"))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -22,7 +22,8 @@ import pytest
 import torch
 from price_tables import random_prices
 
-from stocklora.finetune.fit import FittedRun, fit
+from stocklora.finetune.fit import finetune
+from stocklora.finetune.report import FinetunedRun
 from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.forecaster.weights import load_weights
 
@@ -145,7 +146,7 @@ def assert_same_training(one: TrainLoraSettings, other: TrainLoraSettings) -> No
     pd.testing.assert_frame_equal(histories[0][columns], histories[1][columns], rtol=1e-4)
 
 
-def sequences_of(run: FittedRun) -> int:
+def sequences_of(run: FinetunedRun) -> int:
     return len(run.data.sequences("train", run.forecaster.spec.targets_per_sequence))
 
 
@@ -157,7 +158,7 @@ def fit_each(prices: dict[str, pd.DataFrame], runs: list[TrainLoraSettings]) -> 
 
     found = []
     for settings in runs:
-        run = fit(prices, settings)
+        run = finetune(prices, settings)
         examples = run.forecaster.examples(prices, run.data.sequences("test", 12))
         accelerator = Accelerator(cpu=True)
         assert accelerator.num_processes == 2
@@ -184,7 +185,7 @@ def test_two_processes_train_what_one_trains(
         together[name] = changed(
             settings, save_dir=tmp_path / name / "two", batch_size=size, gradient_accumulation_steps=summed
         )
-    runs = [fit(prices, one) for one in alone.values()]
+    runs = [finetune(prices, one) for one in alone.values()]
     # The last step of an epoch doesn't go round: one sequence is left, and the second process has none.
     left = [sequences_of(run) % one.batch_size for run, one in zip(runs, alone.values(), strict=True)]
     assert left == [1, 1, 1], left
@@ -207,7 +208,7 @@ def fit_stop_and_resume(prices: dict[str, pd.DataFrame], whole: TrainLoraSetting
     """
     import stocklora.finetune.optimization as training
 
-    fit(prices, whole)
+    finetune(prices, whole)
     real, calls = training.pinball_sum, []
 
     def asked(*arguments: Any) -> Any:
@@ -217,9 +218,9 @@ def fit_stop_and_resume(prices: dict[str, pd.DataFrame], whole: TrainLoraSetting
         return real(*arguments)
 
     training.pinball_sum = asked
-    outcome, seed = fit(prices, stopped).outcome, torch.initial_seed()
+    outcome, seed = finetune(prices, stopped).outcome, torch.initial_seed()
     assert outcome.interrupted
-    fit(prices, changed(stopped, resume=True))
+    finetune(prices, changed(stopped, resume=True))
     return outcome.steps, seed
 
 
@@ -248,7 +249,7 @@ def test_all_stop_at_the_same_step_and_go_on_together(
     from stocklora.cli.console import UserError
 
     with pytest.raises(UserError, match="ran in 2 processes, now there are 1"):
-        fit(prices, changed(settings, resume=True))
+        finetune(prices, changed(settings, resume=True))
 
 
 # ------------------------------------------------------------------------------------------------------- FSDP
@@ -273,7 +274,7 @@ def fit_in_shards(prices: dict[str, pd.DataFrame], whole: TrainLoraSettings, sto
 
     accelerate.Accelerator = Sharding
     fit_stop_and_resume(prices, whole, stopped)
-    model = fit(prices, changed(whole, method="full", save_dir=whole.save_dir.with_name("full"))).forecaster.model
+    model = finetune(prices, changed(whole, method="full", save_dir=whole.save_dir.with_name("full"))).forecaster.model
     sharded = [name for name, module in model.named_modules() if hasattr(module, "reshard")]
     everything = sum(parameter.numel() for parameter in model.parameters())
     return sharded, sum(parameter.to_local().numel() for parameter in model.parameters()) / everything
@@ -289,13 +290,13 @@ def test_a_model_in_shards_trains_as_a_whole_one(
     assert_same_last_state(shards, stopped)
     for method, two in (("lora", shards), ("full", changed(settings, save_dir=tmp_path / "full"))):
         alone = changed(settings, save_dir=tmp_path / "one" / method, batch_size=2, method=method)
-        fit(prices, alone)
+        finetune(prices, alone)
         assert_same_training(alone, two)
 
 
 def resume_a_stranger(prices: dict[str, pd.DataFrame], settings: TrainLoraSettings) -> str:
     try:
-        fit(prices, settings)
+        finetune(prices, settings)
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
     return "trained"
@@ -304,7 +305,7 @@ def resume_a_stranger(prices: dict[str, pd.DataFrame], settings: TrainLoraSettin
 def test_what_the_main_process_refuses_ends_all(
     prices: dict[str, pd.DataFrame], settings: TrainLoraSettings, tmp_path: Path, nursery: Any
 ) -> None:
-    fit(prices, changed(settings, epochs=1))
+    finetune(prices, changed(settings, epochs=1))
     first, second = in_two(nursery, tmp_path, resume_a_stranger, prices, changed(settings, epochs=1, resume=True))
     assert "ran in 1 processes, now there are 2" in first
     assert second == "SystemExit: 2"  # without a word: the main process has said it
@@ -315,7 +316,7 @@ def fit_alone(prices: dict[str, pd.DataFrame], settings: TrainLoraSettings) -> i
     from accelerate import PartialState
 
     state = PartialState(cpu=True)
-    steps = fit(prices, settings, alone=True).outcome.steps if state.is_main_process else 0
+    steps = finetune(prices, settings, alone=True).outcome.steps if state.is_main_process else 0
     state.wait_for_everyone()
     return steps
 
@@ -324,7 +325,7 @@ def test_one_of_two_may_train_by_itself(
     prices: dict[str, pd.DataFrame], settings: TrainLoraSettings, tmp_path: Path, nursery: Any
 ) -> None:
     one = changed(settings, save_dir=tmp_path / "one", epochs=1)
-    expected = fit(prices, one).outcome.steps
+    expected = finetune(prices, one).outcome.steps
     other = changed(settings, save_dir=tmp_path / "two", epochs=1)
     assert in_two(nursery, tmp_path, fit_alone, prices, other) == [expected, 0]
     states = [last_state(settings)["optimization"]["trained"]["adapters"] for settings in (one, other)]
@@ -363,5 +364,5 @@ def test_a_launcher_that_starts_one_process_only_is_named(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    fit(prices, changed(settings, epochs=0))
+    finetune(prices, changed(settings, epochs=0))
     assert "--multi_gpu" in capsys.readouterr().err
