@@ -31,15 +31,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
+    return run_script(lambda: run(resolve_settings(arguments, DownloadSettings)))
 
-    def body() -> int:
-        settings = resolve_settings(arguments, DownloadSettings)
 
-        from stocklora.prices.sources.download import run
+def run(settings: DownloadSettings) -> int:
+    from stocklora.prices.sources.download import download
 
-        return run(settings)
-
-    return run_script(body)
+    return download(settings)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from stocklora.baselines.settings import FrameworkSettings, check_model_file
-from stocklora.cli.console import UserError, run_script, say
+from stocklora.cli.console import run_script
 from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
 
 
@@ -36,24 +36,9 @@ def run(settings: FrameworkSettings) -> None:
 
     prices = select_tickers(read_prices(settings.test_csv), settings.tickers)
 
-    from stocklora.baselines.simple_fit import forecast_simple
-    from stocklora.baselines.simple_network import load_simple
-    from stocklora.forecaster.predictions import print_forecast, write_predictions
-    from stocklora.runtime.machine import choose_device, peak_memory_mb
+    from stocklora.baselines.simple_fit import forecast_and_save
 
-    device = choose_device(settings.device)
-    forecaster = load_simple(settings.model_path, device)
-    if settings.window_size not in (None, forecaster.window_size):
-        raise UserError(
-            f"--window_size {settings.window_size}: {settings.model_path} was trained with a window of "
-            f"{forecaster.window_size} days; leave the flag out or train again"
-        )
-    rows = forecast_simple(forecaster, prices)
-    write_predictions(settings.output, rows)
-    say(f"trainable parameters: {forecaster.trainable_parameters:,}")
-    say(f"peak memory: {peak_memory_mb(device.type):,.0f} MB ({device.type})")
-    print_forecast(rows)
-    say(f"saved: {settings.output}")
+    forecast_and_save(prices, settings)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from stocklora.baselines.settings import TrainSettings
-from stocklora.cli.console import run_script, say
+from stocklora.cli.console import run_script
 from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
 
 
@@ -35,14 +35,9 @@ def run(settings: TrainSettings) -> None:
 
     prices = select_tickers(read_prices(settings.data), settings.tickers)
 
-    from stocklora.baselines.simple_fit import fit_simple, print_run_result
-    from stocklora.baselines.simple_network import save_simple
+    from stocklora.baselines.simple_fit import train_and_save
 
-    result = fit_simple(prices, settings)
-    save_simple(settings.save_path, result.forecaster)
-    print_run_result(result)
-    say(f"model: {settings.save_path}")
-    say(f"next: python framework.py --model_path {settings.save_path} --test_csv {settings.data[0]}")
+    train_and_save(prices, settings)
 
 
 if __name__ == "__main__":

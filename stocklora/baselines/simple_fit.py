@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from stocklora.baselines.settings import HORIZON, TrainSettings
+from stocklora.baselines.settings import HORIZON, FrameworkSettings, TrainSettings
 from stocklora.baselines.simple_network import (
     Epoch,
     Scaling,
@@ -19,15 +19,17 @@ from stocklora.baselines.simple_network import (
     SimpleStockPredictor,
     error_scale,
     fit_scaling,
+    load_simple,
     residual_quantiles,
     roll_forward,
+    save_simple,
     train_network,
     windows_at,
 )
 from stocklora.cli.console import UserError, progress, say
 from stocklora.dataset.prepare import ForecastData, data_facts, prepare
 from stocklora.dataset.windows import SPLITS
-from stocklora.forecaster.predictions import prediction_rows
+from stocklora.forecaster.predictions import prediction_rows, print_forecast, write_predictions
 from stocklora.metrics.scores import Scores, print_scores
 from stocklora.runtime.files import as_json_types
 from stocklora.runtime.machine import choose_device, peak_memory_mb, versions
@@ -50,6 +52,40 @@ class SimpleRun:
     @property
     def best(self) -> Epoch:
         return min(self.history, key=lambda epoch: (epoch.validation_loss, epoch.number))
+
+
+def train_and_save(prices: Mapping[str, pd.DataFrame], settings: TrainSettings) -> None:
+    """What ``train.py`` does: train, write the model file, and say how good it is.
+
+    Raises:
+        UserError: too few days for three parts, or a file that cannot be written.
+    """
+    run = fit_simple(prices, settings)
+    save_simple(settings.save_path, run.forecaster)
+    print_run_result(run)
+    say(f"model: {settings.save_path}")
+    say(f"next: python framework.py --model_path {settings.save_path} --test_csv {settings.data[0]}")
+
+
+def forecast_and_save(prices: Mapping[str, pd.DataFrame], settings: FrameworkSettings) -> None:
+    """What ``framework.py`` does: read the model file, forecast every ticker, write and print the forecasts.
+
+    Raises:
+        UserError: a model file that cannot be used, or a ticker with too few days.
+    """
+    device = choose_device(settings.device)
+    forecaster = load_simple(settings.model_path, device)
+    if settings.window_size not in (None, forecaster.window_size):
+        raise UserError(
+            f"--window_size {settings.window_size}: {settings.model_path} was trained with a window of "
+            f"{forecaster.window_size} days; leave the flag out or train again"
+        )
+    rows = forecast_simple(forecaster, prices)
+    write_predictions(settings.output, rows)
+    say(f"trainable parameters: {forecaster.trainable_parameters:,}")
+    say(f"peak memory: {peak_memory_mb(device.type):,.0f} MB ({device.type})")
+    print_forecast(rows)
+    say(f"saved: {settings.output}")
 
 
 def fit_simple(prices: Mapping[str, pd.DataFrame], settings: TrainSettings, *, quiet: bool = False) -> SimpleRun:

@@ -20,7 +20,7 @@ from stocklora.cli.console import UserError, listed, say, warn
 from stocklora.dataset.prepare import select_tickers
 from stocklora.forecaster.settings import ForecastSettings
 from stocklora.prices.calendar import Clock, exchange_of, is_complete, next_sessions, utc_now
-from stocklora.prices.sources.download import describe, fetch_or_fail, finish
+from stocklora.prices.sources.download import describe, fetch_or_fail, print_failures
 from stocklora.prices.sources.fetch import fetch_prices
 from stocklora.prices.sources.request import DownloadSettings, request_of, tickers_of
 from stocklora.prices.tables import meta_path, price_files, read_prices
@@ -149,7 +149,7 @@ class FetchedPrices:
         self.failed = dict(failed)
 
     def finish(self) -> int:
-        return finish(self.failed)
+        return print_failures(self.failed)
 
 
 class FilePrices:

@@ -293,16 +293,6 @@ def pit(returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarray) -> np.nd
     return np.where(returns < first, below, np.where(returns > last, above, inner))
 
 
-def majority_direction(returns: np.ndarray) -> float:
-    """Percent of moves that share the more common sign: what always guessing it would have scored.
-
-    Zeros are left out; NaN when that leaves none.
-    """
-    signs = np.sign(returns)
-    rises, falls = np.count_nonzero(signs > 0), np.count_nonzero(signs < 0)
-    return 100.0 * max(rises, falls) / (rises + falls) if rises + falls else math.nan
-
-
 def _series(values: np.ndarray, name: str) -> np.ndarray:
     series = np.asarray(values, dtype=float)
     if series.ndim != 1 or not np.isfinite(series).all():

@@ -133,11 +133,11 @@ def short_form(frames: Mapping[str, pd.DataFrame], meta: Mapping[str, Any] | Non
     return f"{whose}: {rows:,} rows, {day_text(first)} to {day_text(last)}; {odd}"
 
 
-def report_on(path: Path) -> None:
+def print_quality(path: Path) -> None:
     """Print the full report on a file, or on every file of a folder."""
     if path.is_dir():
         for file in price_files([path]):
-            report_on(file)
+            print_quality(file)
         return
     meta = trusted_meta(path)
     frames = read_prices(path) if meta is None else read_table(path, meta)

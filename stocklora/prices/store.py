@@ -21,7 +21,7 @@ import pandas as pd
 
 from stocklora.cli.console import UserError
 from stocklora.prices.csv_columns import PRICE_COLUMNS
-from stocklora.prices.tables import log_returns_ahead, price_files, read_table, refuse_mixed, trusted_meta
+from stocklora.prices.tables import each_ticker, log_returns_ahead, read_table
 from stocklora.runtime.files import write_json
 
 LARGE_FILE_BYTES = 8 * 2**20  # unpacked; a larger table of several tickers is split before it is read
@@ -107,24 +107,16 @@ def spool(paths: Sequence[Path], folder: Path, wanted: Sequence[str] = ()) -> Pr
 
 def _spool(paths: Sequence[Path], folder: Path, pieces: Path, wanted: Sequence[str]) -> list[str]:
     """Write the tickers; their names in order."""
-    home: dict[str, Path] = {}
+    present: list[str] = []
     names: list[str] = []
-    adjustments: dict[str, Path] = {}
-    for path in price_files(paths):
-        meta = trusted_meta(path)
-        if meta is not None and meta.get("adjust"):
-            adjustments.setdefault(str(meta["adjust"]), path)
-        for ticker, frame in _tables(path, meta, pieces):
-            if ticker in home:
-                raise UserError(f"{path}: ticker {ticker} is also in {home[ticker]}; give only one of the two files")
-            home[ticker] = path
-            if not wanted or ticker in wanted:
-                _write(folder / f"{len(names):05d}.npz", frame)
-                names.append(ticker)
-    refuse_mixed(adjustments)
-    missing = [name for name in wanted if name not in home]
+    for _, ticker, frame in each_ticker(paths, lambda path, meta: _tables(path, meta, pieces)):
+        present.append(ticker)
+        if not wanted or ticker in wanted:
+            _write(folder / f"{len(names):05d}.npz", frame)
+            names.append(ticker)
+    missing = [name for name in wanted if name not in present]
     if missing:
-        shown = ", ".join(list(home)[:20]) + (" ..." if len(home) > 20 else "")
+        shown = ", ".join(present[:20]) + (" ..." if len(present) > 20 else "")
         raise UserError(f"no prices of {', '.join(missing)} in the files; they have {shown}")
     return names
 

@@ -18,7 +18,7 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from stocklora.prices.csv_columns import PRICE_COLUMNS, at, decoded, parse_dates
 from stocklora.runtime.files import replacing, sha256_of, write_json
 
 QUOTES = PRICE_COLUMNS[:4]
-ADJUSTMENTS = ("none", "splits", "all")
 
 # Adjusting multiplies four prices by one factor, and rounding then lets a close stand a hair above its
 # high. A gap up to this fraction of the price is rounding, a wider one is a wrong bar.
@@ -53,25 +52,43 @@ def read_prices(paths: Path | Sequence[Path], *, min_rows: int = 0) -> dict[str,
         UserError: any table is not whole, a ticker stands in two files, or files of different
             adjustment are mixed.
     """
-    files = price_files([paths] if isinstance(paths, (str, Path)) else paths)
-    frames: dict[str, pd.DataFrame] = {}
+    files = [paths] if isinstance(paths, (str, Path)) else paths
+    frames = {}
+    for path, ticker, frame in each_ticker(files, lambda file, meta: read_table(file, meta).items()):
+        if len(frame) < min_rows:
+            raise UserError(
+                f"{path}: {ticker} has {len(frame)} rows, but {min_rows} are needed; "
+                "download a longer --period or lower the window"
+            )
+        frames[ticker] = frame
+    return frames
+
+
+def each_ticker(
+    paths: Iterable[Path],
+    read: Callable[[Path, Mapping[str, Any] | None], Iterable[tuple[str, pd.DataFrame]]],
+) -> Iterator[tuple[Path, str, pd.DataFrame]]:
+    """Every ticker of every file, in order, with the file it stands in.
+
+    Args:
+        paths: files, and folders of them.
+        read: (file, its sidecar) -> its tickers.
+
+    Raises:
+        UserError: as ``read``; a ticker stands in two files; at the end, files of different adjustment were mixed.
+    """
     home: dict[str, Path] = {}
     adjustments: dict[str, Path] = {}
-    for path in files:
+    for path in price_files(paths):
         meta = trusted_meta(path)
         if meta is not None and meta.get("adjust"):
             adjustments.setdefault(str(meta["adjust"]), path)
-        for ticker, frame in read_table(path, meta).items():
+        for ticker, frame in read(path, meta):
             if ticker in home:
                 raise UserError(f"{path}: ticker {ticker} is also in {home[ticker]}; give only one of the two files")
-            if len(frame) < min_rows:
-                raise UserError(
-                    f"{path}: {ticker} has {len(frame)} rows, but {min_rows} are needed; "
-                    "download a longer --period or lower the window"
-                )
-            frames[ticker], home[ticker] = frame, path
+            home[ticker] = path
+            yield path, ticker, frame
     refuse_mixed(adjustments)
-    return frames
 
 
 def refuse_mixed(adjustments: Mapping[str, Path]) -> None:

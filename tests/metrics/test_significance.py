@@ -18,7 +18,6 @@ from stocklora.metrics.significance import (
     directional_skill,
     holm,
     long_run_variance,
-    majority_direction,
     pesaran_timmermann,
     pit,
     relative_mean_interval,
@@ -429,10 +428,3 @@ def test_pit_rises_from_0_to_1_whatever_the_quantiles(quantiles, returns):
 
 def test_pit_has_the_shape_of_the_returns():
     assert pit(np.zeros((4, 3)), np.broadcast_to(LEVELS, (4, 3, 9)), LEVELS).shape == (4, 3)
-
-
-def test_majority_direction():
-    assert majority_direction(np.array([1.0, 2.0, -1.0, 0.0])) == pytest.approx(200 / 3)
-    assert majority_direction(np.array([[-1.0, -2.0], [-1.0, 1.0]])) == 75.0
-    assert math.isnan(majority_direction(np.zeros(3)))
-    assert math.isnan(majority_direction(np.array([])))

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from stocklora.prices.calendar import sessions_between
-from stocklora.prices.quality import findings_of, report_on, short_form
+from stocklora.prices.quality import findings_of, print_quality, short_form
 from stocklora.prices.sources.bundled import sample_prices
 from stocklora.prices.tables import write_prices
 
@@ -96,7 +96,7 @@ def test_the_report_names_file_source_zone_and_dates(tmp_path: Path, capsys: pyt
     meta = {"source": "yahoo", "origins": {"AAPL": "Yahoo Finance"}, "adjust": "none", "interval": "1d"}
     meta |= {"timezones": {"AAPL": "America/New_York"}}
     write_prices({"AAPL": frame, "MSFT": history()}, tmp_path / "p.csv", meta)
-    report_on(tmp_path)
+    print_quality(tmp_path)
     out = capsys.readouterr().out
     assert f"{tmp_path / 'p.csv'}: 122 rows, 2 tickers" in out
     assert "Yahoo Finance, interval 1d, adjust none" in out

@@ -33,25 +33,25 @@ DROPPED = {
 }
 
 
-def run(settings: DownloadSettings) -> int:
+def download(settings: DownloadSettings) -> int:
     """Do what ``settings`` ask; 0, or 1 where some tickers came and others did not."""
     request_of(settings)
     if settings.check:
-        from stocklora.prices.quality import report_on
+        from stocklora.prices.quality import print_quality
 
         for path in settings.check:
-            report_on(path)
+            print_quality(path)
         return 0
     as_folder = is_folder(settings.output)
     if settings.update and settings.source == "sample":
         raise UserError("--update cannot add to bundled prices, which do not grow; leave out --source sample")
     if settings.update and settings.output.exists():
-        return update(settings, as_folder)
+        return update_tables(settings, as_folder)
     if settings.update:
         say(f"{settings.output} is not there yet: downloading it whole")
     frames, meta = fetch_prices(settings)
     write_out(settings.output, as_folder, frames, meta)
-    return finish(meta.get("failed", {}))
+    return print_failures(meta.get("failed", {}))
 
 
 def is_folder(output: Path) -> bool:
@@ -102,8 +102,15 @@ def describe(ticker: str, frame: pd.DataFrame, meta: Mapping[str, Any]) -> str:
     return text + (f"; {'; '.join(notes)}" if notes else "")
 
 
-def finish(failed: Mapping[str, str]) -> int:
-    """Name every ticker that did not come, last, where nobody overlooks it."""
+def print_failures(failed: Mapping[str, str]) -> int:
+    """Name every ticker that did not come, last, where nobody overlooks it.
+
+    Args:
+        failed: ticker -> why it did not come.
+
+    Returns:
+        The exit code.
+    """
     if not failed:
         return 0
     noun = "ticker" if len(failed) == 1 else "tickers"
@@ -113,18 +120,15 @@ def finish(failed: Mapping[str, str]) -> int:
     return EXIT_SOME_FAILED
 
 
-def update(settings: DownloadSettings, as_folder: bool) -> int:
-    """Append what is new to existing tables, each after a comparison of the days that both have."""
-    if as_folder:
-        files = sorted(path for path in settings.output.iterdir() if is_table(path))
-        names = set(tickers_of(settings.ticker)) if settings.ticker else None
-        tables = {path: read_prices(path) for path in files}
-        if names is not None:
-            tables = {path: frames for path, frames in tables.items() if names & set(frames)}
-    else:
-        tables = {settings.output: read_prices(settings.output)}
-    held = {ticker for frames in tables.values() for ticker in frames}
-    new = [ticker for ticker in tickers_of(settings.ticker) if ticker not in held] if settings.ticker else []
+def update_tables(settings: DownloadSettings, as_folder: bool) -> int:
+    """Append what is new to existing tables, each after a comparison of the days that both have; the exit code.
+
+    Raises:
+        UserError: there is nothing to update, or nothing could be.
+    """
+    tables = _tables_to_update(settings, as_folder)
+    present = {ticker for frames in tables.values() for ticker in frames}
+    new = [ticker for ticker in tickers_of(settings.ticker) if ticker not in present] if settings.ticker else []
     if new and not as_folder:
         raise UserError(f"{settings.output} has no {', '.join(new)}; --update does not add tickers, download it anew")
     if not tables and not new:
@@ -142,10 +146,19 @@ def update(settings: DownloadSettings, as_folder: bool) -> int:
         if added:
             write_out(settings.output, as_folder, added, meta)
         failed.update(meta.get("failed", {}))
-    if failed and not set(failed) < held | set(new):
+    if failed and not set(failed) < present | set(new):
         ticker, reason = next(iter(failed.items()))
         raise UserError(f"nothing was updated, every file is as it was: {ticker}: {reason}; try later")
-    return finish(failed)
+    return print_failures(failed)
+
+
+def _tables_to_update(settings: DownloadSettings, as_folder: bool) -> dict[Path, dict[str, pd.DataFrame]]:
+    """The table that ``--output`` names; of a folder those that hold a ticker named, or all."""
+    if not as_folder:
+        return {settings.output: read_prices(settings.output)}
+    named = set(tickers_of(settings.ticker)) if settings.ticker else None
+    tables = {path: read_prices(path) for path in sorted(settings.output.iterdir()) if is_table(path)}
+    return {path: frames for path, frames in tables.items() if named is None or named & set(frames)}
 
 
 def update_table(path: Path, old: dict[str, pd.DataFrame], settings: DownloadSettings) -> dict[str, str]:
