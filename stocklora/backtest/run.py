@@ -5,10 +5,8 @@ A run can be stopped and resumed, and several processes can share the tickers (s
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,33 +30,12 @@ from stocklora.backtest.parts import (
 from stocklora.backtest.prepare import cutoff_note, prepare_run
 from stocklora.backtest.results import BacktestResult, write_metrics
 from stocklora.backtest.settings import BacktestSettings
-from stocklora.backtest.walk_forward import LanguageModel, Model, Plan, models_compared, wait_for_everyone
+from stocklora.backtest.walk_forward import LanguageModel, Model, Plan, models_compared
 from stocklora.cli.console import UserError, print_table, progress, say
 from stocklora.metrics.scores import QUANTILE_LEVELS
 from stocklora.prices.store import PriceStore
+from stocklora.runtime.distributed import launched_processes, wait_for_everyone
 from stocklora.runtime.files import check_writable
-
-
-@dataclass(frozen=True)
-class Process:
-    """This process among those that ``accelerate launch`` started; one of one otherwise."""
-
-    index: int
-    count: int
-
-    @staticmethod
-    def here() -> Process:
-        count = int(os.environ.get("WORLD_SIZE", "1"))
-        if count > 1:
-            from accelerate import PartialState
-
-            state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
-            return Process(state.process_index, state.num_processes)
-        return Process(0, 1)
-
-    @property
-    def is_main(self) -> bool:
-        return self.index == 0
 
 
 def run_backtest(settings: BacktestSettings) -> int:
@@ -71,22 +48,22 @@ def run_backtest(settings: BacktestSettings) -> int:
         raise UserError("no price file was given; run: python backtest.py --data FILE")
     if settings.check_leakage:
         return check_backtest(settings)
-    process = Process.here()
+    process = launched_processes()
     check_writable(settings.output_dir, "--output_dir")
     parts = settings.output_dir / PARTS
-    if process.is_main:
+    if process.is_main_process:
         open_parts(parts, settings)
     wait_for_everyone()
     try:
         prices = PriceStore(parts / PRICES)
-        models, plan, ensemble = prepare_run(settings, prices, process.is_main)
-        if process.is_main:
+        models, plan, ensemble = prepare_run(settings, prices, process.is_main_process)
+        if process.is_main_process:
             fits = "1 fit" if len(plan.cuts) == 1 else f"{len(plan.cuts)} fits"
             names = ", ".join(models_compared(settings.models))
             say(f"{len(prices)} tickers, {fits} from {plan.cuts[0]:%Y-%m-%d}; {names}")
         score_tickers(prices, models, plan, parts, process)
         wait_for_everyone()
-        if process.is_main:
+        if process.is_main_process:
             print_and_write_report(settings, aggregate_parts(settings, prices, plan, ensemble))
             shutil.rmtree(parts)
         wait_for_everyone()
@@ -95,14 +72,14 @@ def run_backtest(settings: BacktestSettings) -> int:
             f"stopped; what is done lies in {parts}: the same command with --resume goes on from there"
         ) from None
     except UserError:
-        if process.is_main and not any(parts.glob("*.npz")):  # nothing done that a resumed run could use
+        if process.is_main_process and not any(parts.glob("*.npz")):  # nothing done that a resumed run could use
             remove_parts(parts)
         raise
     return 0
 
 
 def score_tickers(
-    prices: Mapping[str, pd.DataFrame], models: Sequence[Model], plan: Plan, parts: Path, process: Process
+    prices: Mapping[str, pd.DataFrame], models: Sequence[Model], plan: Plan, parts: Path, process: Any
 ) -> None:
     """Write a part for every ticker that has none yet, this process's share of them.
 
@@ -115,12 +92,12 @@ def score_tickers(
         parts: the folder of parts.
         process: which share of the tickers is this one's.
     """
-    own = [(place, name) for place, name in enumerate(prices) if place % process.count == process.index]
+    own = [(place, name) for place, name in enumerate(prices) if place % process.num_processes == process.process_index]
     unscored = [(place, name) for place, name in own if not part_path(parts, place).is_file()]
     begun = sum(piece_path(parts, place, 0).is_file() for place, _ in unscored) + len(own) - len(unscored)
-    if process.is_main and begun:
+    if process.is_main_process and begun:
         say(f"resumed: {begun} of {len(own)} tickers were done or begun")
-    with progress("{task.fields[what]}", shown=process.is_main) as bar:
+    with progress("{task.fields[what]}", shown=process.is_main_process) as bar:
         task = bar.add_task("backtest", total=len(unscored) * len(plan.cuts), what="")
         for cut, date in enumerate(plan.cuts):
             without_piece = [item for item in unscored if not piece_path(parts, item[0], cut).is_file()]

@@ -20,6 +20,7 @@ from stocklora.backtest.results import REFERENCE, TickerForecasts
 from stocklora.cli.console import UserError
 from stocklora.prices.store import ReturnsAhead
 from stocklora.prices.tables import log_returns_ahead
+from stocklora.runtime.distributed import wait_for_everyone
 from stocklora.volatility.market import Markets, markets_of
 from stocklora.volatility.random_walk import QuantileBaseline, fit_baselines
 from stocklora.volatility.scales import SCALES
@@ -264,16 +265,6 @@ class LanguageModel:
             return np.asarray(forecaster.quantiles(examples))
 
         return {"llm": combine(self.ensemble.each(forecast), self.ensemble.how)}
-
-
-def wait_for_everyone() -> None:
-    """A barrier where several processes were launched; nothing otherwise."""
-    import os
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()
 
 
 def score_ticker(

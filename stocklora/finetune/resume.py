@@ -266,7 +266,7 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         old, new = before["settings"].get(name, defaults[name]), now["settings"][name]
         if old != new:
             why = " (the learning rate's schedule was made for it)" if name in ("epochs", "warmup_ratio") else ""
-            raise _other(f"--{name} was {_shown(old)} and is now {_shown(new)}{why}")
+            raise _other(f"--{name} was {_as_typed(old)} and is now {_as_typed(new)}{why}")
     for name, new in now["data"].items():
         if before["data"].get(name) != new:
             raise _other(f"--data has {DATA_DIFFERENCES.get(name, name)}")
@@ -288,7 +288,7 @@ def _other(difference: str) -> UserError:
     )
 
 
-def _shown(value: Any) -> str:
+def _as_typed(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value[:8])) or "nothing"
     return "not given" if value is None else str(value)

@@ -70,7 +70,7 @@ class Feed(Protocol):
             UserError: they cannot be had this time.
         """
 
-    def finish(self) -> int:
+    def exit_code(self) -> int:
         """The exit code of a run without ``--watch``; names what did not come."""
 
 
@@ -116,7 +116,7 @@ class FetchedPrices:
         if not self.prices:
             raise UserError(f"{self.tickers[0]}: {failed[self.tickers[0]]}")
         if self.watching:
-            self.note(failed)
+            self.warn_of_failures(failed)
         self.failed = failed
         return self.prices
 
@@ -128,7 +128,7 @@ class FetchedPrices:
             return self.prices
         once = dataclasses.replace(self.download, cache=False, retries=0)
         frames, meta = fetch_or_fail(once, dict.fromkeys(due, request_of(once)))
-        self.note(meta.get("failed", {}))
+        self.warn_of_failures(meta.get("failed", {}))
         fresh = {ticker: completed(ticker, frame, now) for ticker, frame in frames.items()}
         longer = {
             ticker: frame
@@ -140,7 +140,7 @@ class FetchedPrices:
             self.prices = {ticker: both[ticker] for ticker in self.tickers if ticker in both}
         return self.prices
 
-    def note(self, failed: Mapping[str, str]) -> None:
+    def warn_of_failures(self, failed: Mapping[str, str]) -> None:
         """Warn of tickers that begin to fail; one that goes on failing has been named already."""
         new = [ticker for ticker in failed if ticker not in self.failed]
         if new:
@@ -148,7 +148,7 @@ class FetchedPrices:
             warn(f"{new[0]}{others}: {failed[new[0]]}; it is asked for again at the next look")
         self.failed = dict(failed)
 
-    def finish(self) -> int:
+    def exit_code(self) -> int:
         return print_failures(self.failed)
 
 
@@ -175,7 +175,7 @@ class FilePrices:
         running = self.running()
         if self.watching and running:
             self.prices = self.only_complete()
-        self.tell(running)
+        self.warn_of_running(running)
         return self.prices
 
     def look(self) -> Prices:
@@ -183,13 +183,13 @@ class FilePrices:
         if state != self.state:
             state = settled(self.paths, state)
             self.rows, self.state = self.read(), state
-        self.tell(self.running())
+        self.warn_of_running(self.running())
         now = self.only_complete()
         if list(now) != list(self.prices) or any(not frame.equals(self.prices[name]) for name, frame in now.items()):
             self.prices = now
         return self.prices
 
-    def finish(self) -> int:
+    def exit_code(self) -> int:
         return 0
 
     def read(self) -> Prices:
@@ -214,7 +214,7 @@ class FilePrices:
         running, now = self.running(), self.clock()
         return {name: completed(name, frame, now) if name in running else frame for name, frame in self.rows.items()}
 
-    def tell(self, running: Mapping[str, pd.Timestamp]) -> None:
+    def warn_of_running(self, running: Mapping[str, pd.Timestamp]) -> None:
         """Warn once of each last row that is not complete."""
         new = [name for name, day in running.items() if self.told.get(name) != day]
         if new:

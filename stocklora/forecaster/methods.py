@@ -274,7 +274,8 @@ def load_trained_state(model: StockForecaster, state: Mapping[str, Mapping[str, 
         LoRAError, RuntimeError: a state that does not fit the model.
     """
     model.tuning.load(model, state["adapters"])
-    model.head.load_state_dict(dict(state["head"]))
+    # Not by load_state_dict, which FSDP would follow up by taking the head for shards again.
+    fill({**dict(model.head.named_parameters()), **dict(model.head.named_buffers())}, state["head"])
 
 
 def merge_into_base(model: StockForecaster) -> None:
@@ -299,7 +300,7 @@ def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
-def fill(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
+def fill(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Copy ``state`` into the parameters, all of it or nothing.
 
     Raises:

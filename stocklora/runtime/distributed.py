@@ -2,6 +2,8 @@
 
 All of them make the same calls in the same order; the main one alone prints and writes. Parameters that FSDP2 cut
 into shards are made whole here where somebody has to read or write them.
+
+torch is imported where it is used: a backtest of baselines needs none, alone or in several processes.
 """
 
 from __future__ import annotations
@@ -9,14 +11,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stocklora.cli.console import EXIT_USER_ERROR, UserError, warn
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -24,12 +26,15 @@ T = TypeVar("T")
 class Alone:
     """One process by itself, in the shape of ``accelerate.Accelerator``, even where several were launched.
 
-    For work that the main process does while the others wait.
+    For work that the main process does while the others wait, and where none were launched.
+
+    Args:
+        device: that trains; None where nothing does.
     """
 
     num_processes, process_index, is_main_process = 1, 0, True
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self.device = device
 
     def prepare(self, *items: Any) -> tuple[Any, ...]:
@@ -42,6 +47,8 @@ class Alone:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Tensor:
+        import torch
+
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
@@ -80,10 +87,29 @@ def _launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def launched_processes() -> Any:
+    """The processes that were launched together, for work that shares no gradients; else this one alone."""
+    if not _launched():
+        return Alone()
+    from accelerate import PartialState
+
+    return PartialState(cpu=asked_for_cpu())
+
+
+def wait_for_everyone() -> None:
+    """A barrier where several processes were launched; nothing otherwise."""
+    if _launched():
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
 def summed(accelerator: Any, *values: float) -> list[float]:
     """Each value's sum over all processes."""
     if accelerator.num_processes == 1:
         return list(values)
+    import torch
+
     total = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
     torch.distributed.all_reduce(total)
     return [float(value) for value in total.tolist()]
@@ -93,6 +119,8 @@ def gathered(accelerator: Any, item: T) -> list[T]:
     """Every process's item, in the processes' order."""
     if accelerator.num_processes == 1:
         return [item]
+    import torch
+
     found: list[Any] = [None] * accelerator.num_processes
     torch.distributed.all_gather_object(found, item)
     return found
@@ -106,6 +134,8 @@ def from_main(accelerator: Any, make: Callable[[], T]) -> T:
     """
     if accelerator.num_processes == 1:
         return make()
+    import torch
+
     box: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -151,11 +181,15 @@ def _is_shard(tensor: Any) -> bool:
 def whole_parameters(model: nn.Module, *, write: bool = False) -> Iterator[None]:
     """Trainable parameters made whole inside, on all processes, so that a state can be read or loaded.
 
-    Frozen shards stay as they are: the base model is what does not fit one device.
+    Frozen shards stay as they are: the base model is what does not fit one device. Nothing inside may call
+    ``load_state_dict``, after which FSDP looks for its shards: they are away.
 
     Args:
         write: put what the block changed back into the shards.
     """
+    import torch
+    from torch import nn
+
     for module in model.modules():
         if callable(reshard := getattr(module, "reshard", None)):
             reshard()  # a forward pass may have left a part whole
@@ -165,19 +199,15 @@ def whole_parameters(model: nn.Module, *, write: bool = False) -> Iterator[None]
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.requires_grad and _is_shard(parameter)
     ]
-    # FSDP looks at its shards again after each ``load_state_dict``: not while they are away.
-    hooks = {module: module._load_state_dict_post_hooks for module, *_ in shards}
     try:
         for module, name, parameter in shards:
-            module._load_state_dict_post_hooks = OrderedDict()
-            module._parameters[name] = nn.Parameter(parameter.full_tensor())  # type: ignore[attr-defined]
+            setattr(module, name, nn.Parameter(parameter.full_tensor()))  # type: ignore[attr-defined]
         yield
     finally:
         for module, name, parameter in shards:
-            module._load_state_dict_post_hooks = hooks[module]
-            whole = module._parameters[name]
-            module._parameters[name] = parameter
-            if write and whole is not None:
+            whole = getattr(module, name)
+            setattr(module, name, parameter)
+            if write:
                 with torch.no_grad():
                     parameter.copy_(shard_like(whole.detach(), parameter))
 
@@ -201,6 +231,8 @@ def whole_optimizer_state(optimizer: Any) -> dict[str, Any]:
 
 def load_optimizer_state(optimizer: Any, content: dict[str, Any]) -> None:
     """The inverse of ``whole_optimizer_state``."""
+    from torch import Tensor
+
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         index: {

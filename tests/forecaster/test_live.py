@@ -308,7 +308,7 @@ class Feed:
             raise self.now
         return self.now
 
-    def finish(self) -> int:
+    def exit_code(self) -> int:
         return 0
 
 
