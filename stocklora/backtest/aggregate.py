@@ -53,7 +53,8 @@ class _Sums:
     """Sums over tickers by origin date: of all tickers, or of one.
 
     Attributes:
-        dates: (days,) increasing. counts: (days,) tickers forecast.
+        dates: (days,) increasing.
+        counts: (days,) tickers forecast.
         of: measure -> (days, models, horizon).
     """
 

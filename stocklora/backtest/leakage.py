@@ -92,11 +92,11 @@ def find_leaks(
         for kind, mutation in enumerate(MUTATIONS):
             draw = np.random.default_rng([seed, number, kind])
             changed = {name: mutated(frame, cut, mutation, draw) for name, frame in prices.items()}
-            found = observe({name: frame for name, frame in changed.items() if len(frame)}, cut)
+            again = observe({name: frame for name, frame in changed.items() if len(frame)}, cut)
             advance()
             for (what, ticker), values in expected.items():
                 compared += values.size
-                other = found.get((what, ticker))
+                other = again.get((what, ticker))
                 if other is None or not _same(values, other):
                     leaks.append(Leak(what, ticker, cut, mutation))
     return leaks, compared
@@ -131,22 +131,22 @@ def _forecasts(
     models: Sequence[Model], plan: Plan, tickers: Sequence[str], prices: Mapping[str, pd.DataFrame], cut: pd.Timestamp
 ) -> Observations:
     fitted_at = max(date for date in plan.cuts if date <= cut)
-    found: Observations = {}
+    observed: Observations = {}
     for model in models:
         model.fit(prices, plan, fitted_at)
         if isinstance(model, Baselines):
             for name, baseline in model.fitted.items():
-                found[f"the fitted quantiles of {name}", ""] = baseline.table
+                observed[f"the fitted quantiles of {name}", ""] = baseline.table
                 if baseline.scale is not None and baseline.scale.coefficients:
-                    found[f"the fitted coefficients of {name}", ""] = np.array(baseline.scale.coefficients)
+                    observed[f"the fitted coefficients of {name}", ""] = np.array(baseline.scale.coefficients)
         for ticker in (name for name in tickers if name in prices):
             frame = prices[ticker]
             stop = int(frame.index.searchsorted(cut, side="right"))
             first = max(plan.window_size, int(frame.index.searchsorted(fitted_at)), stop - ORIGINS_COMPARED)
             if first < stop:
                 for name, quantiles in model.quantiles(ticker, frame, range(first, stop)).items():
-                    found[f"the forecast {name}", ticker] = quantiles
-    return found
+                    observed[f"the forecast {name}", ticker] = quantiles
+    return observed
 
 
 def _training(plan: Plan, prices: Mapping[str, pd.DataFrame], cut: pd.Timestamp) -> Observations:
@@ -165,34 +165,34 @@ def _training(plan: Plan, prices: Mapping[str, pd.DataFrame], cut: pd.Timestamp)
         long_enough, plan.window_size, plan.horizon,
         validation_from=f"{validation_from:%Y-%m-%d}", test_from=f"{test_from:%Y-%m-%d}",
     )  # fmt: skip
-    found: Observations = {("the scale chosen for training", ""): np.array([SCALES.index(data.better_scale())])}
+    observed: Observations = {("the scale chosen for training", ""): np.array([SCALES.index(data.better_scale())])}
     returns = data.returns_of("validation")
     for kind in SCALES:
         start = data.start(kind)
         calibration = fit_calibration(returns, data.forecasts_of(start, "validation"), data.levels)
-        found[f"the calibration of {kind}", ""] = np.array([calibration.shrinkage, calibration.interval_scale])
-        found[f"the training start of {kind}", ""] = np.concatenate([start.location[:, None], start.table], axis=1)
+        observed[f"the calibration of {kind}", ""] = np.array([calibration.shrinkage, calibration.interval_scale])
+        observed[f"the training start of {kind}", ""] = np.concatenate([start.location[:, None], start.table], axis=1)
         for name, values in data.scales[kind].items():
             stop = int(prices[name].index.searchsorted(cut, side="right"))
-            found[f"the volatility scale {kind}", name] = values[:stop]
-    return found
+            observed[f"the volatility scale {kind}", name] = values[:stop]
+    return observed
 
 
 def _inputs(tickers: Sequence[str], prices: Mapping[str, pd.DataFrame], cut: pd.Timestamp) -> Observations:
     markets = markets_of(prices)
-    found: Observations = {}
+    observed: Observations = {}
     for ticker in (name for name in tickers if name in prices):
         frame = prices[ticker]
         stop = int(frame.index.searchsorted(cut, side="right"))
         if not stop:  # not listed yet
             continue
         market = markets.of(ticker).days
-        found["the market's day", ticker] = market[market.index <= cut].to_numpy()
+        observed["the market's day", ticker] = market[market.index <= cut].to_numpy()
         for name in INDICATORS:
-            found[f"the indicator {name}", ticker] = indicator_table(frame, [name], market)[:stop]
+            observed[f"the indicator {name}", ticker] = indicator_table(frame, [name], market)[:stop]
         for prompt, volatility in (("returns", None), ("zscores", ewma_volatility(frame["Close"]))):
-            found[f"the day lines ({prompt})", ticker] = np.array(returns_lines(frame, volatility)[:stop])
-    return found
+            observed[f"the day lines ({prompt})", ticker] = np.array(returns_lines(frame, volatility)[:stop])
+    return observed
 
 
 def check_backtest(settings: BacktestSettings) -> int:

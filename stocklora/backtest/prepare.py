@@ -167,7 +167,8 @@ def cutoff_note(ensemble: Any, given: str | None, days: np.ndarray) -> list[str]
     """What the reader of a report must know of the base model's memory.
 
     Args:
-        given: ``--base_cutoff``. days: (n,) datetime64[D] forecast dates.
+        given: ``--base_cutoff``.
+        days: (n,) datetime64[D] forecast dates.
     """
     names = list(dict.fromkeys(content.spec.base_model["name"] for content in ensemble.weights))
     anonymous = all(content.spec.anonymize for content in ensemble.weights)

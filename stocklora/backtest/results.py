@@ -1,4 +1,4 @@
-"""What a backtest hands on: one ticker's forecasts, and the sums over all tickers that the report shows.
+"""What a backtest hands on: one ticker's forecasts, the sums over all tickers that the report shows, and their errors.
 
 Shapes: ``n`` origins of one ticker, ``days`` distinct origin dates over all tickers, ``horizon`` days
 ahead, ``levels`` quantiles. Returns are log returns; ``_bp`` is basis points.
@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from stocklora.metrics.significance import long_run_variance
 from stocklora.runtime.files import replacing
 
 REFERENCE = "naive"  # the last close, which every model stands beside
 INTERVALS = (0.50, 0.80, 0.90)
 PIT_BINS = 20
+CHANCE = 1.96  # half-width of a 95% band, in standard errors
 ALL_TICKERS = "(all)"  # the Ticker of a row of metrics.csv that pools them; ALL is a company
 
 # metrics.csv: one row a model, ticker (and all together) and day ahead. "Rival" is the last close with EWMA volatility
@@ -46,7 +48,8 @@ class TickerForecasts:
     Attributes:
         origins: (n,) datetime64[D], increasing: days at whose close a forecast was made.
         targets: (n, horizon) datetime64[D]: the sessions forecast.
-        last_close: (n,). returns: (n, horizon) log returns that came.
+        last_close: (n,).
+        returns: (n, horizon) log returns that came.
         quantiles: model -> (n, horizon, levels) quantiles of the log return.
         naive_mae: (horizon,) mean absolute h-day change of the close on the training days, in the currency:
             MASE's denominator (Hyndman and Koehler, 2006).
@@ -113,7 +116,8 @@ class DailySeries:
     """Means over the tickers forecast on each date; ``dates`` increase.
 
     Attributes:
-        dates: (days,) datetime64[D] origins. counts: (days,) tickers forecast.
+        dates: (days,) datetime64[D] origins.
+        counts: (days,) tickers forecast.
         abs_error_bp, pinball_bp: model -> (days, horizon).
         inside: model -> (days, horizon, 3), shares inside the 50, 80 and 90% interval.
     """
@@ -130,7 +134,8 @@ class WorstDay:
     """A forecast that missed badly: one of a model's largest one-day quantile losses.
 
     Attributes:
-        forecast_bp: (P05, P50, P95) of the one-day log return. came_bp: what came.
+        forecast_bp: (P05, P50, P95) of the one-day log return.
+        came_bp: what came.
     """
 
     ticker: str
@@ -154,7 +159,8 @@ class BacktestResult:
         fan: the last (at most 60) origins of the ticker shown.
         worst: model -> its ten worst days, worst first.
         verdicts: plain sentences, one for each model but the reference.
-        facts: (name, text) lines on what was run. notes: warnings the reader must see first.
+        facts: (name, text) lines on what was run.
+        notes: warnings the reader must see first.
     """
 
     models: Sequence[str]
@@ -170,6 +176,43 @@ class BacktestResult:
     verdicts: Sequence[str]
     facts: Sequence[tuple[str, str]] = field(default_factory=tuple)
     notes: Sequence[str] = field(default_factory=tuple)
+
+
+def standard_error(shares: np.ndarray, counts: np.ndarray, day: int) -> float:
+    """Standard error of the share of all ticker-days, as the verdicts judge it.
+
+    A date is one draw however many tickers it has, since they move together; days ahead overlap.
+
+    Args:
+        shares: (days,) of a date's tickers.
+        counts: (days,) tickers.
+        day: days ahead.
+    """
+    if len(shares) < 2:
+        return float("nan")
+    total = float(counts.sum())
+    deviations = counts * (shares - float(shares @ counts) / total)
+    return math.sqrt(long_run_variance(deviations, day - 1) * len(shares)) / total
+
+
+def design_effect(result: BacktestResult, model: str) -> float:
+    """How many times the variance of a one-day-ahead share exceeds that of independent draws; at least 1."""
+    counts = np.asarray(result.daily.counts, dtype=float)
+    effects = []
+    for at in range(len(INTERVALS)):
+        inside = result.daily.inside[model][:, 0, at]
+        share = float(inside @ counts) / float(counts.sum())
+        alone = share * (1.0 - share) / float(counts.sum())
+        error = standard_error(inside, counts, 1)
+        if alone > 0 and math.isfinite(error):
+            effects.append(error**2 / alone)
+    return max(float(np.mean(effects)), 1.0) if effects else 1.0
+
+
+def rolling(values: np.ndarray, counts: np.ndarray, window: int) -> np.ndarray:
+    """(days,) -> (days - window + 1,): means over ``window`` dates, each weighted by its tickers."""
+    sums = [np.convolve(line, np.ones(window), mode="valid") for line in (counts * values, counts)]
+    return np.divide(sums[0], sums[1], out=np.full(len(sums[0]), np.nan), where=sums[1] > 0)
 
 
 def write_metrics(path: Path, result: BacktestResult) -> None:

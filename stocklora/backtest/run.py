@@ -152,6 +152,15 @@ def aggregate_parts(
 def run_facts(
     settings: BacktestSettings, plan: Plan, scored: int, tickers: int, days: np.ndarray, ensemble: Any
 ) -> list[tuple[str, str]]:
+    """What was run, as (name, text) lines of the report.
+
+    Args:
+        settings: what ``backtest.py`` was told.
+        plan: when models were fitted.
+        scored, tickers: how many tickers have forecasts, of how many.
+        days: (n,) datetime64[D] forecast dates.
+        ensemble: the weights, None without ``llm``.
+    """
     window = "expanding" if plan.train_days is None else f"rolling, {plan.train_days} days"
     refit = {"never": "once, before the first day", "yearly": "every year"}
     facts = [

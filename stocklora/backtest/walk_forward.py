@@ -191,6 +191,9 @@ def training_prices(
     """The rows a training script may see at a cut: up to ``horizon`` days before it, in the rolling window.
 
     Args:
+        prices: ticker -> its table.
+        plan: the window, the days ahead and the rolling window of training days.
+        cut: the day before which everything is known.
         after: rows at and after the cut that are kept as well (a test part to be scored, never learned from).
     """
     result = {}
@@ -273,7 +276,10 @@ def score_ticker(
     """Forecasts of one ticker from all cuts, with what came; None where no target is known yet.
 
     Args:
+        ticker: its name.
+        frame: its prices.
         parts: for each cut its origins and their quantiles by model.
+        plan: how many days ahead.
     """
     close = frame["Close"].to_numpy()
     returns = log_returns_ahead(close, plan.horizon)
@@ -304,6 +310,8 @@ def choose_cuts(
     """Dates of the fits: only ``first``, then each year's first day, or every so many trading days.
 
     Args:
+        calendar: every date that any ticker has.
+        first, end: first and last day to forecast from.
         refit: ``never``, ``yearly`` or a number of days.
 
     Raises:

@@ -320,17 +320,17 @@ def _fracast(horizon: int, levels: np.ndarray) -> Forecaster:
     from scipy import stats
 
     model = _fracast_model()
-    own, wanted = stats.norm.ppf(model.quantiles), stats.norm.ppf(levels)
+    own, asked = stats.norm.ppf(model.quantiles), stats.norm.ppf(levels)
     middle = median_index(np.asarray(model.quantiles))
 
     def forecast(path: np.ndarray) -> np.ndarray:
         # From the last close: the model works in single precision.
         answer = np.sort(np.asarray(model.forecast(path - path[-1], horizon=horizon), dtype=np.float64), axis=1)
         median = answer[:, middle : middle + 1]
-        inside = np.stack([np.interp(wanted, own, row) for row in answer])
-        below = median + (answer[:, :1] - median) * wanted / own[0]
-        above = median + (answer[:, -1:] - median) * wanted / own[-1]
-        return np.where(wanted < own[0], below, np.where(wanted > own[-1], above, inside))
+        inside = np.stack([np.interp(asked, own, row) for row in answer])
+        below = median + (answer[:, :1] - median) * asked / own[0]
+        above = median + (answer[:, -1:] - median) * asked / own[-1]
+        return np.where(asked < own[0], below, np.where(asked > own[-1], above, inside))
 
     return forecast
 

@@ -170,7 +170,9 @@ def residual_quantiles(errors: np.ndarray, scale: np.ndarray, levels: np.ndarray
     one or two days each would draw that month's luck.
 
     Args:
-        errors: (n, horizon) log return that came minus the forecast. scale: (n, horizon).
+        errors: (n, horizon) log return that came minus the forecast.
+        scale: (n, horizon).
+        levels: (levels,) increasing, in (0, 1).
     """
     scaled = errors / scale
     table = empirical_quantiles(np.concatenate([scaled, -scaled]), levels)
@@ -204,7 +206,13 @@ def train_network(
     validation days. A loss that is not finite ends it too.
 
     Args:
+        network: trained in place.
         train, validation: inputs (n, window, 5) and targets (n,), on the network's device.
+        epochs: at most.
+        batch_size: windows a step.
+        learning_rate: Adam's.
+        patience: epochs without a better validation loss after which it ends.
+        seed: of the order of the windows.
     """
     loss_of: Callable[[Tensor, Tensor], Tensor] = nn.HuberLoss()
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)

@@ -38,7 +38,8 @@ class Example:
     """A sequence with what is known and what came at each of its origins.
 
     Attributes:
-        scale: (targets, horizon). returns: (targets, horizon), NaN where the future is not known yet.
+        scale: (targets, horizon).
+        returns: (targets, horizon), NaN where the future is not known yet.
         teacher: (targets, horizon, levels) quantiles of the return to learn from as well, NaN where there are none.
     """
 
@@ -138,6 +139,13 @@ def prepare(
 ) -> ForecastData:
     """Split by date across all tickers and fit the baselines.
 
+    Args:
+        prices: ticker -> its table.
+        window_size: days that a forecast is made from.
+        horizon: days ahead.
+        validation_fraction, test_fraction: shares of the dates, the last.
+        validation_from, test_from: first days of these parts, in place of a share.
+
     Raises:
         UserError: too few days, or split dates that leave a part empty.
     """
@@ -170,6 +178,9 @@ def make_examples(
     """Token ids, scale and, where it is known, the future of every sequence.
 
     Args:
+        prices: ticker -> its table.
+        sequences: what to encode, in order.
+        encoder: writes days as token ids.
         scales: ticker -> (days, horizon), of all tickers or those that the sequences name.
         markets: of all tickers forecast together; by default of ``prices``.
     """
@@ -235,16 +246,16 @@ def data_facts(data: ForecastData, sequences: Mapping[str, Sequence[DaySequence]
     }
 
 
-def select_tickers(prices: Mapping[str, pd.DataFrame], wanted: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """Only the ``wanted`` tickers, in that order; all of them if none is named.
+def select_tickers(prices: Mapping[str, pd.DataFrame], names: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """Only the named tickers, in that order; all of them if none is named.
 
     Raises:
         UserError: a ticker that no file has.
     """
-    missing = [name for name in wanted if name not in prices]
+    missing = [name for name in names if name not in prices]
     if missing:
         raise UserError(f"no prices of {', '.join(missing)} in the files; they have {', '.join(prices)}")
-    return {name: prices[name] for name in wanted} if wanted else dict(prices)
+    return {name: prices[name] for name in names} if names else dict(prices)
 
 
 def split_by_rows(prices: Mapping[str, pd.DataFrame], least: int) -> tuple[dict[str, pd.DataFrame], list[str]]:

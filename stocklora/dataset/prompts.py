@@ -81,6 +81,8 @@ class DayEncoder:
         """Token ids of every sequence, in order.
 
         Args:
+            prices: ticker -> its table.
+            sequences: what to encode.
             markets: of all tickers forecast together; by default of ``prices``.
 
         Raises:
@@ -215,6 +217,9 @@ def fit_targets_per_sequence(
     """The most targets whose sequence stays inside the model's context and the token budget.
 
     Args:
+        tokens_per_day: of a day line.
+        window_size: days that a forecast is made from.
+        context_tokens: that the base model can read at once.
         token_budget: tokens of a sequence; stretched to two windows where it is less.
         available: targets there are; more would only pad.
 

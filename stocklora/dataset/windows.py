@@ -55,7 +55,12 @@ def choose_split_dates(
 ) -> SplitDates:
     """Cut the calendar of all tickers together, so that no ticker's test days are another's training days.
 
-    The fractions are of the dates that can be origins (the first ``window_size`` days of the calendar can't).
+    Args:
+        prices: ticker -> its table.
+        window_size: days that a forecast is made from.
+        horizon: days ahead.
+        validation_fraction, test_fraction: of the dates that can be origins (the first ``window_size`` can't).
+        validation_from, test_from: first days of these parts, in place of a share.
 
     Raises:
         UserError: dates out of order, outside the data, or too few days for three parts.
@@ -114,7 +119,11 @@ def split_origins(frame: pd.DataFrame, dates: SplitDates, window_size: int, hori
 def pack(ticker: str, origins: range, window_size: int, targets_per_sequence: int) -> list[DaySequence]:
     """Cut consecutive origins into sequences of at most ``targets_per_sequence`` each.
 
-    With ``targets_per_sequence = 1`` this is one window a forward pass.
+    Args:
+        ticker: whose rows they are.
+        origins: rows to forecast from.
+        window_size: days up to and including the first origin of a sequence.
+        targets_per_sequence: 1 is one window a forward pass.
 
     Raises:
         ValueError: an origin has fewer than ``window_size`` day lines behind it.

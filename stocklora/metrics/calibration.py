@@ -43,7 +43,9 @@ def fit_calibration(returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarr
     """The pair with the lowest quantile loss on validation origins.
 
     Args:
-        returns: (n, horizon). quantiles: (n, horizon, levels), uncalibrated.
+        returns: (n, horizon).
+        quantiles: (n, horizon, levels), uncalibrated.
+        levels: (levels,) increasing.
     """
     levels = np.asarray(levels)
     base = float(pinball_loss(returns, quantiles, levels).mean())

@@ -58,7 +58,9 @@ def pinball_loss(returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarray)
     """Quantile loss (Koenker and Bassett, Econometrica 46, 1978) averaged over levels.
 
     Args:
-        returns: (n, horizon). quantiles: (n, horizon, levels).
+        returns: (n, horizon).
+        quantiles: (n, horizon, levels).
+        levels: (levels,) in (0, 1).
 
     Returns:
         (n, horizon) in the unit of ``returns``.
@@ -68,6 +70,7 @@ def pinball_loss(returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarray)
 
 
 def median_index(levels: np.ndarray) -> int:
+    """Where the median stands among the levels."""
     return int(np.argmin(np.abs(np.asarray(levels) - 0.5)))
 
 
@@ -95,6 +98,7 @@ def score(last_close: np.ndarray, returns: np.ndarray, quantiles: np.ndarray, le
         last_close: (n,) close at the origin.
         returns: (n, horizon) log returns that came.
         quantiles: (n, horizon, levels) forecasts of them.
+        levels: (levels,) in (0, 1).
     """
     levels = np.asarray(levels)
     median = quantiles[..., median_index(levels)]

@@ -95,6 +95,7 @@ def pesaran_timmermann(forecast: np.ndarray, actual: np.ndarray, horizon: int = 
 
     Args:
         forecast, actual: (n,) in time order; only the sign counts. Days where either is zero are left out.
+        horizon: days ahead.
 
     Returns:
         (statistic, p-value), positive where better than chance. Both NaN for fewer than ``10 * horizon`` days, or
@@ -122,6 +123,7 @@ def directional_skill(
     Args:
         count: (dates,) ticker-days with a move forecast and a move that came, in time order.
         forecast, actual, product: (dates,) sums over them of the sign forecast, the sign that came, their product.
+        horizon: days ahead.
 
     Returns:
         As ``pesaran_timmermann``.
@@ -225,12 +227,12 @@ def _block_days(values: np.ndarray, least: int) -> int:
     """The optimal block length of the circular bootstrap, at least ``least`` and at most a third of the dates."""
     count = len(values)
     if count < 30:  # too few for its autocorrelations of some ten lags
-        found = count ** (1.0 / 3.0)
+        optimal = count ** (1.0 / 3.0)
     else:
         with np.errstate(divide="ignore", invalid="ignore"):
-            found = float(optimal_block_length(values)["circular"].iloc[0])
+            optimal = float(optimal_block_length(values)["circular"].iloc[0])
     longest = max(1, count // 3)
-    return max(least, min(longest, math.ceil(found))) if math.isfinite(found) else least
+    return max(least, min(longest, math.ceil(optimal))) if math.isfinite(optimal) else least
 
 
 def crps_from_quantiles(returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarray) -> np.ndarray:
@@ -244,7 +246,9 @@ def crps_from_quantiles(returns: np.ndarray, quantiles: np.ndarray, levels: np.n
     quantile losses it is itself a proper score.
 
     Args:
-        returns: (...). quantiles: (..., levels). levels: (levels,) increasing, between 0 and 1.
+        returns: (...).
+        quantiles: (..., levels).
+        levels: (levels,) increasing, between 0 and 1.
 
     Returns:
         (...) in the unit of ``returns``.
@@ -268,7 +272,9 @@ def pit(returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarray) -> np.nd
     International Economic Review 39, 1998).
 
     Args:
-        returns: (...). quantiles: (..., levels), not decreasing. levels: (levels,) increasing, at least two.
+        returns: (...).
+        quantiles: (..., levels), not decreasing.
+        levels: (levels,) increasing, at least two.
 
     Returns:
         (...) in [0, 1].

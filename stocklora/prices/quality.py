@@ -36,12 +36,12 @@ class Finding:
 def findings_of(ticker: str, frame: pd.DataFrame, meta: Mapping[str, Any] | None = None) -> list[Finding]:
     """All findings of one history, in a fixed order; empty where nothing is odd."""
     interval = (meta or {}).get("interval") or "1d"
-    found = [jumps(frame), stale_runs(frame), days_without_volume(frame)]
+    findings = [jumps(frame), stale_runs(frame), days_without_volume(frame)]
     if interval == "1d":
-        found[:0] = calendar_findings(ticker, frame)
+        findings[:0] = calendar_findings(ticker, frame)
     future = frame.index[frame.index > pd.Timestamp(dt.date.today())]
-    found.append(Finding("days in the future", len(future), tuple(map(day_text, future))))
-    return [finding for finding in found if finding.count]
+    findings.append(Finding("days in the future", len(future), tuple(map(day_text, future))))
+    return [finding for finding in findings if finding.count]
 
 
 def calendar_findings(ticker: str, frame: pd.DataFrame) -> list[Finding]:
@@ -50,7 +50,7 @@ def calendar_findings(ticker: str, frame: pd.DataFrame) -> list[Finding]:
     missing = sessions.difference(frame.index)
     closed = frame.index.difference(sessions)
     where = exchange_of(ticker) or "weekdays"
-    found = [
+    findings = [
         Finding(f"missing sessions ({where})", len(missing), tuple(runs_of(missing, sessions))),
         Finding(f"rows on days without a session ({where})", len(closed), tuple(map(day_text, closed))),
     ]
@@ -59,8 +59,8 @@ def calendar_findings(ticker: str, frame: pd.DataFrame) -> list[Finding]:
         moved = frame.index + pd.Timedelta(days=days)
         if len(closed) > max(2, 0.1 * len(frame)) and moved.isin(sessions).mean() > 0.98:
             text = f"dates fit the exchange when moved by {days:+d} day"
-            found.append(Finding("time zone", len(closed), (f"{text}: they were cut in another time zone",)))
-    return found
+            findings.append(Finding("time zone", len(closed), (f"{text}: they were cut in another time zone",)))
+    return findings
 
 
 def jumps(frame: pd.DataFrame) -> Finding:

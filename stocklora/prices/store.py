@@ -80,24 +80,25 @@ class ReturnsAhead(Mapping[str, np.ndarray]):
         return len(self.prices)
 
 
-def spool(paths: Sequence[Path], folder: Path, wanted: Sequence[str] = ()) -> PriceStore:
+def spool(paths: Sequence[Path], folder: Path, only: Sequence[str] = ()) -> PriceStore:
     """Validate price files and write each ticker into ``folder``, in place of a store that is there.
 
     A file of ``LARGE_FILE_BYTES`` or more with a Ticker column is split on disk first, so that no more than one
     ticker's rows (and ``ROWS_HELD`` rows of text) are in memory; only to name a fault's line is it read whole.
 
     Args:
-        paths: CSV files or folders of them. wanted: only these tickers; all if none is named.
+        paths: CSV files or folders of them.
+        only: these tickers; all if none is named.
 
     Raises:
-        UserError: as ``read_prices``; a wanted ticker that no file has; a folder that cannot be written.
+        UserError: as ``read_prices``; a ticker of ``only`` that no file has; a folder that cannot be written.
     """
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     _clear(folder)
     try:
         with _pieces_in(folder) as pieces:
-            names = _spool(paths, folder, pieces, wanted)
+            names = _spool(paths, folder, pieces, only)
         write_json(folder / INDEX_NAME, names)  # last: half a store is no store
     except BaseException:
         _clear(folder)
@@ -105,16 +106,16 @@ def spool(paths: Sequence[Path], folder: Path, wanted: Sequence[str] = ()) -> Pr
     return PriceStore(folder)
 
 
-def _spool(paths: Sequence[Path], folder: Path, pieces: Path, wanted: Sequence[str]) -> list[str]:
+def _spool(paths: Sequence[Path], folder: Path, pieces: Path, only: Sequence[str]) -> list[str]:
     """Write the tickers; their names in order."""
     present: list[str] = []
     names: list[str] = []
     for _, ticker, frame in each_ticker(paths, lambda path, meta: _tables(path, meta, pieces)):
         present.append(ticker)
-        if not wanted or ticker in wanted:
+        if not only or ticker in only:
             _write(folder / f"{len(names):05d}.npz", frame)
             names.append(ticker)
-    missing = [name for name in wanted if name not in present]
+    missing = [name for name in only if name not in present]
     if missing:
         shown = ", ".join(present[:20]) + (" ..." if len(present) > 20 else "")
         raise UserError(f"no prices of {', '.join(missing)} in the files; they have {shown}")
@@ -211,7 +212,7 @@ def _rows(path: Path, meta: Mapping[str, object] | None) -> Iterator[list[str]]:
 def _split(path: Path, meta: Mapping[str, object] | None, column: int, folder: Path) -> Iterator[Path]:
     """One CSV in ``folder`` for each ticker of ``path``, which is read line by line: rows stand in any order."""
     pieces: dict[str, tuple[Path, list[list[str]]]] = {}
-    held = 0
+    unwritten = 0
 
     def flush() -> None:
         with _writing(folder.parent):
@@ -228,10 +229,10 @@ def _split(path: Path, meta: Mapping[str, object] | None, column: int, folder: P
         if ticker not in pieces:
             pieces[ticker] = folder / f"{len(pieces):05d}.csv", [header]
         pieces[ticker][1].append(row)
-        held += 1
-        if held >= ROWS_HELD:
+        unwritten += 1
+        if unwritten >= ROWS_HELD:
             flush()
-            held = 0
+            unwritten = 0
     flush()
     if not pieces:
         read_table(path, meta)  # says that there is no row

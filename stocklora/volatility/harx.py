@@ -26,7 +26,12 @@ EVENT_DAYS, EVENT_LEAST_DAYS, EVENT_SHARE = 250, 60, 0.05  # an event: among a y
 
 
 def harx_features(frame: pd.DataFrame, market: Market, horizon: int) -> tuple[np.ndarray, np.ndarray]:
-    """The inputs that come on top of ``volatility.range_features``.
+    """The inputs that come on top of ``scales.range_features``.
+
+    Args:
+        frame: one ticker's prices.
+        market: of all tickers of its exchange.
+        horizon: days ahead.
 
     Returns:
         (days, k) inputs alike for every horizon, and (horizon, days, j) inputs about days t+1 .. t+h.
@@ -200,6 +205,10 @@ def standardized(inputs: np.ndarray, centre: np.ndarray, spread: np.ndarray) -> 
 
     The first two, the constant and the log EWMA volatility, are left as they are: a ticker far calmer or wilder
     than those trained on is no outlier.
+
+    Args:
+        inputs: (days, inputs).
+        centre, spread: (inputs,) of the training days.
     """
     result = np.nan_to_num((inputs - centre) / spread, nan=0.0)
     result[:, 2:] = np.clip(result[:, 2:], -6.0, 6.0)

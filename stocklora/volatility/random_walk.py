@@ -73,7 +73,11 @@ def fit_baselines(
     Tickers are looked at one at a time, so mappings that read them from disk stay small in memory.
 
     Args:
-        kinds: the scales wanted.
+        prices: ticker -> its table.
+        origins: ticker -> training rows.
+        returns: ticker -> (days, horizon) log returns ahead.
+        levels: (levels,) increasing, in (0, 1).
+        kinds: the scales asked for.
         scales: filled with every scale's values: kind -> ticker -> (days, horizon).
     """
     rows = thinned(origins, MOST_FITTED_ORIGINS)

@@ -184,6 +184,9 @@ def fit_scale(
     ``harx`` minimises the same with a ridge toward the ``har`` solution.
 
     Args:
+        kind: one of ``SCALES``.
+        prices: ticker -> its table.
+        origins: ticker -> training rows.
         returns: ticker -> (days, horizon) log returns ahead.
     """
     horizon = next(iter(returns.values())).shape[1]

@@ -1,4 +1,4 @@
-"""The charts of the backtest's page: SVG drawn by matplotlib, and how much of what they show chance can give.
+"""The charts of the backtest's page: SVG drawn by matplotlib.
 
 Colours become CSS variables, so that one drawing serves light screens, dark screens and paper. Every function that
 gives text gives it ready for the page, with data escaped; charts are drawn under ``RC``.
@@ -22,14 +22,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from stocklora.backtest.report.style import as_float, formatted, iso_date, name_of
-from stocklora.backtest.results import INTERVALS, PIT_BINS, BacktestResult
+from stocklora.backtest.results import PIT_BINS, BacktestResult
 from stocklora.metrics.scores import INTERVAL_COLUMNS, median_index
-from stocklora.metrics.significance import long_run_variance
 from stocklora.plots.forecasts import BANDS
 from stocklora.plots.style import DOWN, GRID, INK, MODEL, MUTED, WALK
 
 MOST_POINTS = 400  # of a line: more than a panel has pixels to show
-CHANCE = 1.96  # half-width of a 95% band, in standard errors
 FONT = 10.0
 _PAPER = "#fefefe"  # the page's own ground, behind hollow dots
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", MODEL: "model", WALK: "walk", DOWN: "down", _PAPER: "paper"}
@@ -40,47 +38,6 @@ RC: dict[Any, Any] = {
     "path.simplify": False,
 }
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
-
-
-# --- what chance gives -----------------------------------------------------------------------------------------
-
-
-def standard_error(shares: np.ndarray, counts: np.ndarray, day: int) -> float:
-    """Standard error of the share of all ticker-days, as the verdicts judge it.
-
-    A date is one draw however many tickers it has, since they move together; days ahead overlap.
-
-    Args:
-        shares: (days,) of a date's tickers. counts: (days,) tickers.
-    """
-    if len(shares) < 2:
-        return float("nan")
-    total = float(counts.sum())
-    deviations = counts * (shares - float(shares @ counts) / total)
-    return math.sqrt(long_run_variance(deviations, day - 1) * len(shares)) / total
-
-
-def design_effect(result: BacktestResult, model: str) -> float:
-    """How many times the variance of a one-day-ahead share exceeds that of independent draws; at least 1."""
-    counts = np.asarray(result.daily.counts, dtype=float)
-    effects = []
-    for at in range(len(INTERVALS)):
-        inside = result.daily.inside[model][:, 0, at]
-        share = float(inside @ counts) / float(counts.sum())
-        alone = share * (1.0 - share) / float(counts.sum())
-        error = standard_error(inside, counts, 1)
-        if alone > 0 and math.isfinite(error):
-            effects.append(error**2 / alone)
-    return max(float(np.mean(effects)), 1.0) if effects else 1.0
-
-
-def rolling(values: np.ndarray, counts: np.ndarray, window: int) -> np.ndarray:
-    """(days,) -> (days - window + 1,): means over ``window`` dates, each weighted by its tickers."""
-    sums = [np.convolve(line, np.ones(window), mode="valid") for line in (counts * values, counts)]
-    return np.divide(sums[0], sums[1], out=np.full(len(sums[0]), np.nan), where=sums[1] > 0)
-
-
-# --- charts ----------------------------------------------------------------------------------------------------
 
 
 def _axes(width: float, height: float, left: float, right: float, top: float, bottom: float) -> tuple[Figure, Any]:
@@ -184,6 +141,12 @@ def forest(
     """Dots with whiskers, a row a model; several dots in a row are days ahead.
 
     Args:
+        rows: (model, its points), from the top.
+        line: where a vertical line stands: what the values are compared with.
+        limits: (low, high) of the axis; values beyond are written at its ends.
+        focus: the model whose row stands out.
+        key: makes ids unique on the page.
+        label: the chart in words.
         decimals: of the values written at the right end; None writes none.
     """
     most = max((len(points) for _, points in rows), default=1)
@@ -274,7 +237,19 @@ def line_chart(
     band: float | None = None,
     top: float = math.inf,
 ) -> str:
-    """One model's series against a level line."""
+    """One model's series against a level line.
+
+    Args:
+        dates: (n,) datetime64[D].
+        values: (n,) NaN where there is none.
+        line: what the values are compared with.
+        limits: (low, high, remark) from ``line_limits``.
+        is_focus: whether the series stands out.
+        key: makes ids unique on the page.
+        label: the chart in words.
+        band: half-width of the grey band around the line.
+        top: the axis ends here at most.
+    """
     keep = np.unique(np.linspace(0, len(dates) - 1, min(len(dates), MOST_POINTS)).round().astype(int))
     figure, axis = _axes(340.0, 150.0, 36.0, 20.0, 8.0, 22.0)
     margin = 0.06 * (limits[1] - limits[0])
@@ -327,7 +302,9 @@ def pit_chart(edges: np.ndarray, heights: np.ndarray, band: np.ndarray, top: flo
     """A histogram of the probability integral transform against the level of 1.
 
     Args:
-        edges: (parts + 1,) in bins. heights: (parts,) relative to a perfect forecast's. band: (parts,) half-widths.
+        edges: (parts + 1,) in bins.
+        heights: (parts,) relative to a perfect forecast's.
+        band: (parts,) half-widths.
     """
     figure, axis = _axes(230.0, 132.0, 26.0, 6.0, 6.0, 20.0)
     places = edges / PIT_BINS

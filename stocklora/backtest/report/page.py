@@ -17,11 +17,9 @@ import matplotlib
 import numpy as np
 
 from stocklora.backtest.report.charts import (
-    CHANCE,
     RC,
     Whisker,
     day_alpha,
-    design_effect,
     fan_chart,
     figures,
     forest,
@@ -32,12 +30,19 @@ from stocklora.backtest.report.charts import (
     pit_edges,
     quantile_named,
     reach_of,
-    rolling,
-    standard_error,
 )
 from stocklora.backtest.report.style import STYLE, as_float, days_ahead, formatted, iso_date, name_of
 from stocklora.backtest.report.tables import COVERAGE_KEYS, reading_guide, score_table, ticker_table, worst_table
-from stocklora.backtest.results import INTERVALS, PIT_BINS, REFERENCE, BacktestResult
+from stocklora.backtest.results import (
+    CHANCE,
+    INTERVALS,
+    PIT_BINS,
+    REFERENCE,
+    BacktestResult,
+    design_effect,
+    rolling,
+    standard_error,
+)
 from stocklora.plots.forecasts import BANDS
 from stocklora.runtime.files import write_text
 
@@ -201,11 +206,11 @@ def _calibration(result: BacktestResult, focus: str) -> str:
         nominal = 100.0 * share
         rows: list[tuple[str, list[Whisker]]] = [(model, []) for model in result.models]
         for day in range(1, result.horizon + 1):
-            found = dict(_by_day(result, day))
+            scored = dict(_by_day(result, day))
             for model, line in rows:
-                if model not in found:
+                if model not in scored:
                     continue
-                value = as_float(found[model].get(key))
+                value = as_float(scored[model].get(key))
                 inside = result.daily.inside[model][:, day - 1, at]
                 half = CHANCE * 100.0 * standard_error(inside, result.daily.counts, day)
                 line.append(Whisker(value, value - half, value + half))

@@ -205,6 +205,7 @@ _WORST_HEAD = "".join(
 
 
 def worst_table(model: str, days: Sequence[WorstDay]) -> str:
+    """A model's worst days, worst first."""
     if not days:
         return '<p class="empty">No days to show.</p>'
     rows = []
@@ -222,6 +223,7 @@ def worst_table(model: str, days: Sequence[WorstDay]) -> str:
 
 
 def ticker_table(result: BacktestResult, model: str) -> str:
+    """A model's scores one day ahead, ticker by ticker, and in how many it did better than the last close."""
     rows = [row for row in result.by_ticker if row["Model"] == model and int(row["Day"]) == 1]
     if not rows:
         return '<p class="empty">No rows to show.</p>'

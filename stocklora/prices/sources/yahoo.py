@@ -95,9 +95,9 @@ class YahooSource:
         stock = self.yfinance.Ticker(ticker, session=self.session)
         try:
             raw = stock.history(**self.arguments(request))
-            told = stock.get_history_metadata()
+            metadata = stock.get_history_metadata()
             # Only these: the whole mapping would load intraday data for its last key.
-            facts = {name: told[name] for name in FACTS if name in told}
+            facts = {name: metadata[name] for name in FACTS if name in metadata}
         except Exception as error:
             raise self.reason(ticker, error) from None
         if raw is None or raw.empty:
@@ -133,8 +133,8 @@ class YahooSource:
             return SourceError("rate", "Yahoo answers 429, too many requests", self.seen.retry_after)
         if status is None:
             # curl appends a link to its manual
-            told = one_line(str(error or "no answer")).partition(" See http")[0].rstrip(".")[:160]
-            return SourceError("network", f"Yahoo cannot be reached ({told})")
+            text = one_line(str(error or "no answer")).partition(" See http")[0].rstrip(".")[:160]
+            return SourceError("network", f"Yahoo cannot be reached ({text})")
         if status >= 500:
             return SourceError("server", f"Yahoo answers {status}, a fault on its side", self.seen.retry_after)
         if status == 404:
@@ -217,7 +217,7 @@ def session_end(facts: dict[str, Any]) -> dt.datetime | None:
 
 
 def state_of_today(
-    ticker: str, told: dt.datetime | None, zone: str, now: dt.datetime
+    ticker: str, session_ends: dt.datetime | None, zone: str, now: dt.datetime
 ) -> tuple[pd.Timestamp, bool, dt.datetime]:
     """The exchange's day, whether its session is over, and when the source may know more than now.
 
@@ -225,13 +225,14 @@ def state_of_today(
     knows of one, today is not over before midnight.
 
     Args:
-        told: when the session ends that Yahoo takes for the current one. zone: the exchange's.
+        session_ends: when the session ends that Yahoo takes for the current one.
+        zone: the exchange's.
     """
     today = local_day(now, zone)
     settled, over = None, False
-    if told is not None:
-        session = local_day(told - INSTANT, zone)
-        ends = session_close(ticker, today) if session < today else told
+    if session_ends is not None:
+        session = local_day(session_ends - INSTANT, zone)
+        ends = session_close(ticker, today) if session < today else session_ends
         if ends is not None:
             settled = ends + SETTLING
             over = session > today or now >= settled

@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from stocklora.backtest.report.charts import design_effect, standard_error
 from stocklora.backtest.report.page import (
     focus_of,
     report_html,
@@ -37,6 +36,8 @@ from stocklora.backtest.results import (
     DailySeries,
     TickerForecasts,
     WorstDay,
+    design_effect,
+    standard_error,
 )
 from stocklora.cli.console import UserError
 from stocklora.metrics.scores import BASIS_POINTS, QUANTILE_LEVELS, coverage, pinball_loss
