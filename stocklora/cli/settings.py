@@ -193,38 +193,47 @@ def checked_values(content: Mapping[str, Any], settings_class: type, source: Pat
 
 
 def coerced(value: Any, settings_class: type, field: dataclasses.Field[Any], source: Path) -> Any:
-    """``value`` as the field's type; an int stands for a float and text for a path, nothing else is bent."""
-    kind = element_type(settings_class, field)
+    """A config file's value as the field's type; of a list each item.
+
+    Raises:
+        UserError: a value of another type or outside the choices, or an empty list where the flag wants a value.
+    """
     if value is None and default_of(field) is None:
         return None
-    is_list = field.metadata["nargs"] in {"+", "*"}
-    items = value if is_list and isinstance(value, list) else [value]
+    kind = element_type(settings_class, field)
+    if field.metadata["nargs"] not in {"+", "*"}:
+        return coerced_item(value, kind, field, source)
+    items = value if isinstance(value, list) else [value]
     if field.metadata["nargs"] == "+" and not items:
         raise UserError(f"{source}: setting '{field.name}' needs at least one value")
-    result = []
-    for item in items:
-        if kind is float and isinstance(item, int) and not isinstance(item, bool):
-            try:
-                item = float(item)
-            except OverflowError:
-                item = math.inf  # refused below
-        if kind is Path and isinstance(item, str):
-            item = Path(item)
-        if kind is str and isinstance(item, datetime.date):
-            item = item.isoformat()  # YAML reads 2016-07-01 as a date
-        # bool is a subclass of int: `epochs: true` must not pass for 1
-        wrong_bool = isinstance(item, bool) and kind is not bool
-        if isinstance(kind, type) and (wrong_bool or not isinstance(item, kind)):
-            raise UserError(f"{source}: setting '{field.name}' must be {kind.__name__}, got {item!r}")
-        if isinstance(item, float) and not math.isfinite(item):
-            raise UserError(f"{source}: setting '{field.name}' must be a finite number, got {item}")
-        choices = field.metadata["choices"]
-        if choices and item not in choices:
-            raise UserError(
-                f"{source}: setting '{field.name}' must be one of {', '.join(map(str, choices))}, got {item!r}"
-            )
-        result.append(item)
-    return result if is_list else result[0]
+    return [coerced_item(item, kind, field, source) for item in items]
+
+
+def coerced_item(item: Any, kind: Any, field: dataclasses.Field[Any], source: Path) -> Any:
+    """One value as ``kind``; an int stands for a float and text for a path, nothing else is bent.
+
+    Raises:
+        UserError: another type, a number that is not finite, or none of the field's choices.
+    """
+    if kind is float and isinstance(item, int) and not isinstance(item, bool):
+        try:
+            item = float(item)
+        except OverflowError:
+            item = math.inf  # refused below
+    if kind is Path and isinstance(item, str):
+        item = Path(item)
+    if kind is str and isinstance(item, datetime.date):
+        item = item.isoformat()  # YAML reads 2016-07-01 as a date
+    # bool is a subclass of int: `epochs: true` must not pass for 1
+    wrong_bool = isinstance(item, bool) and kind is not bool
+    if isinstance(kind, type) and (wrong_bool or not isinstance(item, kind)):
+        raise UserError(f"{source}: setting '{field.name}' must be {kind.__name__}, got {item!r}")
+    if isinstance(item, float) and not math.isfinite(item):
+        raise UserError(f"{source}: setting '{field.name}' must be a finite number, got {item}")
+    choices = field.metadata["choices"]
+    if choices and item not in choices:
+        raise UserError(f"{source}: setting '{field.name}' must be one of {', '.join(map(str, choices))}, got {item!r}")
+    return item
 
 
 def finite_float(text: str) -> float:
@@ -239,6 +248,7 @@ def finite_float(text: str) -> float:
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
+    """A field's default; None where it has none."""
     if field.default is not dataclasses.MISSING:
         return field.default
     if field.default_factory is not dataclasses.MISSING:

@@ -68,6 +68,7 @@ class Progress:
         return self.history[self.best_epoch]["validation_pinball_bp"]
 
     def state_dict(self) -> dict[str, Any]:
+        """All of it in plain values and tensors."""
         content = dict(vars(self))
         for name in ("start_losses", "best_losses"):
             content[name] = torch.from_numpy(content[name])
@@ -75,6 +76,7 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
+        """The progress that ``state_dict`` gave."""
         content = dict(state)
         for name in ("start_losses", "best_losses"):
             content[name] = content[name].numpy()
@@ -115,12 +117,12 @@ class _Loop:
         self.optimization.load_state_dict(state["optimization"])
         set_random_state(state["random"][self.accelerator.process_index])
 
-    def train(self, show: _TrainingDisplay) -> str | None:
+    def train(self, display: _TrainingDisplay) -> str | None:
         """Train until the last epoch, or until something stops it; returns what that was."""
         self._clock = time.perf_counter() - self.progress.seconds
         try:
             while not self._patience_is_out() and self.progress.epoch <= self.settings.epochs:
-                self._epoch(show)
+                self._epoch(display)
         except NotFiniteError as error:
             return f"{error}; lower --learning_rate"
         except _StoppedError:
@@ -130,14 +132,14 @@ class _Loop:
     def _patience_is_out(self) -> bool:
         return self.progress.epoch - 1 - self.progress.best_epoch >= self.settings.patience
 
-    def _epoch(self, show: _TrainingDisplay) -> None:
+    def _epoch(self, display: _TrainingDisplay) -> None:
         now = self.progress
         started = time.perf_counter()
         for loss, targets in self.optimization.epoch(now.epoch, now.done):
             now.losses.append(loss)
             now.done += self.optimization.per_step
             now.epoch_s += time.perf_counter() - started
-            show.step(loss, targets)
+            display.step(loss, targets)
             due = self.checkpoints is not None and self.checkpoints.due_after_step(self.optimization.steps)
             self._save_or_stop(due)
             started = time.perf_counter()
@@ -146,11 +148,11 @@ class _Loop:
         except _StoppedError:
             self._save_or_stop(False)  # the epoch's steps are done; its validation will be made again
             raise
-        self._judge(losses, show)
+        self._judge(losses, display)
         wanted = self.checkpoints is not None and self.checkpoints.due_after_epoch()
         self._save_or_stop(gathered(self.accelerator, wanted)[0])
 
-    def _judge(self, losses: np.ndarray, show: _TrainingDisplay) -> None:
+    def _judge(self, losses: np.ndarray, display: _TrainingDisplay) -> None:
         """End an epoch: its row, and whether its weights are the best so far."""
         now = self.progress
         loss, bp, start_bp = float(np.mean(now.losses)), float(losses.mean()), float(now.start_losses.mean())
@@ -162,7 +164,7 @@ class _Loop:
                 time.perf_counter() - self._clock, rate,
             )
         )  # fmt: skip
-        show.epoch(f"epoch {now.epoch}/{self.settings.epochs}", loss, bp / start_bp, rate)
+        display.epoch(f"epoch {now.epoch}/{self.settings.epochs}", loss, bp / start_bp, rate)
         if bp < now.best_bp:
             now.best_epoch, now.best_losses, now.best_state = now.epoch, losses, self.optimization.trained()
         now.epoch, now.done, now.losses, now.epoch_s = now.epoch + 1, 0, [], 0.0
@@ -242,8 +244,8 @@ def train(
         if standardize:
             standardize_head(model, training, accelerator.device, frozen)
         loop.start()
-    with interruption, _training_progress(optimization, accelerator.is_main_process) as show:
-        stopped = loop.train(show)
+    with interruption, _training_progress(optimization, accelerator.is_main_process) as display:
+        stopped = loop.train(display)
     progress = loop.progress
     gain = gain_in_errors(
         progress.start_losses - progress.best_losses, validation_dates, loop.validation_returns.shape[1]
@@ -306,11 +308,17 @@ class _TrainingDisplay:
         self.targets, self.since = 0, time.perf_counter()
 
     def step(self, loss: float, targets: int) -> None:
+        """Move the bar on by a step."""
         self.targets += targets
         rate = self.targets / (time.perf_counter() - self.since)
         self.bar.update(self.task, advance=1, loss=f"{loss:.4f}", rate=f"{rate:,.1f}")
 
     def epoch(self, name: str, loss: float, ratio: float, rate: float) -> None:
+        """Say how an epoch went.
+
+        Args:
+            ratio: validation loss over the random walk's. rate: days a second.
+        """
         self.bar.update(self.task, ratio=f"{ratio:.4f}")
         line = f"{name}: loss {loss:.4f}, validation {ratio:.4f} of the random walk, {rate:,.1f} days/s"
         say(line) if self.bar.disable else self.bar.console.print(line, highlight=False)

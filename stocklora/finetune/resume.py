@@ -1,4 +1,4 @@
-"""What it takes to go on with a stopped training run, on disk and exactly.
+"""The states of a training run on disk, from which a stopped run goes on exactly as it would have.
 
 ``SAVE_DIR/last`` holds two generations, ``state-000007.pt`` and its manifest ``state-000007.json``. The manifest is
 written last and names the state's size and checksum, so that half a checkpoint is seen as half a checkpoint and the
@@ -266,23 +266,23 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         old, new = before["settings"].get(name, defaults[name]), now["settings"][name]
         if old != new:
             why = " (the learning rate's schedule was made for it)" if name in ("epochs", "warmup_ratio") else ""
-            raise _other(f"--{name} was {_as_typed(old)} and is now {_as_typed(new)}{why}")
+            raise _another_run(f"--{name} was {_as_typed(old)} and is now {_as_typed(new)}{why}")
     for name, new in now["data"].items():
         if before["data"].get(name) != new:
-            raise _other(f"--data has {DATA_DIFFERENCES.get(name, name)}")
+            raise _another_run(f"--data has {DATA_DIFFERENCES.get(name, name)}")
     if before["base_model"] != now["base_model"]:
-        raise _other("--model_path is another base model")
+        raise _another_run("--model_path is another base model")
     if before["teacher"] != now["teacher"]:
-        raise _other("--teacher is another file")
+        raise _another_run("--teacher is another file")
     if before["processes"] != now["processes"]:
-        raise _other(f"it ran in {before['processes']} processes, now there are {now['processes']}")
+        raise _another_run(f"it ran in {before['processes']} processes, now there are {now['processes']}")
     if before["place"] != now["place"]:
         changes = [f"{name} {before['place'].get(name)} -> {new}" for name, new in now["place"].items()
                    if before["place"].get(name) != new]  # fmt: skip
         warn(f"--resume: {', '.join(changes)}: the run goes on, but not to the last bit as it would have")
 
 
-def _other(difference: str) -> UserError:
+def _another_run(difference: str) -> UserError:
     return UserError(
         f"--resume: the stopped run was another one: {difference}; give the same, or leave out --resume to start anew"
     )

@@ -1,4 +1,4 @@
-"""What the forecasting scripts can be told: one dataclass a script, light to import."""
+"""The settings of ``train_lora.py``, and which of them exclude each other; light to import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of an earlier run in the service of a new one: as its start at a larger rank, or as its teacher."""
+"""What an earlier run's weights give a new run: its start at a larger rank, or a teacher's quantiles to learn from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stocklora.runtime.machine import choose_dtype
 
 
 def check_days(content: WeightsFile, path: Path, dates: SplitDates, flag: str) -> None:
-    """Weights that have seen days on which the new run is judged would lend it their memory.
+    """Refuse weights that have seen days on which the new run is judged: its scores would be those of a memory.
 
     Raises:
         UserError: their training reaches into the new run's validation part, or their validation into its test part.

@@ -100,7 +100,7 @@ class Ensemble:
         self.device, self.dtype, self.trust_remote_code = device, dtype, trust_remote_code
         self.weights = [self._read(index) for index in range(len(self.members))]
         self._check_agreement()
-        self._held: dict[int, Forecaster] = {}
+        self._loaded: dict[int, Forecaster] = {}
         self._unasked = set(range(len(self.members)))  # read, and not asked for a forecast yet
 
     def each(self, work: Callable[[Forecaster], T]) -> list[T]:
@@ -112,12 +112,12 @@ class Ensemble:
         return [work(self._forecaster(index)) for index in range(len(self.members))]
 
     def forecast(
-        self, prices: Mapping[str, pd.DataFrame], beside: Mapping[str, pd.DataFrame] | None = None
+        self, prices: Mapping[str, pd.DataFrame], market_only: Mapping[str, pd.DataFrame] | None = None
     ) -> list[dict[str, Any]]:
         """The next closes of every ticker from its last row; rows of ``predictions.csv``.
 
         Args:
-            beside: tickers that only take part in the market; see ``Forecaster.forecast``.
+            market_only: tickers that only take part in the market; see ``Forecaster.forecast``.
 
         Raises:
             UserError: no ticker has as many days as every member needs.
@@ -125,12 +125,12 @@ class Ensemble:
         if len(self.members) > 1:  # so that each ticker is forecast by all, and missed once
             longest = max(content.spec.window_size for content in self.weights)
             prices = with_enough_days(prices, longest, "the longest window")
-        return combine_rows(self.each(lambda forecaster: forecaster.forecast(prices, beside)), self.how)
+        return combine_rows(self.each(lambda forecaster: forecaster.forecast(prices, market_only)), self.how)
 
     def _forecaster(self, index: int) -> Forecaster:
-        if index not in self._held:
-            if self._held and not self.keep:
-                self._held.clear()  # before the next one loads
+        if index not in self._loaded:
+            if self._loaded and not self.keep:
+                self._loaded.clear()  # before the next one loads
                 gc.collect()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -139,10 +139,10 @@ class Ensemble:
                 self.weights[index] = self._read(index)
                 self._check_agreement()
             self._unasked.discard(index)
-            self._held[index] = assemble(
+            self._loaded[index] = assemble(
                 self.weights[index], weights_path, model_path, self.device, self.dtype, self.trust_remote_code
             )
-        return self._held[index]
+        return self._loaded[index]
 
     def _read(self, index: int) -> WeightsFile:
         if self.shares is None:

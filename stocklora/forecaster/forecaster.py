@@ -90,18 +90,18 @@ class Forecaster:
         return Calibration.from_dict(self.spec.calibration).apply(raw, self.levels) if calibrated else raw
 
     def forecast(
-        self, prices: Mapping[str, pd.DataFrame], beside: Mapping[str, pd.DataFrame] | None = None
+        self, prices: Mapping[str, pd.DataFrame], market_only: Mapping[str, pd.DataFrame] | None = None
     ) -> list[dict[str, Any]]:
         """The next closes of every ticker from its last row; rows of ``predictions.csv``.
 
         Args:
-            beside: tickers that are not forecast but are part of the market that scale and indicators read.
+            market_only: tickers that are not forecast but are part of the market that scale and indicators read.
 
         Raises:
             UserError: a ticker with fewer days than the window needs.
         """
         known = with_enough_days(prices, self.spec.window_size, "the window")
-        everything = {**known, **(beside or {})}
+        everything = {**known, **(market_only or {})}
         surprised, markets = self.scale.markets_of(everything), markets_of(everything)
         scales = {name: self.scale.at(frame, surprised.of(name)) for name, frame in known.items()}
         quantiles = self.quantiles([self._last_example(name, frame, scales, markets) for name, frame in known.items()])

@@ -55,10 +55,10 @@ class Feed(Protocol):
     """Where prices come from, again and again.
 
     Attributes:
-        beside: prices of tickers that are not asked for but are part of the same market.
+        market_only: prices of tickers that are not asked for but are part of the same market.
     """
 
-    beside: Prices
+    market_only: Prices
 
     def first(self) -> Prices:
         """The prices now; whatever is wrong ends the run."""
@@ -85,7 +85,7 @@ def price_feed(settings: ForecastSettings, clock: Clock = utc_now) -> Feed:
 
 
 class FetchedPrices:
-    """Prices from a source, by the code of ``download.py`` and with its cache; nothing is written.
+    """A feed of prices from a source, by the code of ``download.py`` and with its cache; nothing is written.
 
     While watching, a ticker is asked for only when a session has ended since its last bar; then without
     the cache, which may hold today's answer from before the bar was there, and without retries, since
@@ -95,7 +95,7 @@ class FetchedPrices:
     def __init__(self, download: DownloadSettings, watching: bool = False, clock: Clock = utc_now) -> None:
         self.download, self.watching, self.clock = download, watching, clock
         self.tickers = tickers_of(download.ticker)
-        self.beside: Prices = {}
+        self.market_only: Prices = {}
         self.prices: Prices = {}
         self.failed: dict[str, str] = {}
 
@@ -153,7 +153,7 @@ class FetchedPrices:
 
 
 class FilePrices:
-    """Prices from files or folders, read again when one of them has changed.
+    """A feed of prices from files or folders, read again when one of them has changed.
 
     Without watching, rows are taken as they stand; a last row whose session still runs is warned of.
     While watching, such a row waits for its close.
@@ -165,9 +165,9 @@ class FilePrices:
         self.paths, self.tickers, self.watching, self.clock = list(paths), list(tickers), watching, clock
         self.rows: Prices = {}  # as read
         self.prices: Prices = {}
-        self.beside: Prices = {}
+        self.market_only: Prices = {}
         self.state: dict[Path, tuple[int, ...] | None] = {}
-        self.told: dict[str, pd.Timestamp] = {}
+        self.warned: dict[str, pd.Timestamp] = {}
 
     def first(self) -> Prices:
         self.state = state_of(self.paths)
@@ -193,10 +193,11 @@ class FilePrices:
         return 0
 
     def read(self) -> Prices:
+        """The tickers asked for; those that are not asked for become ``market_only``."""
         everything = read_prices(self.paths)
         wanted = select_tickers(everything, self.tickers)
         now = self.clock()
-        self.beside = {
+        self.market_only = {
             name: completed(name, frame, now) if self.watching else frame
             for name, frame in everything.items() if name not in wanted
         }  # fmt: skip
@@ -216,12 +217,12 @@ class FilePrices:
 
     def warn_of_running(self, running: Mapping[str, pd.Timestamp]) -> None:
         """Warn once of each last row that is not complete."""
-        new = [name for name, day in running.items() if self.told.get(name) != day]
+        new = [name for name, day in running.items() if self.warned.get(name) != day]
         if new:
             what = "left out until then" if self.watching else "the forecast takes its close as final"
             names = listed([f"{name} {running[name]:%Y-%m-%d}" for name in new])
             warn(f"the last row is of a session that has not closed yet: {names}; {what}")
-        self.told = dict(running)
+        self.warned = dict(running)
 
 
 def state_of(paths: Sequence[Path]) -> dict[Path, tuple[int, ...] | None]:
@@ -270,7 +271,7 @@ def watch(
     Returns:
         0, the exit code.
     """
-    forecasts, told = 1, ""
+    forecasts, last_failure = 1, ""
     try:
         say(f"watching, one look every {minutes:g} min; Ctrl-C ends it")
         while True:
@@ -280,11 +281,11 @@ def watch(
                 if prices is not shown:
                     forecast(prices, f"{clock():%Y-%m-%d %H:%M} UTC, {news(shown, prices)}")
                     shown, forecasts = prices, forecasts + 1
-                told = ""
+                last_failure = ""
             except UserError as error:
-                if str(error) != told:
+                if str(error) != last_failure:
                     warn(f"{error}; the last forecast stands, the next look is in {minutes:g} min")
-                told = str(error)
+                last_failure = str(error)
     except KeyboardInterrupt:
         say(f"watching has ended after {forecasts} forecast{'s' * (forecasts != 1)}")
         return 0

@@ -35,10 +35,10 @@ def forecast_prices(settings: ForecastSettings) -> int:
         shares=settings.shares,
     )  # fmt: skip
     check_window(settings, ensemble)
-    check_market(ensemble, [*prices, *feed.beside])
+    check_market(ensemble, [*prices, *feed.market_only])
 
     def forecast(prices: Prices) -> list[dict[str, Any]]:
-        rows = ensemble.forecast(prices, feed.beside)
+        rows = ensemble.forecast(prices, feed.market_only)
         write_predictions(settings.output, rows)
         return rows
 

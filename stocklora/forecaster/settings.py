@@ -1,4 +1,4 @@
-"""What ``framework_llm.py`` and ``merge_lora.py`` can be told; light to import."""
+"""The settings of ``framework_llm.py`` and ``merge_lora.py``; light to import."""
 
 from __future__ import annotations
 

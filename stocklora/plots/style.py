@@ -53,6 +53,7 @@ def new_figure(rows: int = 1, height: float = 5.0, ratios: Sequence[float] | Non
 
 
 def set_title(axis: Any, title: str, subtitle: str = "") -> None:
+    """A bold title above the axes, and a smaller line below it if given."""
     axis.set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=26 if subtitle else 8)
     if subtitle:
         axis.text(0, 1.025, subtitle, transform=axis.transAxes, color=MUTED, fontsize=9.5)

@@ -160,6 +160,7 @@ def shards_models(accelerator: Any) -> bool:
 
 def prepared(accelerator: Any, model: Any, optimizer: Any) -> tuple[Any, Any]:
     """``accelerator.prepare``, with FSDP told to cut the model layer by layer."""
+    # Where accelerate looks for the classes of layers; transformers names them nowhere else.
     model._no_split_modules = getattr(model.backbone, "_no_split_modules", None)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if shards_models(accelerator):

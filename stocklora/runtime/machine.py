@@ -57,7 +57,8 @@ def best_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu":
-        # Without these instructions bfloat16 on a CPU is emulated, and slower than float32.
+        # Without these instructions bfloat16 on a CPU is emulated, and slower than float32. torch has no public name
+        # for the question; Windows and macOS have no list of instructions to be read in its place.
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if has_bf16 else torch.float32
     return torch.float32

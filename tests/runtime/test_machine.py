@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from source_tree import REPO_ROOT
 
-from stocklora.runtime.machine import machine_facts
+from stocklora.cli.console import UserError
+from stocklora.runtime.machine import best_dtype, machine_facts, memory_errors, versions, versions_of
 
 
 def test_facts_are_plain_and_complete() -> None:
@@ -33,6 +36,25 @@ def test_facts_do_not_import_torch(repo_root: Path) -> None:
         [sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, timeout=60, check=True
     )
     assert result.stdout.strip() == "False"
+
+
+def test_versions_are_those_that_are_installed() -> None:
+    assert versions_of("torch", "no-such-package") == {"torch": metadata.version("torch"), "no-such-package": None}
+    assert None not in versions().values()
+    assert versions()["python"] == machine_facts()["python"]
+
+
+def test_a_full_card_is_advice() -> None:
+    advice = "memory is full; try --batch_size 1, or --device cpu"
+    with pytest.raises(UserError, match=advice), memory_errors("--batch_size 1"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="no list of the processor's instructions")
+def test_bfloat16_is_for_processors_that_compute_in_it() -> None:
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    has_bf16 = "avx512_bf16" in flags or "amx_tile" in flags
+    assert best_dtype(torch.device("cpu")) is (torch.bfloat16 if has_bf16 else torch.float32)
 
 
 def test_peak_memory_grows_with_what_is_used_and_stays() -> None:
