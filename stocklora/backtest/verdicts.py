@@ -76,10 +76,7 @@ def _direction_clauses(rows: _Rows) -> list[str]:
 
     return [
         _at(group, rows)
-        + said.format(
-            right=_span(group, "Direction", ".1f"),
-            majority=_span(group, "Direction_Majority", ".1f"),
-        )
+        + said.format(right=_span(group, "Direction", ".1f"), majority=_span(group, "Direction_Majority", ".1f"))
         for said, group in _grouped(rows, template)
     ]
 

@@ -18,7 +18,7 @@ import pandas as pd
 
 from stocklora.backtest.results import REFERENCE, TickerForecasts
 from stocklora.cli.console import UserError
-from stocklora.prices.store import ReturnsAhead
+from stocklora.prices.store import PerTicker, returns_ahead
 from stocklora.prices.tables import log_returns_ahead
 from stocklora.runtime.distributed import wait_for_everyone
 from stocklora.volatility.market import Markets, markets_of
@@ -95,9 +95,9 @@ class Baselines:
                 f"only {count} days to fit on before {cut:%Y-%m-%d} (at least {LEAST_FITTED_ORIGINS} needed); give a "
                 f"later --from or older prices"
             )
-        before = _Only(prices, list(known), cut)
+        before = known_before(prices, list(known), cut)
         kinds = [name for name in self.names if name in SCALES]
-        self.fitted = fit_baselines(before, known, ReturnsAhead(before, plan.horizon), self.levels, kinds)
+        self.fitted = fit_baselines(before, known, returns_ahead(before, plan.horizon), self.levels, kinds)
         # Fitted on the past alone; the market goes on, each day of it known at that day's close.
         self._markets = {}
         for kind in kinds:
@@ -118,21 +118,11 @@ class Baselines:
         return result
 
 
-class _Only(Mapping[str, pd.DataFrame]):
-    """Some tickers of a mapping, each cut off before a date."""
-
-    def __init__(self, prices: Mapping[str, pd.DataFrame], names: Sequence[str], before: pd.Timestamp) -> None:
-        self.prices, self.names, self.before = prices, list(names), before
-
-    def __getitem__(self, ticker: str) -> pd.DataFrame:
-        frame = self.prices[ticker]
-        return frame.iloc[: int(frame.index.searchsorted(self.before))]
-
-    def __iter__(self) -> Any:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
+def known_before(
+    prices: Mapping[str, pd.DataFrame], names: Sequence[str], cut: pd.Timestamp
+) -> Mapping[str, pd.DataFrame]:
+    """The named tickers, each without the rows from ``cut`` on."""
+    return PerTicker(names, lambda ticker: prices[ticker].iloc[: int(prices[ticker].index.searchsorted(cut))])
 
 
 class Peer:

@@ -79,27 +79,27 @@ class ForecastData:
             for sequence in pack(ticker, self.origins[ticker][split], self.window_size, targets_per_sequence)
         ]
 
+    def at_origins(self, values: Callable[[str], np.ndarray], split: str) -> np.ndarray:
+        """(n, ...): what ``values(ticker)``, (days, ...), has at the origins; tickers in the order of ``sequences``."""
+        return np.concatenate([values(name)[list(self.origins[name][split])] for name in self.prices])
+
     def returns_of(self, split: str) -> np.ndarray:
-        """(n, horizon), tickers in order: the same order as ``sequences`` and ``forecasts_of``."""
-        return np.concatenate([self.returns[name][list(self.origins[name][split])] for name in self.prices])
+        """(n, horizon) log returns that came."""
+        return self.at_origins(self.returns.__getitem__, split)
 
     def dates_of(self, split: str) -> np.ndarray:
         """(n,) dates of the origins."""
-        return np.concatenate(
-            [frame.index.to_numpy()[list(self.origins[name][split])] for name, frame in self.prices.items()]
-        )
+        return self.at_origins(lambda name: self.prices[name].index.to_numpy(), split)
 
     def closes_of(self, split: str) -> np.ndarray:
         """(n,) closes at the origins."""
-        return np.concatenate(
-            [frame["Close"].to_numpy()[list(self.origins[name][split])] for name, frame in self.prices.items()]
-        )
+        return self.at_origins(lambda name: self.prices[name]["Close"].to_numpy(), split)
 
     def forecasts_of(self, baseline: str | QuantileBaseline, split: str) -> np.ndarray:
         """(n, horizon, levels) of a baseline."""
         fitted = self.baselines[baseline] if isinstance(baseline, str) else baseline
         scales = self.scales[fitted.scale.kind if fitted.scale else SCALES[0]]
-        return np.concatenate([fitted.quantiles(scales[name][list(self.origins[name][split])]) for name in self.prices])
+        return fitted.quantiles(self.at_origins(scales.__getitem__, split))
 
     def score(self, quantiles: np.ndarray, split: str) -> Scores:
         return score(self.closes_of(split), self.returns_of(split), quantiles, self.levels)

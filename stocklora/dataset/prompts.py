@@ -73,10 +73,7 @@ class DayEncoder:
         self.prefix_ids: list[int] = [] if first is None else [int(first)]
 
     def encode(
-        self,
-        prices: Mapping[str, pd.DataFrame],
-        sequences: Sequence[DaySequence],
-        markets: Markets | None = None,
+        self, prices: Mapping[str, pd.DataFrame], sequences: Sequence[DaySequence], markets: Markets | None = None
     ) -> list[EncodedSequence]:
         """Token ids of every sequence, in order.
 

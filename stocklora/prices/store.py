@@ -13,8 +13,9 @@ import io
 import json
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,7 @@ LARGE_FILE_BYTES = 8 * 2**20  # unpacked; a larger table of several tickers is s
 ROWS_HELD = 50_000  # rows of text in memory while a large table is split
 INDEX_NAME = "tickers.json"
 
+T = TypeVar("T")
 UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error)
 
 
@@ -64,20 +66,30 @@ class PriceStore(Mapping[str, pd.DataFrame]):
         return len(self._names)
 
 
-class ReturnsAhead(Mapping[str, np.ndarray]):
-    """``log_returns_ahead`` of every ticker, computed when asked for."""
+class PerTicker(Mapping[str, T]):
+    """Something of each ticker, computed when asked for, so that a wide file does not stand in memory.
 
-    def __init__(self, prices: Mapping[str, pd.DataFrame], horizon: int) -> None:
-        self.prices, self.horizon = prices, horizon
+    Args:
+        tickers: their names, in order.
+        compute: ticker -> what it has.
+    """
 
-    def __getitem__(self, ticker: str) -> np.ndarray:
-        return log_returns_ahead(self.prices[ticker]["Close"].to_numpy(), self.horizon)
+    def __init__(self, tickers: Iterable[str], compute: Callable[[str], T]) -> None:
+        self.tickers, self.compute = list(tickers), compute
+
+    def __getitem__(self, ticker: str) -> T:
+        return self.compute(ticker)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.prices)
+        return iter(self.tickers)
 
     def __len__(self) -> int:
-        return len(self.prices)
+        return len(self.tickers)
+
+
+def returns_ahead(prices: Mapping[str, pd.DataFrame], horizon: int) -> PerTicker[np.ndarray]:
+    """``log_returns_ahead`` of every ticker, computed when asked for."""
+    return PerTicker(prices, lambda ticker: log_returns_ahead(prices[ticker]["Close"].to_numpy(), horizon))
 
 
 def spool(paths: Sequence[Path], folder: Path, only: Sequence[str] = ()) -> PriceStore:

@@ -65,8 +65,7 @@ def read_prices(paths: Path | Sequence[Path], *, min_rows: int = 0) -> dict[str,
 
 
 def each_ticker(
-    paths: Iterable[Path],
-    read: Callable[[Path, Mapping[str, Any] | None], Iterable[tuple[str, pd.DataFrame]]],
+    paths: Iterable[Path], read: Callable[[Path, Mapping[str, Any] | None], Iterable[tuple[str, pd.DataFrame]]]
 ) -> Iterator[tuple[Path, str, pd.DataFrame]]:
     """Every ticker of every file, in order, with the file it stands in.
 

@@ -67,14 +67,20 @@ def plant_centred_window(monkeypatch):
 
 def plant_scaler_fitted_on_everything(monkeypatch):
     """A drift that is the mean return of the whole file, later days included."""
-    real = walk_forward.fit_baselines
+    real, cut_off, whole = walk_forward.fit_baselines, walk_forward.known_before, {}
+
+    def kept_whole(prices, names, cut):
+        whole.clear()
+        whole.update(prices)
+        return cut_off(prices, names, cut)
 
     def fitted_on_all(before, known, returns, levels, kinds):
         result = real(before, known, returns, levels, kinds)
-        everything = np.concatenate([np.diff(np.log(frame["Close"])) for frame in before.prices.values()])
+        everything = np.concatenate([np.diff(np.log(frame["Close"])) for frame in whole.values()])
         drift = np.full(3, float(np.nanmean(everything)))
         return {**result, "drift": baselines.QuantileBaseline("drift", None, drift, result["drift"].table)}
 
+    monkeypatch.setattr(walk_forward, "known_before", kept_whole)
     monkeypatch.setattr(walk_forward, "fit_baselines", fitted_on_all)
     return "the forecast drift"
 
@@ -105,7 +111,9 @@ def plant_split_that_overlaps(monkeypatch):
         return range(rows.start, min(rows.stop + 60, len(index) - self.horizon))
 
     monkeypatch.setattr(walk_forward.Plan, "training", overlapping)
-    monkeypatch.setattr(walk_forward, "_Only", lambda prices, names, before: {name: prices[name] for name in names})
+    monkeypatch.setattr(
+        walk_forward, "known_before", lambda prices, names, before: {name: prices[name] for name in names}
+    )
     return "the fitted quantiles of"
 
 

@@ -21,7 +21,7 @@ from price_tables import random_prices
 
 from stocklora.cli.console import UserError
 from stocklora.prices import store as price_store
-from stocklora.prices.store import INDEX_NAME, PriceStore, ReturnsAhead, spool
+from stocklora.prices.store import INDEX_NAME, PriceStore, returns_ahead, spool
 from stocklora.prices.tables import log_returns_ahead, meta_path, read_prices, write_prices
 
 HEADER = "Ticker,Date,Open,High,Low,Close,Volume\n"
@@ -445,7 +445,7 @@ class TestMapping:
             PriceStore(tmp_path)
 
     def test_returns_ahead(self, store: PriceStore, tmp_path: Path) -> None:
-        ahead = ReturnsAhead(store, 2)
+        ahead = returns_ahead(store, 2)
         assert isinstance(ahead, Mapping)
         assert list(ahead) == list(store)
         assert len(ahead) == 3

@@ -16,21 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from stocklora.backtest.report.charts import (
-    RC,
-    Whisker,
-    day_alpha,
-    fan_chart,
-    figures,
-    forest,
-    forest_limits,
-    line_chart,
-    line_limits,
-    pit_chart,
-    pit_edges,
-    quantile_named,
-    reach_of,
-)
+from stocklora.backtest.report import charts
 from stocklora.backtest.report.style import STYLE, as_float, days_ahead, formatted, iso_date, name_of
 from stocklora.backtest.report.tables import COVERAGE_KEYS, reading_guide, score_table, ticker_table, worst_table
 from stocklora.backtest.results import (
@@ -65,7 +51,7 @@ def write_report(path: Path, result: BacktestResult) -> None:
 
 def report_html(result: BacktestResult) -> str:
     """The page as text; a pure function of ``result``."""
-    with matplotlib.rc_context(RC):
+    with matplotlib.rc_context(charts.RC):
         return _page(result)
 
 
@@ -183,16 +169,18 @@ def _relative_errors(result: BacktestResult, focus: str) -> str:
         return '<p class="empty">Only the last close was scored: its error relative to itself is 1.</p>'
     days = range(1, result.horizon + 1)
     points = {
-        day: [(model, [Whisker.of(row, "Relative_MAE")]) for model, row in _by_day(result, day) if model in models]
+        day: [
+            (model, [charts.Whisker.of(row, "Relative_MAE")]) for model, row in _by_day(result, day) if model in models
+        ]
         for day in days
     }
-    limits = forest_limits([row for rows in points.values() for row in rows], 1.0, 0.004)
+    limits = charts.forest_limits([row for rows in points.values() for row in rows], 1.0, 0.004)
     panels = []
     for day, rows in points.items():
         texts = [f"{name_of(model)} {formatted(line[0].value, 4)}" for model, line in rows]
         label = f"{days_ahead(day)}, mean absolute error relative to the last close: {', '.join(texts)}"
-        panels.append((days_ahead(day), forest(rows, 1.0, limits, focus, f"error-{day}", label, decimals=4)))
-    return figures(
+        panels.append((days_ahead(day), charts.forest(rows, 1.0, limits, focus, f"error-{day}", label, decimals=4)))
+    return charts.figures(
         panels,
         "Mean absolute error divided by that of the last close, with its 95% block-bootstrap interval. Left of the "
         "line is better than the random walk. A filled dot: the interval leaves 1 out. A hollow one: chance could "
@@ -204,7 +192,7 @@ def _calibration(result: BacktestResult, focus: str) -> str:
     panels = []
     for at, (key, share) in enumerate(zip(COVERAGE_KEYS, INTERVALS, strict=True)):
         nominal = 100.0 * share
-        rows: list[tuple[str, list[Whisker]]] = [(model, []) for model in result.models]
+        rows: list[tuple[str, list[charts.Whisker]]] = [(model, []) for model in result.models]
         for day in range(1, result.horizon + 1):
             scored = dict(_by_day(result, day))
             for model, line in rows:
@@ -213,16 +201,18 @@ def _calibration(result: BacktestResult, focus: str) -> str:
                 value = as_float(scored[model].get(key))
                 inside = result.daily.inside[model][:, day - 1, at]
                 half = CHANCE * 100.0 * standard_error(inside, result.daily.counts, day)
-                line.append(Whisker(value, value - half, value + half))
+                line.append(charts.Whisker(value, value - half, value + half))
         texts = [f"{name_of(model)} {'/'.join(formatted(point.value, 1) for point in line)}" for model, line in rows]
         label = f"Coverage of the {nominal:.0f}% interval, percent, by day ahead: {'; '.join(texts)}"
-        limits = forest_limits(rows, nominal, 3.0)
-        panels.append((f"{nominal:.0f}% interval", forest(rows, nominal, limits, focus, f"coverage-{at}", label)))
+        limits = charts.forest_limits(rows, nominal, 3.0)
+        panels.append(
+            (f"{nominal:.0f}% interval", charts.forest(rows, nominal, limits, focus, f"coverage-{at}", label))
+        )
     legend = "".join(
-        f'<li><i style="opacity:{day_alpha(day, result.horizon):.2f}"></i>{escape(days_ahead(day))}</li>'
+        f'<li><i style="opacity:{charts.day_alpha(day, result.horizon):.2f}"></i>{escape(days_ahead(day))}</li>'
         for day in range(1, result.horizon + 1)
     )
-    coverage = figures(
+    coverage = charts.figures(
         panels,
         "Percent of closes inside each interval; the line is what the interval promises. Right of it the intervals "
         "are too wide, left of it too narrow. Whiskers are 95% intervals that count all tickers of a day as one draw.",
@@ -232,7 +222,7 @@ def _calibration(result: BacktestResult, focus: str) -> str:
 
 
 def _pits(result: BacktestResult, focus: str) -> str:
-    edges = pit_edges(result.levels)
+    edges = charts.pit_edges(result.levels)
     shares = np.diff(edges) / PIT_BINS  # what a perfect forecast puts between one quantile and the next
     heights, bands = {}, {}
     for model in result.models:
@@ -240,13 +230,13 @@ def _pits(result: BacktestResult, focus: str) -> str:
         total = counts.sum() or math.nan
         heights[model] = counts / total / shares
         bands[model] = CHANCE * np.sqrt(shares * (1.0 - shares) / total * design_effect(result, model)) / shares
-    limits = line_limits({model: np.append(heights[model], 1.0 + bands[model]) for model in result.models}, 1.0)
+    limits = charts.line_limits({model: np.append(heights[model], 1.0 + bands[model]) for model in result.models}, 1.0)
     panels = []
     for model in result.models:
         top = 1.08 * max(limits[model][1], 1.4)
-        picture = pit_chart(edges, heights[model], bands[model], top, model == focus, model)
+        picture = charts.pit_chart(edges, heights[model], bands[model], top, model == focus, model)
         panels.append((name_of(model) + limits[model][2], picture))
-    return figures(
+    return charts.figures(
         panels,
         "How many closes fell between one quantile of the one-day-ahead forecast and the next, from the lowest (left) "
         "to the highest, relative to what the forecast promised: a perfect one is flat at 1. A hump: intervals too "
@@ -279,22 +269,22 @@ def _rolling_errors(result: BacktestResult, focus: str, window: int) -> str:
     }
     if not errors:
         return ""
-    same = [model for model, values in errors.items() if reach_of(values, 1.0) < 1e-9]
+    same = [model for model, values in errors.items() if charts.reach_of(values, 1.0) < 1e-9]
     drawn = {model: values for model, values in errors.items() if model not in same}
     names = "; ".join(escape(name_of(model)) for model in same)
     hint = f'<p class="hint">Not drawn, because their error is the last close\'s on every day: {names}.</p>'
     text = "<h3>Error</h3>" + (hint if same else "")
     if not drawn:
         return text
-    limits = line_limits(drawn, 1.0, 0.01)
+    limits = charts.line_limits(drawn, 1.0, 0.01)
     panels = []
     for model, values in drawn.items():
         label = f"{name_of(model)}: rolling error relative to the last close, {_range_in_words(values, 3)}"
-        picture = line_chart(
+        picture = charts.line_chart(
             daily.dates[window - 1 :], values, 1.0, limits[model], model == focus, f"rolling-{model}", label
         )
         panels.append((name_of(model) + limits[model][2], picture))
-    return text + figures(
+    return text + charts.figures(
         panels,
         f"Mean absolute error of the one-day-ahead forecasts over {_days_in_words(window)}, divided by that of the "
         "last close over the same days. Below the line is better than the random walk.",
@@ -304,16 +294,16 @@ def _rolling_errors(result: BacktestResult, focus: str, window: int) -> str:
 def _rolling_coverage(result: BacktestResult, focus: str, window: int) -> str:
     daily, counts = result.daily, np.asarray(result.daily.counts, dtype=float)
     shares = {model: 100.0 * rolling(daily.inside[model][:, 0, MIDDLE], counts, window) for model in result.models}
-    limits = line_limits(shares, 80.0, 5.0)
+    limits = charts.line_limits(shares, 80.0, 5.0)
     panels = []
     for model, values in shares.items():
         label = f"{name_of(model)}: rolling coverage of the 80% interval, percent, {_range_in_words(values, 1)}"
         band = CHANCE * 100.0 * float(np.nanstd(daily.inside[model][:, 0, MIDDLE])) / math.sqrt(window)
-        picture = line_chart(
+        picture = charts.line_chart(
             daily.dates[window - 1 :], values, 80.0, limits[model], model == focus, f"share-{model}", label, band, 100.5
         )
         panels.append((name_of(model) + limits[model][2], picture))
-    return "<h3>Coverage of the 80% interval</h3>" + figures(
+    return "<h3>Coverage of the 80% interval</h3>" + charts.figures(
         panels,
         f"Percent of closes inside the one-day-ahead 80% interval over {_days_in_words(window)}, and the nominal line. "
         "The grey band holds 95% of what chance gives at any one time; a model whose line leaves it for long stretches "
@@ -342,7 +332,7 @@ def _fan(result: BacktestResult, focus: str) -> str:
     fan = result.fan
     came = fan.last_close[rows] * np.exp(fan.returns[rows, 0])
     forecast = fan.last_close[rows, None] * np.exp(fan.quantiles[focus][rows, 0])
-    low, high = (quantile_named(result, forecast, name) for name in ("P10", "P90"))
+    low, high = (charts.quantile_named(result, forecast, name) for name in ("P10", "P90"))
     inside = int(np.sum((came >= low) & (came <= high)))
     dates = fan.targets[rows, 0]
     label = (
@@ -363,7 +353,7 @@ def _fan(result: BacktestResult, focus: str) -> str:
         f"One-day-ahead intervals of the {name_of(focus)} and the closes that came: {inside} of {len(rows)} "
         f"inside the 80% interval. Each day's forecast was made at the close before it."
     )
-    picture = fan_chart(result, rows, forecast, came, label)
+    picture = charts.fan_chart(result, rows, forecast, came, label)
     return (
         '<figure class="wide"><div class="scroll" role="region" aria-label="Intervals and closes" tabindex="0">'
         f"{picture}</div>"
