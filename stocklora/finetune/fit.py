@@ -176,12 +176,9 @@ def encode_splits(
         check_lengths([example.encoded for example in examples], context_tokens)
     else:
         estimated = fit_targets_per_sequence(
-            max(encoder.tokens_per_day(frame) for frame in data.prices.values()),
-            data.window_size,
-            context_tokens,
-            settings.max_tokens_per_sequence,
-            available=max(len(parts["train"]) for parts in data.origins.values()),
-        )
+            max(encoder.tokens_per_day(frame) for frame in data.prices.values()), data.window_size, context_tokens,
+            settings.max_tokens_per_sequence, available=max(len(parts["train"]) for parts in data.origins.values()),
+        )  # fmt: skip
         # Wild days write longer lines than the recent ones that the estimate was made from.
         targets, examples = fitted_to_context(
             examples_of, estimated, context_tokens,
@@ -241,23 +238,14 @@ def specification(prepared: PreparedData, settings: TrainLoraSettings, base: Bas
     start = data.start(prepared.scale_kind)
     assert start.scale is not None
     return ForecasterSpec(
-        base_model=base.description,
-        backbone_layers=settings.backbone_layers,
-        prompt=settings.prompt,
-        window_size=settings.window_size,
-        targets_per_sequence=prepared.targets_per_sequence,
-        horizon=settings.horizon,
-        levels=data.levels.tolist(),
-        table=start.table.tolist(),
-        scale=start.scale.to_dict(),
-        lora=lora_fields(settings),
+        base_model=base.description, backbone_layers=settings.backbone_layers, method=settings.method,
+        quantization=settings.quantization, lora=lora_fields(settings),
+        prompt=settings.prompt, indicators=list(settings.indicators), anonymize=settings.anonymize,
+        window_size=settings.window_size, targets_per_sequence=prepared.targets_per_sequence,
+        horizon=settings.horizon, levels=data.levels.tolist(), table=start.table.tolist(),
+        scale=start.scale.to_dict(), location=start.location.tolist(),
         calibration={"shrinkage": 1.0, "interval_scale": 1.0},
-        location=start.location.tolist(),
-        indicators=list(settings.indicators),
-        anonymize=settings.anonymize,
-        method=settings.method,
-        quantization=settings.quantization,
-    )
+    )  # fmt: skip
 
 
 def lora_fields(settings: TrainLoraSettings) -> dict[str, Any]:
@@ -309,19 +297,13 @@ def train_forecaster(run: PreparedRun) -> TrainingOutcome:
     with compiled(model) if settings.compile else contextlib.nullcontext():
         if run.resumed is None and settings.expand_rank_from is not None:
             start_from(run.forecaster, settings, data.dates)
+        examples = run.prepared.examples
         outcome = train(
-            model,
-            run.prepared.examples["train"],
-            run.prepared.examples["validation"],
-            data.levels,
-            settings,
-            accelerator,
-            data.dates_of("validation"),
-            run.checkpoints,
-            run.resumed,
+            model, examples["train"], examples["validation"], data.levels, settings, accelerator,
+            data.dates_of("validation"), run.checkpoints, run.resumed,
             standardize=settings.expand_rank_from is None,
             frozen=FrozenStates(model) if settings.method == "head" else None,
-        )
+        )  # fmt: skip
     run.forecaster.device = accelerator.device
     if outcome.interrupted and run.checkpoints.newest:
         say(f"state saved; to go on: {resume_command(settings, accelerator.num_processes)}")

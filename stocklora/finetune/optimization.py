@@ -149,10 +149,7 @@ class Optimization:
     ) -> None:
         from transformers import get_cosine_schedule_with_warmup
 
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, settings),
-            weight_decay=settings.weight_decay,
-        )
+        optimizer = torch.optim.AdamW(parameter_groups(model, settings), weight_decay=settings.weight_decay)
         self.settings, self.accelerator = settings, accelerator
         self.training, self.frozen = training, frozen
         self.per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes

@@ -27,29 +27,21 @@ class TrainLoraSettings:
     )
     test_from: str | None = setting(None, "first test day, instead of a share", section="data", metavar="DATE")
     prompt: str = setting(
-        "returns",
-        "how days are written: basis points from the day before, prices, or percent of the volatility",
-        choices=("returns", "ohlcv", "zscores"),
-        section="data",
-    )
+        "returns", "how days are written: basis points from the day before, prices, or percent of the volatility",
+        choices=("returns", "ohlcv", "zscores"), section="data",
+    )  # fmt: skip
     indicators: list[str] = setting(
-        [],
-        "numbers added to every day line; market: mean return and range of all tickers in the files",
-        choices=("market", "returns", "sma", "ema", "rsi", "macd", "bollinger", "atr", "range"),
-        section="data",
-        nargs="+",
-        metavar="NAME",
-    )
+        [], "numbers added to every day line; market: mean return and range of all tickers in the files",
+        choices=("market", "returns", "sma", "ema", "rsi", "macd", "bollinger", "atr", "range"), section="data",
+        nargs="+", metavar="NAME",
+    )  # fmt: skip
     anonymize: bool = setting(
         True, "keep ticker and dates out of the prompt: a base model may remember them", section="data"
     )
     targets_per_sequence: int | None = setting(
-        None,
-        "forecasts per forward pass; 1 is one window a pass (default: what fits the model's context, "
-        "the token budget and the data)",
-        section="data",
-        metavar="N",
-    )
+        None, "forecasts per forward pass; 1 is one window a pass (default: what fits the model's context, "
+        "the token budget and the data)", section="data", metavar="N",
+    )  # fmt: skip
     max_tokens_per_sequence: int = setting(
         1400, "token budget that targets_per_sequence is fitted to", section="data", metavar="TOKENS"
     )
@@ -62,46 +54,33 @@ class TrainLoraSettings:
     )
     trust_remote_code: bool = setting(False, "run Python code that comes with the base model", section="model")
     scale: str = setting(
-        "auto",
-        "volatility scale the forecast starts from; auto: the better on validation",
-        choices=("auto", "ewma", "har", "harx"),
-        section="model",
-    )
+        "auto", "volatility scale the forecast starts from; auto: the better on validation",
+        choices=("auto", "ewma", "har", "harx"), section="model",
+    )  # fmt: skip
     method: str = setting(
         "lora",
         "what trains beside the forecast head; lora: adapters of lora.py; peft: adapters of the PEFT library; full: "
-        "every weight of the base; head: nothing, and the base is read only once",
-        choices=METHODS,
-        section="method",
-    )
+        "every weight of the base; head: nothing, and the base is read only once", choices=METHODS, section="method",
+    )  # fmt: skip
     quantization: str = setting(
         "none",
         "store the frozen linear layers in less: 8bit: int8 with a scale for each row; 4bit: nf4 with quantized "
-        "scales (QLoRA); needs bitsandbytes, computes on CPUs too",
-        choices=QUANTIZATIONS,
-        section="method",
-    )
+        "scales (QLoRA); needs bitsandbytes, computes on CPUs too", choices=QUANTIZATIONS, section="method",
+    )  # fmt: skip
     expand_rank_from: Path | None = setting(
-        None,
-        "start from this weights file's adapters and head, at the larger --lora_rank, with the same forecasts",
-        section="method",
-        metavar="FILE",
-    )
+        None, "start from this weights file's adapters and head, at the larger --lora_rank, with the same forecasts",
+        section="method", metavar="FILE",
+    )  # fmt: skip
     teacher: Path | None = setting(
-        None,
-        "weights file whose quantiles are a second target on training days",
-        section="method",
-        metavar="FILE",
+        None, "weights file whose quantiles are a second target on training days", section="method", metavar="FILE"
     )
     teacher_model_path: Path | None = setting(
         None, "base model folder of --teacher (default: that of --model_path)", section="method", metavar="FOLDER"
     )
     distill_weight: float = setting(
-        0.5,
-        "weight of the distance to the teacher's quantiles, beside a loss of weight 1",
-        section="method",
+        0.5, "weight of the distance to the teacher's quantiles, beside a loss of weight 1", section="method",
         metavar="WEIGHT",
-    )
+    )  # fmt: skip
 
     lora_rank: int = setting(8, "rank of the adapters", section="LoRA")
     lora_alpha: float = setting(16.0, "adapters are scaled by alpha / rank", section="LoRA")
@@ -114,23 +93,17 @@ class TrainLoraSettings:
         False, "train the length of each weight row apart from its direction (DoRA); slower", section="LoRA"
     )
     init_lora: str = setting(
-        "kaiming",
-        "how adapters start; pissa: at the weights' leading singular vectors",
-        choices=("kaiming", "pissa"),
-        section="LoRA",
-    )
+        "kaiming", "how adapters start; pissa: at the weights' leading singular vectors",
+        choices=("kaiming", "pissa"), section="LoRA",
+    )  # fmt: skip
     train_bias: str = setting(
-        "none",
-        "biases of the base that train too: of no layer, of the adapted ones, of all",
-        choices=("none", "lora_only", "all"),
-        section="LoRA",
-    )
+        "none", "biases of the base that train too: of no layer, of the adapted ones, of all",
+        choices=("none", "lora_only", "all"), section="LoRA",
+    )  # fmt: skip
     lora_plus_ratio: float | None = setting(
-        None,
-        "learning rate of B over that of A, 16 in the paper (LoRA+; default: the same rate)",
-        section="LoRA",
+        None, "learning rate of B over that of A, 16 in the paper (LoRA+; default: the same rate)", section="LoRA",
         metavar="RATIO",
-    )
+    )  # fmt: skip
 
     epochs: int = setting(20, "passes over the training days, at most", section="training")
     batch_size: int = setting(4, "sequences a step", section="training")
@@ -151,22 +124,17 @@ class TrainLoraSettings:
     )  # fmt: skip
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower", section="training")
     max_tokens_per_batch: int | None = setting(
-        None,
-        "padded tokens of one forward pass, at most: larger batches are cut, with the same gradients (a longer "
-        "sequence goes alone)",
-        section="training",
-        metavar="TOKENS",
-    )
+        None, "padded tokens of one forward pass, at most: larger batches are cut, with the same gradients (a longer "
+        "sequence goes alone)", section="training", metavar="TOKENS",
+    )  # fmt: skip
     compile: bool = setting(
         False, "compile the base model with torch.compile; needs a C++ compiler", section="training"
     )
     seed: int = setting(42, "seed of everything random", section="training")
     dtype: str = setting(
-        "auto",
-        "number format of the frozen base; auto: bfloat16 where the processor has it",
-        choices=DTYPES,
+        "auto", "number format of the frozen base; auto: bfloat16 where the processor has it", choices=DTYPES,
         section="training",
-    )
+    )  # fmt: skip
     device: str = setting("auto", "where to compute", choices=DEVICES, section="training")
     save_dir: Path = setting(
         Path("checkpoints"), "folder for weights, history and curve", section="output", metavar="FOLDER"
@@ -180,25 +148,11 @@ class TrainLoraSettings:
 
     def __post_init__(self) -> None:
         check_positive(
-            self,
-            "checkpoint_every",
-            "window_size",
-            "horizon",
-            "targets_per_sequence",
-            "max_tokens_per_sequence",
-            "max_tokens_per_batch",
-            "lora_rank",
-            "lora_alpha",
-            "lora_plus_ratio",
-            "distill_weight",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "learning_rate",
-            "head_learning_rate",
-            "max_grad_norm",
-            "patience",
-            "backbone_layers",
-        )
+            self, "checkpoint_every", "window_size", "horizon", "targets_per_sequence",
+            "max_tokens_per_sequence", "max_tokens_per_batch", "lora_rank", "lora_alpha", "lora_plus_ratio",
+            "distill_weight", "batch_size", "gradient_accumulation_steps", "learning_rate",
+            "head_learning_rate", "max_grad_norm", "patience", "backbone_layers",
+        )  # fmt: skip
         check_horizon(self.horizon)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise UserError(f"--lora_dropout must be at least 0 and below 1, got {self.lora_dropout}")

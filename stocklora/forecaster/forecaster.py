@@ -148,12 +148,7 @@ def with_enough_days(prices: Mapping[str, pd.DataFrame], window_size: int, windo
 
 
 def build_forecaster(
-    spec: ForecasterSpec,
-    base: BaseModel,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    fresh: bool = True,
+    spec: ForecasterSpec, base: BaseModel, device: torch.device, dtype: torch.dtype, *, fresh: bool = True
 ) -> Forecaster:
     """Base model, fresh adapters, head at the starting quantiles: a forecaster that has learned nothing yet.
 
@@ -172,14 +167,9 @@ def build_forecaster(
     try:
         with memory_errors(LESS_MEMORY):
             backbone = load_backbone(
-                base.path,
-                torch.float32 if full else dtype,
-                spec.backbone_layers,
-                base.trust_remote_code,
-                spec.quantization,
-                device,
-                base.config,
-            )
+                base.path, torch.float32 if full else dtype, spec.backbone_layers, base.trust_remote_code,
+                spec.quantization, device, base.config,
+            )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise unloadable(base.path, "weights", error) from None
     if not is_causal(backbone):
@@ -197,11 +187,7 @@ def build_forecaster(
 
 
 def load_forecaster(
-    weights_path: Path,
-    model_path: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    trust_remote_code: bool = False,
+    weights_path: Path, model_path: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> tuple[Forecaster, WeightsFile]:
     """A trained forecaster from its weights file and the base model's folder.
 

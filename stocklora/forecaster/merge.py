@@ -28,7 +28,7 @@ from stocklora.base_models.folders import (
     describe_model,
     made_whole,
 )
-from stocklora.base_models.loading import BaseModel
+from stocklora.base_models.loading import BaseModel, first_layers
 from stocklora.cli.console import UserError, print_table, say
 from stocklora.forecaster.forecaster import Forecaster, assemble, check_base, load_forecaster
 from stocklora.forecaster.methods import merge_into_base
@@ -136,11 +136,7 @@ def save_model(
     if isinstance(stored, str):
         stored = getattr(torch, stored, None)
     # Its own configuration, dropout included; only layers that were left out stay out.
-    layers = content.spec.backbone_layers
-    if layers is not None:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+    config = first_layers(config, content.spec.backbone_layers)
     whole: Any = backbone
     with_vocabulary = any("ForCausalLM" in name or "LMHead" in name for name in config.architectures or [])
     if with_vocabulary:

@@ -17,66 +17,46 @@ class ForecastSettings:
 
     # Empty lists, not their defaults, so that a flag beside one that excludes it is seen; read price_files.
     test_csv: list[Path] = setting(
-        [],
-        "price CSV file(s) or folder(s) to read (default: sample_test.csv, unless --ticker is given)",
-        section="data",
-        nargs="+",
-        metavar="CSV",
-    )
+        [], "price CSV file(s) or folder(s) to read (default: sample_test.csv, unless --ticker is given)",
+        section="data", nargs="+", metavar="CSV",
+    )  # fmt: skip
     tickers: list[str] = setting(
-        [],
-        "of the tickers that stand in --test_csv, forecast only these; downloads nothing",
-        section="data",
-        nargs="+",
-        metavar="TICKER",
-    )
+        [], "of the tickers that stand in --test_csv, forecast only these; downloads nothing", section="data",
+        nargs="+", metavar="TICKER",
+    )  # fmt: skip
     window_size: int | None = setting(
         None, "must be the one the weights were trained with (default: taken from the weights)", section="data"
     )
     ticker: list[str] = setting(
-        [],
-        "download fresh prices of these tickers, as download.py does, instead of reading --test_csv",
-        section="fresh prices",
-        nargs="+",
-        metavar="TICKER",
-    )
+        [], "download fresh prices of these tickers, as download.py does, instead of reading --test_csv",
+        section="fresh prices", nargs="+", metavar="TICKER",
+    )  # fmt: skip
     source: str | None = setting(
-        None,
-        "where --ticker is asked for; see download.py (default: yahoo)",
-        choices=("yahoo", "akshare", "sample"),
+        None, "where --ticker is asked for; see download.py (default: yahoo)", choices=("yahoo", "akshare", "sample"),
         section="fresh prices",
-    )
+    )  # fmt: skip
     period: str | None = setting(None, "how far back to ask; see download.py (default: 1y)", section="fresh prices")
     retries: int | None = setting(
         None, "how often to ask again when the source says too many requests (default: 4)", section="fresh prices"
     )
     watch: float | None = setting(
-        None,
-        "stay, look every so many minutes, and forecast anew whenever a bar is complete; Ctrl-C ends it",
-        section="fresh prices",
-        metavar="MINUTES",
-    )
+        None, "stay, look every so many minutes, and forecast anew whenever a bar is complete; Ctrl-C ends it",
+        section="fresh prices", metavar="MINUTES",
+    )  # fmt: skip
     model_path: list[Path] = setting(
         [Path("Qwen3-0.6B")],
         "base model folder that the weights were trained on; with several weights files one for all or one each",
-        section="model",
-        nargs="+",
-        metavar="FOLDER",
-    )
+        section="model", nargs="+", metavar="FOLDER",
+    )  # fmt: skip
     lora_weights: list[Path] = setting(
         [Path("checkpoints/best_lora_weights.pth")],
         "weights file of train_lora.py, or folder of merge_lora.py; of several, the forecasts are combined; a.pth:0.7 "
-        "b.pth:0.3 averages the weights into one model instead",
-        section="model",
-        nargs="+",
-        metavar="FILE[:WEIGHT]",
-    )
+        "b.pth:0.3 averages the weights into one model instead", section="model", nargs="+", metavar="FILE[:WEIGHT]",
+    )  # fmt: skip
     ensemble: str = setting(
-        "mean",
-        "how several forecasts become one, quantile by quantile; median: a member that strays pulls less",
-        choices=("mean", "median"),
-        section="model",
-    )
+        "mean", "how several forecasts become one, quantile by quantile; median: a member that strays pulls less",
+        choices=("mean", "median"), section="model",
+    )  # fmt: skip
     trust_remote_code: bool = setting(False, "run Python code that comes with the base model", section="model")
     dtype: str = setting(
         "auto", "number format of the base; auto: bfloat16 where the processor has it", choices=DTYPES, section="model"
@@ -84,11 +64,9 @@ class ForecastSettings:
     device: str = setting("auto", "where to compute", choices=DEVICES, section="model")
     output: Path = setting(Path("predictions.csv"), "where the forecast goes", section="output", metavar="CSV")
     plot: Path | None = setting(
-        None,
-        "also draw candles and the forecast's fan into this PNG; of several tickers, one file each",
-        section="output",
-        metavar="PNG",
-    )
+        None, "also draw candles and the forecast's fan into this PNG; of several tickers, one file each",
+        section="output", metavar="PNG",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_positive(self, "window_size", "watch")
@@ -147,10 +125,9 @@ class MergeSettings:
 
     lora_weights: Path = setting(
         Path("checkpoints/best_lora_weights.pth"),
-        "weights file of train_lora.py, or a folder with an adapter in PEFT's format",
-        section="input",
+        "weights file of train_lora.py, or a folder with an adapter in PEFT's format", section="input",
         metavar="FILE",
-    )
+    )  # fmt: skip
     model_path: Path = setting(
         Path("Qwen3-0.6B"), "base model folder that the weights were trained on", section="input", metavar="FOLDER"
     )

@@ -71,13 +71,9 @@ def plot_training_curve(history: Sequence[Mapping[str, float]], best_epoch: int,
     top.plot(epochs, ratios, color=MODEL, marker="o", markersize=4)
     top.plot([best_epoch], [ratios[best_epoch]], "o", color=UP, markersize=9, zorder=3)
     top.annotate(
-        f"kept: epoch {best_epoch}, {ratios[best_epoch]:.4f}",
-        (best_epoch, ratios[best_epoch]),
-        (9, -14),
-        color=UP,
-        fontsize=9.5,
-        textcoords="offset points",
-    )
+        f"kept: epoch {best_epoch}, {ratios[best_epoch]:.4f}", (best_epoch, ratios[best_epoch]), (9, -14),
+        color=UP, fontsize=9.5, textcoords="offset points",
+    )  # fmt: skip
     # A curve that stays within a thousandth of 1 should look flat.
     low, high = min([*ratios, 0.998]), max([*ratios, 1.002])
     top.set_ylim(low - 0.25 * (high - low), high + 0.2 * (high - low))

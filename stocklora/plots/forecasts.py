@@ -42,15 +42,8 @@ def plot_forecast(
         bottom = [first["Last_Close"], *[row[lower] for row in rows]]
         top = [first["Last_Close"], *[row[upper] for row in rows]]
         axis.fill_between(at, bottom, top, color=MODEL, alpha=alpha, linewidth=0, label=f"{label} interval")
-    axis.plot(
-        at,
-        [first["Last_Close"], *[row["P50"] for row in rows]],
-        color=MODEL,
-        linewidth=1.8,
-        marker="o",
-        markersize=3.5,
-        label="median forecast",
-    )
+    median = [first["Last_Close"], *[row["P50"] for row in rows]]
+    axis.plot(at, median, color=MODEL, linewidth=1.8, marker="o", markersize=3.5, label="median forecast")
     shown = [max(0, len(recent) - 20), at[-1]]
     axis.plot(
         shown, [first["Last_Close"]] * 2, color=WALK, linewidth=1.0, linestyle="--", label="last close (random walk)"
@@ -67,16 +60,9 @@ def _legend(axis: Any, columns: int = 1) -> None:
     handles, labels = axis.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda index: "interval" not in labels[index])
     axis.legend(
-        [handles[index] for index in order],
-        [labels[index] for index in order],
-        loc="upper left",
-        fontsize=9,
-        labelcolor=INK,
-        ncols=columns,
-        facecolor="white",
-        edgecolor="none",
-        framealpha=0.85,
-    )
+        [handles[index] for index in order], [labels[index] for index in order], loc="upper left", fontsize=9,
+        labelcolor=INK, ncols=columns, facecolor="white", edgecolor="none", framealpha=0.85,
+    )  # fmt: skip
 
 
 def _candles(axis: Any, frame: pd.DataFrame) -> None:
@@ -124,15 +110,9 @@ def plot_backtest(
     at = np.arange(len(rows))
     for lower, upper, alpha, label in BANDS:
         axis.bar(
-            at,
-            column[upper] - column[lower],
-            bottom=column[lower],
-            width=0.92,
-            color=MODEL,
-            alpha=alpha,
-            linewidth=0,
-            label=f"{label} interval",
-        )
+            at, column[upper] - column[lower], bottom=column[lower], width=0.92, color=MODEL, alpha=alpha,
+            linewidth=0, label=f"{label} interval",
+        )  # fmt: skip
     inside = (came >= column["P10"]) & (came <= column["P90"])
     axis.plot(at, came, color=INK, linewidth=0.8, alpha=0.5)
     axis.plot(at[inside], came[inside], "o", color=INK, markersize=3.5, label="close, inside 80%")
