@@ -134,7 +134,7 @@ class Peer:
         require_peer(name)
         self.name, self.levels = name, levels
         self.horizon = 0
-        self._told: set[str] = set()
+        self._warned_of: set[str] = set()
 
     def fit(self, prices: Mapping[str, pd.DataFrame], plan: Plan, cut: pd.Timestamp) -> None:
         self.horizon = plan.horizon
@@ -143,9 +143,11 @@ class Peer:
         from stocklora.baselines.classical import peer_quantiles
 
         close = frame["Close"].to_numpy()[: origins.stop]
-        forecast = peer_quantiles(self.name, close, origins, self.horizon, self.levels, ticker=ticker, quiet=self._told)
+        forecast = peer_quantiles(
+            self.name, close, origins, self.horizon, self.levels, ticker=ticker, quiet=self._warned_of
+        )
         if forecast.fallbacks:
-            self._told.add(ticker)
+            self._warned_of.add(ticker)
         return {self.name: forecast.quantiles}
 
 

@@ -65,22 +65,26 @@ def number_names(names: Sequence[str]) -> list[str]:
 
 
 def market_day(frame: pd.DataFrame, market: pd.DataFrame | None) -> list[pd.Series]:
+    """The market's mean return and mean Garman-Klass range of the day, basis points."""
     assert market is not None
     days = market.reindex(frame.index)
     return [1e4 * days["market_return"], 1e4 * np.exp(days["market_log_range"])]
 
 
 def moves(frame: pd.DataFrame) -> list[pd.Series]:
+    """Returns over 5 and 22 days, basis points."""
     close = frame["Close"]
     return [1e4 * (close / close.shift(days).fillna(close.iloc[0]) - 1.0) for days in (5, 22)]
 
 
 def simple_averages(frame: pd.DataFrame) -> list[pd.Series]:
+    """How far the close is above its mean over 20 and 50 days, basis points."""
     close = frame["Close"]
     return [1e4 * (close / close.rolling(days, min_periods=1).mean() - 1.0) for days in (20, 50)]
 
 
 def exponential_averages(frame: pd.DataFrame) -> list[pd.Series]:
+    """How far the close is above its exponential averages of 12 and 26 days, basis points."""
     close = frame["Close"]
     return [1e4 * (close / close.ewm(span=days).mean() - 1.0) for days in (12, 26)]
 
@@ -115,6 +119,7 @@ def average_true_range(frame: pd.DataFrame) -> list[pd.Series]:
 
 
 def ranges(frame: pd.DataFrame) -> list[pd.Series]:
+    """Root mean Garman-Klass variance over 1, 5 and 22 days, basis points."""
     variance = garman_klass_variance(frame)
     return [1e4 * np.sqrt(variance.rolling(days, min_periods=1).mean().clip(lower=0.0)) for days in (1, 5, 22)]
 

@@ -145,4 +145,5 @@ def last_origin(ticker: str, rows: int, window_size: int, targets_per_sequence: 
 
 
 def count_origins(sequences: Sequence[DaySequence]) -> int:
+    """How many forecasts the sequences make."""
     return sum(len(sequence.origins) for sequence in sequences)

@@ -169,6 +169,7 @@ def print_quality(path: Path) -> None:
 
 
 def source_text(meta: Mapping[str, Any] | None) -> str:
+    """Where prices come from and how they are adjusted, in words."""
     if meta is None:
         return "not recorded (no sidecar)"
     origins = ", ".join(sorted(set((meta.get("origins") or {}).values()))) or meta.get("source")

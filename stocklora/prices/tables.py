@@ -126,6 +126,7 @@ def price_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def siblings(path: Path) -> list[str]:
+    """The tables in the folder that ``path`` would be in."""
     try:
         return [p.name for p in path.parent.iterdir() if is_table(p)]
     except OSError:
@@ -133,6 +134,7 @@ def siblings(path: Path) -> list[str]:
 
 
 def is_table(path: Path) -> bool:
+    """Whether the name is that of a table."""
     return path.name.lower().endswith((".csv", ".csv.gz"))
 
 
@@ -285,6 +287,7 @@ def table_text(frames: Mapping[str, pd.DataFrame]) -> str:
 
 
 def meta_path(path: Path) -> Path:
+    """Where a price file's sidecar stands."""
     return path.with_name(path.name + ".meta.json")
 
 
