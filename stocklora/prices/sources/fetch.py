@@ -147,10 +147,12 @@ class Patience:
         self.broken: SourceError | None = None
 
     def wait_turn(self) -> None:
+        """Sleep while everyone is to wait."""
         while (left := self.not_before - time.monotonic()) > 0:
             time.sleep(min(left, 0.5))
 
     def hold(self, seconds: float) -> None:
+        """Make everyone wait for so many seconds from now."""
         with self.lock:
             self.not_before = max(self.not_before, time.monotonic() + seconds)
 
@@ -242,6 +244,7 @@ class PriceCache:
         self.folder = (folder or cache_folder()) / "prices"
 
     def path(self, source: str, ticker: str, request: Request) -> Path:
+        """Where the answer to a request is kept."""
         key = json.dumps([CACHE_FORMAT, source, ticker, dataclasses.asdict(request)], default=str)
         safe = "".join(c if c.isalnum() else "_" for c in ticker)
         return self.folder / f"{safe}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.csv.gz"

@@ -243,6 +243,7 @@ def state_of_today(
 
 
 def local_day(moment: dt.datetime, zone: str) -> pd.Timestamp:
+    """The exchange's calendar day of a moment."""
     return pd.Timestamp(moment).tz_convert(zone).tz_localize(None).normalize()
 
 
