@@ -17,12 +17,9 @@ class TrainSettings:
     """Settings of ``train.py``."""
 
     data: list[Path] = setting(
-        [Path("sample_test.csv")],
-        "price CSV file(s) or folder(s); several are trained together",
-        section="data",
-        nargs="+",
-        metavar="CSV",
-    )
+        [Path("sample_test.csv")], "price CSV file(s) or folder(s); several are trained together", section="data",
+        nargs="+", metavar="CSV",
+    )  # fmt: skip
     tickers: list[str] = setting([], "use only these tickers of the files", section="data", nargs="+", metavar="TICKER")
     window_size: int = setting(30, "days that a forecast is made from", section="data", metavar="DAYS")
     validation_fraction: float = setting(
@@ -63,11 +60,9 @@ class FrameworkSettings:
         [], "forecast only these tickers of the files", section="data", nargs="+", metavar="TICKER"
     )
     window_size: int | None = setting(
-        None,
-        "must be the one the model was trained with (default: taken from the model file)",
-        section="data",
+        None, "must be the one the model was trained with (default: taken from the model file)", section="data",
         metavar="DAYS",
-    )
+    )  # fmt: skip
     model_path: Path = setting(Path("model.pth"), "model file of train.py", section="model", metavar="FILE")
     device: str = setting("auto", "where to compute", choices=DEVICES, section="model")
     output: Path = setting(Path("predictions.csv"), "where the forecast goes", section="output", metavar="CSV")

@@ -82,43 +82,21 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def pesaran_timmermann(forecast: np.ndarray, actual: np.ndarray, horizon: int = 1) -> tuple[float, float]:
-    """One-sided test that a forecast's sign knows something of the outcome's.
+def directional_skill(
+    count: np.ndarray, forecast: np.ndarray, actual: np.ndarray, product: np.ndarray, horizon: int
+) -> tuple[float, float]:
+    """One-sided test that the signs forecast know something of the signs that come, from a panel's sums by date.
 
-    One day ahead it is the test of Pesaran and Timmermann (Journal of Business & Economic Statistics 10, 1992). It
-    takes days for independent, which overlapping forecasts are not: with a forecast whose sign seldom changes, it
-    rejects a true null three days ahead in 12% of samples at the 5% level. Further ahead than one day the same
+    For one ticker and one day ahead it is the test of Pesaran and Timmermann (Journal of Business & Economic
+    Statistics 10, 1992). It takes days for independent, which overlapping forecasts are not: with a forecast whose
+    sign seldom changes, it rejects a true null three days ahead in 12% of samples at the 5% level. Otherwise the same
     covariance of the signs is therefore divided by a standard error that allows for autocorrelation up to lag
     ``horizon - 1``, taken under the null (Blaskowitz and Herwartz, International Journal of Forecasting 30, 2014).
     That is the score form of the regression of sign on sign in Pesaran and Timmermann (Journal of the American
     Statistical Association 104, 2009), whose t-ratio rejects too often in short samples.
 
-    Args:
-        forecast, actual: (n,) in time order; only the sign counts. Days where either is zero are left out.
-        horizon: days ahead.
-
-    Returns:
-        (statistic, p-value), positive where better than chance. Both NaN for fewer than ``10 * horizon`` days, or
-        where all forecasts or all outcomes have one sign: chance and skill cannot then be told apart.
-
-    Raises:
-        ValueError: not two finite series of one length, or a horizon below 1.
-    """
-    expected, came = np.sign(_series(forecast, "forecast")), np.sign(_series(actual, "actual"))
-    if expected.shape != came.shape:
-        raise ValueError(f"forecast has {len(expected)} days, actual {len(came)}")
-    moved = (expected * came != 0.0).astype(float)
-    return directional_skill(moved, moved * expected, moved * came, expected * came, horizon)
-
-
-def directional_skill(
-    count: np.ndarray, forecast: np.ndarray, actual: np.ndarray, product: np.ndarray, horizon: int
-) -> tuple[float, float]:
-    """The Pesaran-Timmermann test of a panel from its sums by date.
-
-    Tickers move together, so a date is one observation however many tickers it has: the standard error is
-    clustered by date and allows for autocorrelation between dates (Driscoll and Kraay, Review of Economics and
-    Statistics 80, 1998). With one ticker it is ``pesaran_timmermann``.
+    Tickers move together, so a date is one observation however many tickers it has: the standard error is clustered
+    by date (Driscoll and Kraay, Review of Economics and Statistics 80, 1998).
 
     Args:
         count: (dates,) ticker-days with a move forecast and a move that came, in time order.
@@ -126,7 +104,11 @@ def directional_skill(
         horizon: days ahead.
 
     Returns:
-        As ``pesaran_timmermann``.
+        (statistic, p-value), positive where better than chance. Both NaN for fewer than ``10 * horizon`` dates, or
+        where all forecasts or all outcomes have one sign: chance and skill cannot then be told apart.
+
+    Raises:
+        ValueError: a horizon below 1.
     """
     _check_horizon(horizon)
     total = float(count.sum())

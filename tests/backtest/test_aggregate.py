@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from sign_tests import pesaran_timmermann
 from statsmodels.stats.multitest import multipletests
 
 from stocklora.backtest.aggregate import Aggregate
@@ -19,7 +20,6 @@ from stocklora.metrics.scores import QUANTILE_LEVELS, score
 from stocklora.metrics.significance import (
     crps_from_quantiles,
     diebold_mariano,
-    pesaran_timmermann,
     pit,
     relative_mean_interval,
 )

@@ -91,14 +91,8 @@ def clean_bars(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
 
 
 DEFAULT_TICKER = "AAPL"
-
-
 SOURCE_NAMES = {"yahoo": "Yahoo Finance", "akshare": "akshare", "sample": "the bundled sample"}
-
-
 TICKER = re.compile(r"[A-Z0-9^][A-Z0-9.^=&_-]{0,19}")
-
-
 PERIOD = re.compile(r"([1-9]\d{0,3})(d|wk|mo|y)")
 
 
@@ -120,15 +114,13 @@ class DownloadSettings:
     adjust: str = setting(
         "all",
         "all: for splits and dividends; splits: for splits alone; none: as quoted on the day",
-        choices=("none", "splits", "all"),
-        section="what",
-    )
+        choices=("none", "splits", "all"), section="what",
+    )  # fmt: skip
     source: str = setting(
         "yahoo",
         "yahoo; akshare for A-shares (an optional package); sample for the bundled prices, without a network",
-        choices=("yahoo", "akshare", "sample"),
-        section="where",
-    )
+        choices=("yahoo", "akshare", "sample"), section="where",
+    )  # fmt: skip
     output: Path = setting(
         Path("sample_test.csv"), "CSV (or .csv.gz) to write; a folder gets one CSV a ticker", section="where"
     )
