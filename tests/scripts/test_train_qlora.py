@@ -23,7 +23,9 @@ RESUME = (
 LONG = "--use_lora --lora_r 8 --num_epochs 2 --batch_size 2 --eval_steps 4 --learning_rate 1e-3 --logging_steps 1 --early_stopping_patience 0 --lora_dropout 0.1"  # noqa: E501
 
 
-def test_the_documents_commands_work_as_written(run_script: RunScript, tiny_model: Path, tmp_path: Path) -> None:
+def test_the_documents_commands_work_as_written(
+    run_script: RunScript, call_script: RunScript, tiny_model: Path, tmp_path: Path
+) -> None:
     folder = lay_out(tmp_path / "project", tiny_model, rows=170)
     result = run_script("scripts/qlora/train_qlora.py", cwd=folder)
     assert result.returncode == 0, result.stderr
@@ -33,7 +35,7 @@ def test_the_documents_commands_work_as_written(run_script: RunScript, tiny_mode
     assert (folder / "qlora_output/checkpoint-100").is_dir()
     # Another batch size and length on the way, as the document does it where memory is short: allowed, and said.
     words = shlex.split(RESUME)
-    result = run_script(words[1], *words[2:], cwd=folder)
+    result = call_script(words[1], *words[2:], cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "batch_size 4 -> 2" in result.stderr
     assert "Traceback" not in result.stderr
@@ -61,10 +63,10 @@ def wait_for(pattern: str, folder: Path, process: subprocess.Popen[str]) -> None
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are another matter there")
 def test_a_run_that_was_stopped_and_one_that_was_killed_end_as_one_left_alone(
-    run_script: RunScript, tiny_model: Path, tmp_path: Path
+    call_script: RunScript, tiny_model: Path, tmp_path: Path
 ) -> None:
     folder = lay_out(tmp_path / "project", tiny_model)
-    result = run_script("fine_tune_qwen.py", *shlex.split(LONG), "--output_dir", "alone", cwd=folder)
+    result = call_script("fine_tune_qwen.py", *shlex.split(LONG), "--output_dir", "alone", cwd=folder)
     assert result.returncode == 0, result.stderr
     expected = load_file(folder / "alone/adapter_model.safetensors")
 
@@ -78,7 +80,7 @@ def test_a_run_that_was_stopped_and_one_that_was_killed_end_as_one_left_alone(
     assert command.startswith("python fine_tune_qwen.py --use_lora")
     assert not (folder / "stopped/adapter_model.safetensors").exists()
     words = shlex.split(command)
-    result = run_script(words[1], *words[2:], cwd=folder)
+    result = call_script(words[1], *words[2:], cwd=folder)
     assert result.returncode == 0, result.stderr
 
     process = start(folder, "--output_dir", "killed")
@@ -86,7 +88,7 @@ def test_a_run_that_was_stopped_and_one_that_was_killed_end_as_one_left_alone(
     process.kill()
     process.communicate(timeout=120)
     arguments = [*shlex.split(LONG), "--output_dir", "killed", "--resume_from_checkpoint", "last"]
-    result = run_script("fine_tune_qwen.py", *arguments, cwd=folder)
+    result = call_script("fine_tune_qwen.py", *arguments, cwd=folder)
     assert result.returncode == 0, result.stderr
 
     for name in ("stopped", "killed"):
