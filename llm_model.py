@@ -130,7 +130,7 @@ class StockForecaster(nn.Module):
     def hidden_at(self, input_ids: Tensor, origin_tokens: Tensor) -> Tensor:
         """(batch, targets, hidden) hidden states at the origins' last tokens."""
         input_ids = self._widened(input_ids)
-        with self._autocast(input_ids.device.type):
+        with self.autocast(input_ids.device.type):
             hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # (batch, tokens, hidden)
         return hidden.gather(1, origin_tokens[..., None].expand(-1, -1, hidden.shape[-1]))
 
@@ -143,7 +143,8 @@ class StockForecaster(nn.Module):
         wider = min(padded_tokens(tokens), max(tokens, facts_of(self.backbone.config).context_tokens))
         return F.pad(input_ids, (0, wider - tokens))
 
-    def _autocast(self, device_type: str) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self, device_type: str) -> contextlib.AbstractContextManager[Any]:
+        """Inside, the backbone computes in ``autocast_dtype``, if it is set."""
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(device_type, dtype=self.autocast_dtype)

@@ -293,7 +293,7 @@ def _try_compiled(model: StockForecaster) -> None:
         with (
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             torch.enable_grad(),
-            model._autocast(device.type),
+            model.autocast(device.type),
         ):
             # In training mode, or it would be compiled again.
             hidden = backbone.train()(input_ids=tokens, use_cache=False).last_hidden_state
