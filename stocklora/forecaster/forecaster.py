@@ -20,7 +20,7 @@ from stocklora.dataset.prepare import Example, fitted_to_context, make_examples,
 from stocklora.dataset.prompts import DayEncoder, check_lengths
 from stocklora.dataset.windows import DaySequence, last_origin, pack
 from stocklora.forecaster.batches import predict
-from stocklora.forecaster.methods import load_trained_state, put_on
+from stocklora.forecaster.methods import attach, load_trained_state
 from stocklora.forecaster.predictions import prediction_rows
 from stocklora.forecaster.weights import ForecasterSpec, WeightsFile, load_weights
 from stocklora.metrics.calibration import Calibration
@@ -181,7 +181,7 @@ def build_forecaster(
     model = StockForecaster(backbone, table, torch.tensor(spec.location or [0.0] * spec.horizon))
     if full and dtype != torch.float32:
         model.autocast_dtype = dtype
-    put_on(model, spec.method, spec.lora, fresh)
+    attach(model, spec.method, spec.lora, fresh)
     with memory_errors(LESS_MEMORY):
         return Forecaster(model.to(device), spec, encoder, device, base.context_tokens)
 

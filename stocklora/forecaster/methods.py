@@ -1,4 +1,4 @@
-"""How the base model is tuned: which weights train, how they are put on, saved and brought back.
+"""How the base model is tuned: which weights train, how they are attached, saved and brought back.
 
 The one place that knows the methods apart. The training loop, the files and the forecaster see a model with
 trainable parameters, and ask here for its parameter groups and its trained state.
@@ -7,8 +7,8 @@ trainable parameters, and ask here for its parameter groups and its trained stat
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,31 @@ import lora
 from llm_model import StockForecaster
 from lora import LoRAConfig, LoRAError
 from stocklora.cli.console import UserError
-from stocklora.finetune.settings import TrainLoraSettings
+
+
+class LearningRates(Protocol):
+    """The settings of a run that say how fast each part learns.
+
+    Attributes:
+        learning_rate: of what trains in the backbone.
+        head_learning_rate: of the forecast head.
+        lora_plus_ratio: how much faster than A the B of an adapter learns; None for the same rate.
+    """
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    @property
+    def head_learning_rate(self) -> float: ...
+
+    @property
+    def lora_plus_ratio(self) -> float | None: ...
 
 
 class Tuning:
     """What trains in the backbone; this one is ``--method head``: nothing does."""
 
-    def put_on(self, model: StockForecaster, fresh: bool) -> None:
+    def attach(self, model: StockForecaster, fresh: bool) -> None:
         """Freeze the backbone and add what trains.
 
         Args:
@@ -31,7 +49,7 @@ class Tuning:
         """
         model.backbone.requires_grad_(False)
 
-    def groups(self, model: StockForecaster, settings: TrainLoraSettings) -> list[dict[str, Any]]:
+    def groups(self, model: StockForecaster, settings: LearningRates) -> list[dict[str, Any]]:
         """The optimizer's groups of the backbone's parameters, the main one first."""
         return []
 
@@ -58,10 +76,10 @@ class OwnLoRA(Tuning):
     def __init__(self, config: LoRAConfig) -> None:
         self.config = config
 
-    def put_on(self, model: StockForecaster, fresh: bool) -> None:
+    def attach(self, model: StockForecaster, fresh: bool) -> None:
         lora.apply_lora(model.backbone, self.config, initialize=fresh)
 
-    def groups(self, model: StockForecaster, settings: TrainLoraSettings) -> list[dict[str, Any]]:
+    def groups(self, model: StockForecaster, settings: LearningRates) -> list[dict[str, Any]]:
         trained = {name: value for name, value in model.backbone.named_parameters() if value.requires_grad}
         return adapter_groups(trained, settings)
 
@@ -88,7 +106,7 @@ class PeftLoRA(Tuning):
         self.config = config
         self._start: dict[str, Tensor] = {}  # PiSSA's factors, by name
 
-    def put_on(self, model: StockForecaster, fresh: bool) -> None:
+    def attach(self, model: StockForecaster, fresh: bool) -> None:
         import peft
 
         names = lora.find_targets(model.backbone, self.config.target_modules)
@@ -112,19 +130,19 @@ class PeftLoRA(Tuning):
         if self.config.init == "pissa" and fresh:
             self._take_away(model, self._singular_factors(model))
             start = {name.replace(".pissa_", ".lora_"): tensor for name, tensor in self._start.items()}
-            fill({name: parameters[name] for name in start}, start)
+            copy_into({name: parameters[name] for name in start}, start)
 
-    def groups(self, model: StockForecaster, settings: TrainLoraSettings) -> list[dict[str, Any]]:
+    def groups(self, model: StockForecaster, settings: LearningRates) -> list[dict[str, Any]]:
         return adapter_groups(self._parameters(model), settings)
 
     def state(self, model: StockForecaster) -> dict[str, Tensor]:
-        return {**copied(self._parameters(model)), **copied(self._start)}
+        return {**copies_on_cpu(self._parameters(model)), **copies_on_cpu(self._start)}
 
     def load(self, model: StockForecaster, state: Mapping[str, Tensor]) -> None:
         start = {name: tensor for name, tensor in state.items() if ".pissa_" in name}
         if (self.config.init == "pissa") != bool(start):
             raise RuntimeError("it was trained from another start of the adapters (PiSSA)")
-        fill(self._parameters(model), {name: tensor for name, tensor in state.items() if name not in start})
+        copy_into(self._parameters(model), {name: tensor for name, tensor in state.items() if name not in start})
         if start and not self._start:
             self._take_away(model, start)
         elif any(name not in self._start or not torch.equal(start[name], self._start[name]) for name in start):
@@ -154,7 +172,7 @@ class PeftLoRA(Tuning):
             weight = self._weight(layer)  # a view
             A, B = (start[f"{name}.pissa_{part}"].to(weight.device) for part in "AB")
             weight.copy_(torch.addmm(weight.float(), B, A, alpha=-self.config.scaling))
-        self._start = copied(start)
+        self._start = copies_on_cpu(start)
 
     @staticmethod
     def _layers(model: StockForecaster) -> list[tuple[str, Any]]:
@@ -173,10 +191,10 @@ class PeftLoRA(Tuning):
 class FullTuning(Tuning):
     """``--method full``: every weight of the backbone, kept in float32 whatever it computes in."""
 
-    def put_on(self, model: StockForecaster, fresh: bool) -> None:
+    def attach(self, model: StockForecaster, fresh: bool) -> None:
         model.backbone.requires_grad_(True)
 
-    def groups(self, model: StockForecaster, settings: TrainLoraSettings) -> list[dict[str, Any]]:
+    def groups(self, model: StockForecaster, settings: LearningRates) -> list[dict[str, Any]]:
         matrices = [parameter for parameter in model.backbone.parameters() if parameter.ndim > 1]
         vectors = [parameter for parameter in model.backbone.parameters() if parameter.ndim < 2]
         # Norms and biases are not decayed, as is usual: zero is no place for them.
@@ -186,11 +204,11 @@ class FullTuning(Tuning):
         ]
 
     def state(self, model: StockForecaster) -> dict[str, Tensor]:
-        return copied(dict(model.backbone.named_parameters()))
+        return copies_on_cpu(dict(model.backbone.named_parameters()))
 
     def load(self, model: StockForecaster, state: Mapping[str, Tensor]) -> None:
         if state:  # none: a run that ended as it began
-            fill(dict(model.backbone.named_parameters()), state)
+            copy_into(dict(model.backbone.named_parameters()), state)
 
 
 def tuning_for(method: str, fields: Mapping[str, Any]) -> Tuning:
@@ -213,7 +231,7 @@ def tuning_for(method: str, fields: Mapping[str, Any]) -> Tuning:
     raise UserError(f"no method {method!r}; there are lora, peft, full and head")
 
 
-def put_on(model: StockForecaster, method: str, fields: Mapping[str, Any], fresh: bool = True) -> None:
+def attach(model: StockForecaster, method: str, fields: Mapping[str, Any], fresh: bool = True) -> None:
     """Freeze the backbone and add what the method trains.
 
     Args:
@@ -225,13 +243,13 @@ def put_on(model: StockForecaster, method: str, fields: Mapping[str, Any], fresh
     """
     tuning = tuning_for(method, fields)
     try:
-        tuning.put_on(model, fresh)
+        tuning.attach(model, fresh)
     except LoRAError as error:
         raise UserError(str(error)) from None
     model.tuning = tuning
 
 
-def parameter_groups(model: StockForecaster, settings: TrainLoraSettings) -> list[dict[str, Any]]:
+def parameter_groups(model: StockForecaster, settings: LearningRates) -> list[dict[str, Any]]:
     """What the optimizer trains, and how fast."""
     return [
         *model.tuning.groups(model, settings),
@@ -241,7 +259,7 @@ def parameter_groups(model: StockForecaster, settings: TrainLoraSettings) -> lis
     ]
 
 
-def adapter_groups(parameters: Mapping[str, nn.Parameter], settings: TrainLoraSettings) -> list[dict[str, Any]]:
+def adapter_groups(parameters: Mapping[str, nn.Parameter], settings: LearningRates) -> list[dict[str, Any]]:
     """The optimizer's groups of adapters, by the names of their parameters.
 
     With a ratio, B learns that much faster than A (LoRA+, Hayou et al. 2024, arXiv:2402.12354), and so do lengths
@@ -275,7 +293,7 @@ def load_trained_state(model: StockForecaster, state: Mapping[str, Mapping[str, 
     """
     model.tuning.load(model, state["adapters"])
     # Not by load_state_dict, which FSDP would follow up by taking the head for shards again.
-    fill({**dict(model.head.named_parameters()), **dict(model.head.named_buffers())}, state["head"])
+    copy_into({**dict(model.head.named_parameters()), **dict(model.head.named_buffers())}, state["head"])
 
 
 def merge_into_base(model: StockForecaster) -> None:
@@ -296,11 +314,11 @@ def name_of_peft(name: str) -> str:
     return name
 
 
-def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def copies_on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
-def fill(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+def copy_into(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Copy ``state`` into the parameters, all of it or nothing.
 
     Raises:
@@ -312,12 +330,12 @@ def fill(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         if not isinstance(state[name], Tensor) or state[name].shape != parameters[name].shape:
             faults.append(f"{name} has another shape")
     if faults:
-        raise RuntimeError(_shortened(sorted(faults)))
+        raise RuntimeError(_first_of(sorted(faults)))
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
 
 
-def _shortened(faults: Iterable[str], most: int = 4) -> str:
-    faults = list(faults)
+def _first_of(faults: Sequence[str], most: int = 4) -> str:
+    """The first few faults, and how many more there are."""
     return "; ".join(faults[:most]) + (f" and {len(faults) - most} more" if len(faults) > most else "")
