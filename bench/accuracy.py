@@ -8,7 +8,9 @@
 
 *pool*: 59 large US stocks, trained before 2016, validated on its first half, tested from July 2016 to August
 2017. *four*: AAPL, GOOG, IBM and MSFT, trained before 2010, validated in 2010 and 2011, tested from 2012. All
-choices (scale, epoch, calibration) are made on validation days. Writes bench/results/accuracy.json.
+choices (scale, epoch, calibration) are made on validation days. Prices of *four* are bundled; those of *pool* are a
+file of yours (--pool FILE), and where there is none a line says how to download them. Writes
+bench/results/accuracy.json.
 """
 
 from __future__ import annotations
@@ -23,18 +25,22 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = {
     "pool": {
-        "file": "us_large_2012_2017.csv.gz",
         "tickers": (),
         "dates": ("2016-01-01", "2016-07-01"),
         "target": 0.985,
     },
     "four": {
-        "file": "us_tech_2000_2013.csv.gz",
         "tickers": ("AAPL", "GOOG", "IBM", "MSFT"),
         "dates": ("2010-01-01", "2012-01-01"),
         "target": 0.990,
     },
 }  # fmt: skip
+POOL_FILE = ROOT.parent / "shared" / "data" / "prices" / "us_large_2012_2017.csv.gz"
+POOL_TICKERS = """
+AAPL ABB AEP AGFS AMZN BA BAC BBL BHP BP BSAC BUD CAT CELG CHTR CMCSA CSCO CVX DHR DIS EXC FB GE GMRE HD HON
+HSBC IEP JNJ JPM LMT MA MDT MMM MRK MSFT NGG NVS PCG PCLN PFE PG PM PPL RDS-B REX SNP SNY SPLP SRE TM TOT UL
+UN UPS UTX VZ WFC XOM
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,6 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--elsewhere", type=int, metavar="DRAWS", help="instead: the start on random tickers and years")
     parser.add_argument("--tickers_a_draw", type=int, default=4, help="with --elsewhere (default: %(default)s)")
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="your own prices instead")
+    parser.add_argument("--pool", type=Path, metavar="FILE", help="prices of pool's 59 stocks (default: "
+                        "../shared/data/prices/us_large_2012_2017.csv.gz, where it lies there)")  # fmt: skip
     parser.add_argument("--validation_from", help="with --data: first validation day")
     parser.add_argument("--test_from", help="with --data: first test day")
     parser.add_argument("--model_path", type=Path, default=ROOT / "models" / "smollm2-135m")
@@ -73,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     from stocklora.dataset.prepare import select_tickers
     from stocklora.prices.tables import read_prices
-    from stocklora.runtime.files import bundled_folder, write_json
+    from stocklora.runtime.files import write_json
     from stocklora.runtime.machine import machine_facts
 
     results = {}
@@ -86,10 +94,32 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         for name in arguments.benchmarks:
             facts: Mapping[str, Any] = BENCHMARKS[name]
-            prices = select_tickers(read_prices(bundled_folder() / facts["file"]), facts["tickers"])
+            found = prices_of(name, arguments)
+            if found is None:
+                continue
+            prices = select_tickers(found, facts["tickers"])
             results[name] = one_benchmark(name, prices, facts["dates"], facts["target"], arguments)
     write_json(arguments.output, {"machine": machine_facts(), "benchmarks": results})
     return 0
+
+
+def prices_of(name: str, arguments: argparse.Namespace) -> Mapping[str, Any] | None:
+    """The prices of *pool* or *four*; None, after a line that says how to get them, where pool's are not there."""
+    from stocklora.cli.console import UserError, say
+    from stocklora.prices.sources.bundled import bundled_prices
+    from stocklora.prices.tables import read_prices
+
+    if name == "four":
+        return bundled_prices()
+    path = arguments.pool or POOL_FILE
+    if path.is_file():
+        return read_prices(path)
+    command = f"python download.py --ticker {' '.join(POOL_TICKERS.split())} --start 2012-09-04 --end 2017-09-02"
+    line = f"no prices of pool's stocks at {path}; get them with: {command} --output pool.csv.gz, then give --pool FILE"
+    if arguments.pool:
+        raise UserError(line)
+    say(line)
+    return None
 
 
 def one_benchmark(
@@ -155,9 +185,9 @@ def one_benchmark(
 
 
 YEARS = {
-    "us_large_2012_2017.csv.gz": [("2014-01-01", "2014-07-01"), ("2014-10-01", "2015-04-01"),
-                                  ("2015-06-01", "2016-01-01"), ("2016-01-01", "2016-07-01")],
-    "us_tech_2000_2013.csv.gz": [(f"{year}-01-01", f"{year + 1}-01-01") for year in range(2004, 2012)],
+    "pool": [("2014-01-01", "2014-07-01"), ("2014-10-01", "2015-04-01"),
+             ("2015-06-01", "2016-01-01"), ("2016-01-01", "2016-07-01")],
+    "four": [(f"{year}-01-01", f"{year + 1}-01-01") for year in range(2004, 2012)],
 }  # fmt: skip
 
 
@@ -172,14 +202,13 @@ def elsewhere(arguments: argparse.Namespace) -> int:
     from stocklora.cli.console import UserError, say
     from stocklora.dataset.prepare import prepare
     from stocklora.metrics.calibration import fit_calibration
-    from stocklora.prices.tables import read_prices
-    from stocklora.runtime.files import bundled_folder
 
-    files = {name: read_prices(bundled_folder() / name) for name in YEARS}
+    found_prices = {name: prices_of(name, arguments) for name in YEARS}
+    files = {name: prices for name, prices in found_prices.items() if prices is not None}
     draw = np.random.default_rng(arguments.seed)
     ratios, coverage = [], []
     for number in range(arguments.elsewhere):
-        name = list(YEARS)[number % 2]
+        name = list(files)[number % len(files)]
         prices = files[name]
         names = draw.choice(
             list(prices), min(arguments.tickers_a_draw, len(prices) - (len(prices) < 10)), replace=False

@@ -79,7 +79,9 @@ def run(arguments: argparse.Namespace) -> int:
     from stocklora.cli.console import UserError, print_table, say
     from stocklora.finetune.memory import shape_of
     from stocklora.finetune.settings import TrainLoraSettings
-    from stocklora.runtime.files import bundled_folder, write_json
+    from stocklora.prices.sources.bundled import sample_prices
+    from stocklora.prices.tables import write_prices
+    from stocklora.runtime.files import write_json
     from stocklora.runtime.machine import choose_device, machine_facts
 
     device = choose_device(arguments.device)
@@ -94,10 +96,12 @@ def run(arguments: argparse.Namespace) -> int:
         make_model(model, TINY if arguments.tiny else QWEN3_0_6B)
         shape = shape_of(TrainLoraSettings(model_path=model))
         years = bundled_days(Path(scratch), *((TICKERS[:1],) if arguments.tiny else (TICKERS, FIRST)))
+        last_year = Path(scratch) / "last_year.csv"
+        write_prices(sample_prices("AAPL", "1y")[0], last_year, {"source": "sample"})
         for name in arguments.methods:
             settings = METHODS[name] | {"model_path": str(model), "device": device.type}
             if name == "250-days":
-                settings["data"] = [str(bundled_folder() / "AAPL_2024_2025.csv.gz")]
+                settings["data"] = [str(last_year)]
             else:
                 settings |= {"data": [str(years)], **SPLIT}
             say(f"{name} ...")

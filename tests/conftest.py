@@ -137,7 +137,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def sample_csv(shared_folder: Path) -> Path:
-    """One year of real AAPL days as ``download.py`` writes them, from the bundled sample."""
+    """The last bundled year of real AAPL days, as ``download.py`` writes it."""
     path = shared_folder / "aapl" / "sample_test.csv"
     with FileLock(str(shared_folder / "sample.lock")):
         if not path.exists():

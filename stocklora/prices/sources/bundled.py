@@ -1,4 +1,4 @@
-"""Prices that come with the project."""
+"""Prices that come with the project; ``scripts/make_sample.py`` makes them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stocklora.cli.console import UserError
+from stocklora.prices.sources.request import period_start
+from stocklora.runtime.files import BUNDLED_PRICES, bundled_folder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-from stocklora.prices.sources.request import period_start
-from stocklora.runtime.files import BUNDLED_PRICES, bundled_folder
 
-# Newest first: a ticker that stands in several is taken from the newest that has days in the range.
-SAMPLE_TABLES = ("AAPL_2024_2025.csv.gz", "us_large_2012_2017.csv.gz", BUNDLED_PRICES)
+def bundled_prices() -> dict[str, pd.DataFrame]:
+    """Every bundled day, one frame a ticker."""
+    from stocklora.prices.tables import read_table
+
+    return read_table(bundled_folder() / BUNDLED_PRICES)
 
 
 def sample_prices(
@@ -27,38 +30,23 @@ def sample_prices(
     Raises:
         UserError: a ticker or range that the bundle does not hold; an unreadable period.
     """
-    from stocklora.prices.tables import read_meta, read_table
+    from stocklora.prices.tables import read_meta
 
-    folder = bundled_folder()
-    wanted = [one.upper() for one in ([ticker] if isinstance(ticker, str) else ticker)]
-    found: dict[str, pd.DataFrame] = {}
-    held: dict[str, list[str]] = {}
-    origins: dict[str, str] = {}
-    for name in SAMPLE_TABLES:
-        meta = read_meta(folder / name) or {}
-        # A sidecar lists the tickers, so that only a table that is needed gets unpacked.
-        if meta.get("tickers") and not (set(wanted) - set(found)) & set(meta["tickers"]):
-            for symbol in meta["tickers"]:
-                held.setdefault(symbol, [])
-            continue
-        for symbol, frame in read_table(folder / name, meta).items():
-            held.setdefault(symbol, []).append(days_of(frame))
-            if symbol not in wanted or symbol in found:
-                continue
-            part = within(frame, period, start, end)
-            if len(part):
-                found[symbol] = part
-                origins[symbol] = str(meta.get("origins", {}).get(symbol, name))
-    for symbol in wanted:
-        if symbol not in held:
+    bundled = bundled_prices()
+    origins = (read_meta(bundled_folder() / BUNDLED_PRICES) or {}).get("origins", {})
+    symbols = [one.upper() for one in ([ticker] if isinstance(ticker, str) else ticker)]
+    parts: dict[str, pd.DataFrame] = {}
+    for symbol in symbols:
+        if symbol not in bundled:
+            tickers = ", ".join(f"{name} ({days_of(frame)})" for name, frame in bundled.items())
             raise UserError(
-                f"the bundled sample has no ticker {symbol}; it has {', '.join(sorted(held))}; "
-                "for any other, leave out --source sample"
+                f"the bundled sample has no ticker {symbol}; it has {tickers}; for any other, leave out --source sample"
             )
-        if symbol not in found:
-            raise UserError(f"the bundled sample has no {symbol} in that range; it has {', '.join(held[symbol])}")
-    meta = {"source": "sample", "origins": {symbol: origins[symbol] for symbol in wanted}}
-    return {symbol: found[symbol] for symbol in wanted}, {**meta, "adjust": "all", "interval": "1d"}
+        parts[symbol] = within(bundled[symbol], period, start, end)
+        if not len(parts[symbol]):
+            raise UserError(f"the bundled sample has no {symbol} in that range; it has {days_of(bundled[symbol])}")
+    meta = {"source": "sample", "origins": {symbol: str(origins.get(symbol, BUNDLED_PRICES)) for symbol in symbols}}
+    return parts, {**meta, "adjust": "all", "interval": "1d"}
 
 
 def days_of(frame: pd.DataFrame) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from stocklora.cli.console import UserError, one_line, say, warn
-from stocklora.prices.sources.bundled import days_of
+from stocklora.prices.sources.bundled import bundled_prices, days_of
 from stocklora.prices.sources.fetch import NothingCame, fetch_prices
 from stocklora.prices.sources.request import SOURCE_NAMES, DownloadSettings, Request, request_of, tickers_of
 from stocklora.prices.tables import is_table, read_prices, trusted_meta, write_prices
@@ -49,9 +49,18 @@ def download(settings: DownloadSettings) -> int:
         return update_tables(settings, as_folder)
     if settings.update:
         say(f"{settings.output} is not there yet: downloading it whole")
+    if settings.source == "sample" and settings.ticker is None:
+        print_bundled_tickers()
     frames, meta = fetch_prices(settings)
     write_out(settings.output, as_folder, frames, meta)
     return print_failures(meta.get("failed", {}))
+
+
+def print_bundled_tickers() -> None:
+    """What ``--source sample`` has, for those who named no ticker."""
+    say("bundled, choose with --ticker:")
+    for ticker, frame in bundled_prices().items():
+        say(f"  {ticker}: {len(frame)} days, {days_of(frame)}")
 
 
 def is_folder(output: Path) -> bool:

@@ -67,22 +67,37 @@ def work(tmp_path: Path) -> Path:
 def test_bundled_prices_need_no_network_and_say_they_are_old(download: Run, work: Path, server: YahooServer) -> None:
     result = download("--source", "sample", "--ticker", "AAPL", "--period", "1y", "--output", "sample_test.csv")
     assert result.returncode == 0, result.stderr
-    assert "250 days, 2024-11-01 to 2025-10-31, from the bundled sample" in result.stdout
-    age = (dt.date.today() - dt.date(2025, 10, 31)).days
+    assert "250 days, 2012-03-02 to 2013-03-01, from the bundled sample" in result.stdout
+    age = (dt.date.today() - dt.date(2013, 3, 1)).days
     assert f"not fresh, its last day is {age} days ago" in result.stdout
     assert (work / "sample_test.csv").read_text().splitlines()[1] == (
-        "2024-11-01,219.94634980146597,224.3060641552936,219.2495956140762,221.8773651123047,65276700"
+        "2012-03-02,69.942425,70.271421,69.721381,70.063229,15418300"
     )
     meta = read_meta(work / "sample_test.csv")
     assert (meta["source"], meta["adjust"], meta["rows"]) == ("sample", "all", 250)
     assert not server.requests
 
 
+def test_without_a_ticker_the_bundled_ones_are_listed_and_aapl_is_written(called: Run, work: Path) -> None:
+    result = called("--source", "sample")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[:6] == [
+        "bundled, choose with --ticker:",
+        "  AAPL: 3270 days, 2000-03-01 to 2013-03-01",
+        "  FB: 196 days, 2012-05-18 to 2013-03-01",
+        "  GOOG: 2148 days, 2004-08-19 to 2013-03-01",
+        "  IBM: 3270 days, 2000-03-01 to 2013-03-01",
+        "  MSFT: 3270 days, 2000-03-01 to 2013-03-01",
+    ]
+    assert list(read_prices(work / "sample_test.csv")) == ["AAPL"]
+    assert "choose with" not in called("--source", "sample", "--ticker", "IBM").stdout
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--source", "sample", "--ticker", "TSLA"), "the bundled sample has no ticker TSLA; it has AAPL, ABB"),
-        (("--source", "sample", "--start", "2026-06-01"), "has no AAPL in that range; it has 2024-11-01 to 2025-10-31"),
+        (("--source", "sample", "--ticker", "TSLA"), "the bundled sample has no ticker TSLA; it has AAPL (2000-03-01"),
+        (("--source", "sample", "--start", "2026-06-01"), "has no AAPL in that range; it has 2000-03-01 to 2013-03-01"),
         (("--source", "sample", "--interval", "1wk"), "daily, fully adjusted prices only"),
         (("--source", "sample", "--adjust", "none"), "daily, fully adjusted prices only"),
         (("--source", "sample", "--update"), "--update cannot add to bundled prices"),

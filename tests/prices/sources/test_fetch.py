@@ -18,7 +18,7 @@ from source_tree import REPO_ROOT
 from stocklora.cli.console import UserError
 from stocklora.prices.sources import fetch as fetching
 from stocklora.prices.sources.ashares import AkshareSource
-from stocklora.prices.sources.bundled import SAMPLE_TABLES, sample_prices
+from stocklora.prices.sources.bundled import bundled_prices, sample_prices
 from stocklora.prices.sources.fetch import PriceCache, fetch_all, fetch_prices
 from stocklora.prices.sources.request import (
     Answer,
@@ -31,7 +31,6 @@ from stocklora.prices.sources.request import (
     tickers_of,
 )
 from stocklora.prices.tables import meta_path, read_prices, validated
-from stocklora.runtime.files import bundled_folder
 
 UTC = dt.UTC
 RECORDED = REPO_ROOT / "tests" / "fixtures" / "recorded"
@@ -85,15 +84,14 @@ def ask(source: Scripted, tickers: list[str], retries: int = 3) -> tuple[dict, d
 # ---------------------------------------------------------------------------------------------- bundled
 
 
-def test_bundled_tables_are_whole() -> None:
-    for name in SAMPLE_TABLES:
-        frames = read_prices(bundled_folder() / name)
-        for ticker, frame in frames.items():
-            validated(frame, ticker)
-    assert len(frames) == 5
+def test_the_bundled_table_is_whole() -> None:
+    frames = bundled_prices()
+    for ticker, frame in frames.items():
+        validated(frame, ticker)
+    assert list(frames) == ["AAPL", "FB", "GOOG", "IBM", "MSFT"]
 
 
-def test_bundled_table_is_the_newest_that_has_the_range() -> None:
+def test_bundled_days_are_counted_from_the_last_or_between_two() -> None:
     frames, meta = sample_prices("AAPL")
     assert len(frames["AAPL"]) == 250
     assert (meta["source"], meta["adjust"]) == ("sample", "all")
@@ -101,7 +99,7 @@ def test_bundled_table_is_the_newest_that_has_the_range() -> None:
     assert list(older) == ["MSFT", "AAPL"]
     assert older["AAPL"].index[0] == pd.Timestamp("2010-01-04")
     assert older["AAPL"].index[-1] == pd.Timestamp("2010-12-31")
-    assert sample_prices("msft", "max")[0]["MSFT"].index[-1] == pd.Timestamp("2017-09-01")
+    assert sample_prices("msft", "max")[0]["MSFT"].index[-1] == pd.Timestamp("2013-03-01")
 
 
 def test_bundled_prices_are_what_download_settings_get() -> None:
