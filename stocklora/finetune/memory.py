@@ -1,17 +1,13 @@
 """What a training run takes in memory, by method and option, told before any weight is read.
 
-Counted: the weights, gradients and Adam's two moments of what trains, the activations kept for the backward pass, the
-copies of the best epoch (in the machine's memory), and the program itself. A decoder layer with a gated feed-forward
-part is assumed (Llama, Qwen): about eleven tensors of the hidden size and five of the inner size a token, counted
-in torch's saved tensors. Attention keeps no square of the sequence's length, since its kernels do not.
+Counted: the weights, gradients and Adam's two moments of what trains, the activations kept for the backward pass (see
+``base_models/memory.py``), the copies of the best epoch (in the machine's memory), and the program itself.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +15,23 @@ import torch
 from llm_model import padded_tokens
 from lora import LoRAError, find_targets, linear_layers
 from stocklora.base_models.loading import backbone_config, first_layers
+from stocklora.base_models.memory import (
+    FLOAT_BYTES,
+    INT8_BYTES,
+    NF4_BYTES,
+    PROGRAM_MB,
+    WARN_AT,
+    backward_bytes,
+    bytes_a_token,
+    free_memory_mb,
+    inner_size,
+    optimizer_bytes,
+)
 from stocklora.cli.console import UserError, print_table, say, warn
 from stocklora.dataset.prepare import Example
 from stocklora.finetune.settings import TrainLoraSettings
 
-FLOAT_BYTES = 4
-NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256  # a code, and the scale of 64 of them, itself a code of 8 bits
-INT8_BYTES = 1.0
-PROGRAM_MB = 700.0  # Python, torch and transformers, measured; a graphics card holds none of it
 FORECAST_TOKENS = 8192  # of one forward pass of ``training.predict``
-WARN_AT = 0.95  # of the free memory
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,12 @@ def shape_of(settings: TrainLoraSettings, config: Any = None) -> ModelShape:
     except LoRAError as error:
         raise UserError(str(error)) from None
     hidden = int(config.hidden_size)
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     linear = {}
     for name, layer in linear_layers(model).items():
         rows, columns = layer.weight.shape  # type: ignore[union-attr, misc]
         linear[name] = (int(columns), int(rows)) if type(layer).__name__ == "Conv1D" else (int(rows), int(columns))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return ModelShape(hidden, int(inner), int(config.num_hidden_layers), parameters, linear, tuple(targets))
+    return ModelShape(hidden, inner_size(config), int(config.num_hidden_layers), parameters, linear, tuple(targets))
 
 
 def setup_of(
@@ -149,7 +151,7 @@ def cost_of(shape: ModelShape, setup: Setup) -> Cost:
     elif setup.method != "head":
         trainable += sum(setup.rank * (rows + columns) + rows * setup.dora for rows, columns in adapted)
     # Gradient and two moments; the state of the start and that of the best epoch, which lie in the machine's memory.
-    state = trainable * FLOAT_BYTES * (5 if setup.on_cpu else 3)
+    state = optimizer_bytes(trainable) + (2 * trainable * FLOAT_BYTES if setup.on_cpu else 0)
     transient = _activations(shape, setup, adapted)
     program = PROGRAM_MB if setup.on_cpu else 0.0
     return Cost(trainable, _weights(shape, setup) / 1e6, state / 1e6, transient / 1e6, program)
@@ -176,10 +178,9 @@ def _activations(shape: ModelShape, setup: Setup, adapted: Sequence[tuple[int, i
     unpacked = 2.0 * largest * setup.width if setup.quantization != "none" else 0.0
     if setup.method == "head":
         return passing * setup.longest + unpacked
-    a_token = float((11 * shape.hidden + 5 * shape.inner) * setup.width)  # kept for backward, in each layer
+    a_token = bytes_a_token(shape.hidden, shape.inner, setup.width, setup.method == "full")
     if setup.method == "full" and low:
         unpacked = float(shape.linear_parameters * setup.width)
-        a_token += 4 * shape.hidden * FLOAT_BYTES  # the norms' own gradients want float32
     if setup.method == "peft" and low:  # PEFT turns the input of each adapter to float32 and keeps that
         a_token += sum(columns for _, columns in adapted) * FLOAT_BYTES / shape.layers
     if setup.method == "peft" and setup.dora:  # and its DoRA keeps the wide outputs and the weights they came from
@@ -187,11 +188,7 @@ def _activations(shape: ModelShape, setup: Setup, adapted: Sequence[tuple[int, i
         unpacked += sum(rows * columns for rows, columns in adapted) * FLOAT_BYTES
     elif setup.dora:
         unpacked += 2.0 * largest * FLOAT_BYTES
-    kept = setup.tokens * a_token
-    training = (shape.layers + 1.5) * kept  # the last layer's gradients while all is still there
-    if setup.checkpointing:
-        # Each layer's input, and in turn one layer's activations and their gradients.
-        training = 3 * kept + shape.layers * setup.tokens * shape.hidden * setup.width
+    training = backward_bytes(setup.tokens, a_token, shape.hidden, shape.layers, setup.width, setup.checkpointing)
     return max(training, passing * max(FORECAST_TOKENS, setup.longest)) + unpacked
 
 
@@ -259,21 +256,3 @@ def advice(shape: ModelShape, setup: Setup, free_mb: float) -> str:
             alone = " --max_tokens_per_batch 1" if way.tokens < setup.tokens else ""
             return f"Expected to fit, with {cost.total_mb:,.0f} MB: {flags_of(way)}{alone}"
     return "Use a smaller base model, --backbone_layers, or a shorter --max_tokens_per_sequence"
-
-
-def free_memory_mb(device: torch.device) -> float | None:
-    """What a run could take in all, MB: free memory and what this process holds already; None if unknown."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0]) / 1e6
-    if device.type != "cpu":
-        return None
-    import psutil
-
-    held = psutil.Process().memory_info().rss
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError, KeyError):  # a container is often allowed less than the machine has
-        group = Path("/sys/fs/cgroup")
-        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(facts["inactive_file"])  # files that can be let go
-        free = min(free, int((group / "memory.max").read_text()) - used)
-    return (max(free, 0) + held) / 1e6

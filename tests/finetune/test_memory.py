@@ -14,10 +14,11 @@ from price_tables import random_prices
 from tuned_models import CPU, LORA, built, spec_of
 
 from stocklora.base_models.loading import BaseModel, load_backbone
+from stocklora.base_models.memory import free_memory_mb
 from stocklora.cli.console import UserError
 from stocklora.dataset.prepare import prepare
 from stocklora.finetune.fit import finetune
-from stocklora.finetune.memory import cost_of, free_memory_mb, setup_of, shape_of, warn_if_too_large
+from stocklora.finetune.memory import cost_of, setup_of, shape_of, warn_if_too_large
 from stocklora.finetune.optimization import Optimization, standardize_head
 from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.forecaster.batches import FrozenStates, predict

@@ -10,21 +10,32 @@ import itertools
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stocklora.base_models.memory import (
+    FLOAT_BYTES,
+    INT8_BYTES,
+    NF4_BYTES,
+    PROGRAM_MB,
+    WARN_AT,
+    backward_bytes,
+    bytes_a_token,
+    free_memory_mb,
+    inner_size,
+    optimizer_bytes,
+)
 from stocklora.cli.console import print_table, say, warn
-from stocklora.finetune.memory import FLOAT_BYTES, INT8_BYTES, NF4_BYTES, PROGRAM_MB, WARN_AT, free_memory_mb
 from stocklora.instruct.rows.chat_template import IGNORED, end_token_id
 from stocklora.instruct.sft.data import EncodedRow, InstructionData
 from stocklora.instruct.sft.settings import SftSettings
 
 HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768  # TRL computes the output head in tiles of so many tokens and tokens' scores
-MOST_SCORES = 3 * HEAD_TOKENS * HEAD_COLUMNS  # more than a pass on a CPU has at once; see sft_trainer.AnswerTrainer
+MOST_SCORES = 3 * HEAD_TOKENS * HEAD_COLUMNS  # more than a pass on a CPU has at once; see trainer.AnswerTrainer
 SPARE_MB = 256.0  # that ``machine.keep_freed_memory`` lets the C library hold
 OPEN, CLOSE = "⟦", "⟧"  # around supervised tokens where there are no colours
 SHOWN_PROMPT, SHOWN_ANSWER = 700, 900  # characters of the example
@@ -78,69 +89,74 @@ class Memory:
 
 
 def expected_memory(model: Any, settings: SftSettings, load: PassLoad, dtype: torch.dtype, on_cpu: bool) -> Memory:
-    """Arithmetic on the model's sizes: a decoder with a gated feed-forward part is assumed (Llama, Qwen).
+    """Arithmetic on the model's sizes, see ``base_models/memory.py``.
 
     Args:
-        model: with its adapters on. load: what the largest forward and backward pass holds.
+        model: with its adapters on.
+        load: what the largest forward and backward pass holds.
         dtype: that the pass computes in.
     """
-    tokens = load.tokens
+    state = optimizer_bytes(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
+    activations = _activation_bytes(model, settings, load.tokens, dtype.itemsize)
+    head = _head_bytes(model, load, dtype.itemsize, on_cpu)
+    program = PROGRAM_MB + SPARE_MB if on_cpu else 0.0
+    return Memory(_weight_bytes(model) / 1e6, state / 1e6, activations / 1e6, head / 1e6, program)
+
+
+def _weight_bytes(model: Any) -> float:
+    """Bytes of all weights, those of quantized layers with their scales."""
+    total = 0.0
+    for parameter in model.parameters():
+        each = float(parameter.element_size())
+        total += parameter.numel() * each
+        if _is_4bit(parameter):  # two codes in a byte, and their scales
+            total += 2 * parameter.numel() * (NF4_BYTES - 0.5)
+        elif type(parameter).__name__ == "Int8Params":
+            total += parameter.numel() * (INT8_BYTES - each)
+    return total
+
+
+def _activation_bytes(model: Any, settings: SftSettings, tokens: int, width: int) -> float:
+    """Bytes at the peak of a training step, but for the head, of ``tokens`` a pass and ``width`` bytes a number."""
     config = model.config.get_text_config()
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
-    inner = int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden)
-    width = dtype.itemsize
-    weights = 0.0
-    adapted_inputs = 0
-    for name, parameter in model.named_parameters():
-        kind = type(parameter).__name__
-        each = float(parameter.element_size())
-        weights += parameter.numel() * each
-        if kind == "Params4bit":  # two codes in a byte, and their scales
-            weights += 2 * parameter.numel() * (NF4_BYTES - 0.5)
-        elif kind == "Int8Params":
-            weights += parameter.numel() * (INT8_BYTES - each)
-        if ".lora_A." in name:
-            adapted_inputs += parameter.shape[1]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    state = sum(parameter.numel() for parameter in trainable) * FLOAT_BYTES * 3
-    linear = [
-        parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 2 and "lora_" not in name and "embed" not in name
-    ]
-    a_token = float((11 * hidden + 5 * inner) * width)  # kept for the backward pass, in each layer
-    if settings.method != "full" and adapted_inputs:
+    full, low = settings.method == "full", width < FLOAT_BYTES
+    a_token = bytes_a_token(hidden, inner_size(config), width, full)
+    adapted_inputs = sum(weight.shape[1] for name, weight in model.named_parameters() if ".lora_A." in name)
+    if not full and adapted_inputs:
         # Each adapter keeps its input, and with dropout a mask and what it let through.
         copies = 1 + (settings.lora_dropout > 0) * 1.25
-        a_token += copies * adapted_inputs * (FLOAT_BYTES if width < FLOAT_BYTES else width) / layers
-    if settings.method == "full" and width < FLOAT_BYTES:
-        a_token += 4 * hidden * FLOAT_BYTES
-    kept = tokens * a_token
-    activations = (layers + 1.5) * kept
-    if settings.gradient_checkpointing:
-        activations = 3 * kept + layers * tokens * hidden * width
+        a_token += copies * adapted_inputs * (FLOAT_BYTES if low else width) / layers
+    activations = backward_bytes(tokens, a_token, hidden, layers, width, settings.gradient_checkpointing)
+    linear = [
+        _numbers(weight)
+        for name, weight in model.named_parameters()
+        if weight.ndim == 2 and "lora_" not in name and "embed" not in name
+    ]
     if settings.quantization != "none":
         activations += 2.0 * max(linear, default=0) * width  # unpacked for each use
-    elif settings.method == "full" and width < FLOAT_BYTES:
+    elif full and low:
         activations += sum(linear) * width  # autocast's copies
+    return activations
+
+
+def _head_bytes(model: Any, load: PassLoad, width: int, on_cpu: bool) -> float:
+    """Bytes of the output head's scores."""
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    hidden = int(model.config.get_text_config().hidden_size)
     if on_cpu and load.scored * vocabulary <= MOST_SCORES:
         # Scores of the kept positions with their gradient, and three float32 copies of the supervised ones.
-        head = vocabulary * (2.0 * width * load.scored + 3.0 * FLOAT_BYTES * load.supervised)
-    else:
-        # A tile of scores in the computing type; where no Triton kernel folds it, the backward pass has eight in
-        # float32.
-        tile = min(tokens, HEAD_TOKENS) * min(vocabulary, HEAD_COLUMNS)
-        head = tile * (width + (8 if on_cpu else 0) * FLOAT_BYTES) + 2 * tokens * hidden * FLOAT_BYTES
-    program = PROGRAM_MB + SPARE_MB if on_cpu else 0.0
-    return Memory(weights / 1e6, state / 1e6, activations / 1e6, head / 1e6, program)
+        return vocabulary * (2.0 * width * load.scored + 3.0 * FLOAT_BYTES * load.supervised)
+    # A tile of scores in the computing type; where no Triton kernel folds it, the backward pass has eight in float32.
+    tile = min(load.tokens, HEAD_TOKENS) * min(vocabulary, HEAD_COLUMNS)
+    return tile * (width + (8 if on_cpu else 0) * FLOAT_BYTES) + 2 * load.tokens * hidden * FLOAT_BYTES
 
 
 @dataclass(frozen=True)
 class PassLoad:
     """The largest forward and backward pass: its padded tokens, those supervised, and those whose scores are computed.
 
-    Rows are scored at the positions that are supervised in any of them; see ``sft_trainer.AnswerTrainer``.
+    Rows are scored at the positions that are supervised in any of them; see ``trainer.AnswerTrainer``.
     """
 
     tokens: int
@@ -180,28 +196,56 @@ def print_preflight(
     """Print the page; the same facts are returned, for training_info.json.
 
     Args:
-        steps: that the run will take at most. sequences: that an epoch has, which are fewer than rows when packed.
+        model: with its adapters on.
+        dtype: that a pass computes in.
+        steps: that the run will take at most.
+        sequences: that an epoch has, which are fewer than rows when packed.
     """
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = _parameters(model)
+    total = sum(_numbers(parameter) for parameter in model.parameters())
     modules = matched_modules(model)
+    counts = {name: count_tokens(rows) for name, rows in data.parts.items()}
+    load = load_of_a_pass(settings, data, settings.max_length if settings.packing else None)
+    memory = expected_memory(model, settings, load, dtype, device.type == "cpu")
     say()
     say("Pre-flight")
-    _fact("model", f"{settings.model_path} ({total:,} parameters)")
+    _print_fact("model", f"{settings.model_path} ({total:,} parameters)")
     quantized = f", {settings.quantization} weights" if settings.quantization != "none" else ""
-    _fact("method", f"{settings.method}{quantized}, {str(dtype).removeprefix('torch.')} on {device}")
+    _print_fact("method", f"{settings.method}{quantized}, {str(dtype).removeprefix('torch.')} on {device}")
     if modules:
-        _fact("adapted layers", f"{sum(modules.values())}: " + ", ".join(f"{k} x{n}" for k, n in modules.items()))
-    _fact("trainable", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)")
-    end = tokenizer.convert_ids_to_tokens(end_token_id(tokenizer))
-    _fact("tokens", f"end {end}, padding {tokenizer.pad_token}")
+        _print_fact("adapted layers", f"{sum(modules.values())}: " + ", ".join(f"{k} x{n}" for k, n in modules.items()))
+    _print_fact("trainable", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)")
+    _print_fact("tokens", f"end {_end_token(tokenizer)}, padding {tokenizer.pad_token}")
+    _print_steps(data, settings, steps, sequences)
+    _print_token_counts(counts, data, settings)
+    _print_memory(memory, load, device)
+    _warn_of_disk(settings, trainable)
+    print_example(tokenizer, data.train[0])
+    return {
+        "parameters": total,
+        "trainable": trainable,
+        "adapted_layers": dict(modules),
+        "sequences": sequences,
+        "expected_memory_mb": round(memory.total_mb),
+        "tokens": {name: c.__dict__ | {"share_supervised": round(c.share, 4)} for name, c in counts.items()},
+    }
+
+
+def _end_token(tokenizer: Any) -> str:
+    return str(tokenizer.convert_ids_to_tokens(end_token_id(tokenizer)))
+
+
+def _print_steps(data: InstructionData, settings: SftSettings, steps: int, sequences: int) -> None:
     rows = len({(row.record.file, row.record.row) for row in data.train})
     packed = f", packed into {sequences:,} sequences" if settings.packing else ""
     if rows < len(data.train):
-        # See tokens.encode_answers.
+        # See chat_template.encode_answers.
         packed = f", {len(data.train):,} sequences as the chat template writes their earlier answers otherwise{packed}"
-    _fact("steps", f"{steps:,} at most, {settings.num_epochs} epochs of {rows:,} rows{packed}")
-    counts = {name: count_tokens(rows) for name, rows in data.parts.items()}
+    _print_fact("steps", f"{steps:,} at most, {settings.num_epochs} epochs of {rows:,} rows{packed}")
+
+
+def _print_token_counts(counts: Mapping[str, TokenCounts], data: InstructionData, settings: SftSettings) -> None:
+    """The table of tokens by part, and warnings of rows that are left out, cut or missing."""
     print_table(
         "Tokens",
         ("part", "rows", "tokens", "supervised", "share", "longest row", "rows cut", "tokens lost"),
@@ -221,8 +265,10 @@ def print_preflight(
         )
     if not data.validation:
         warn("no validation rows: nothing tells when the model begins to learn its rows by heart")
-    load = load_of_a_pass(settings, data, settings.max_length if settings.packing else None)
-    memory = expected_memory(model, settings, load, dtype, device.type == "cpu")
+
+
+def _print_memory(memory: Memory, load: PassLoad, device: torch.device) -> None:
+    """The table of expected memory, and a warning where less is free."""
     where = "memory" if device.type == "cpu" else "memory of the graphics card"
     print_table(
         f"Expected {where}, MB, at {load.tokens:,} tokens a pass",
@@ -231,24 +277,13 @@ def print_preflight(
                                       memory.program_mb, memory.total_mb)]],
     )  # fmt: skip
     free = free_memory_mb(device)
-    if free is not None:
-        # This process holds the weights already, and on a CPU they count as free for it.
-        needed = memory.total_mb - (memory.weights_mb if device.type != "cpu" else 0.0)
-        if needed > WARN_AT * free:
-            warn(
-                f"this run is expected to take {needed:,.0f} MB, and about {free:,.0f} MB are free: it may end "
-                f"half-way; try --batch_size 1, --gradient_checkpointing, --use_qlora or a smaller --max_length"
-            )
-    _warn_of_disk(settings, trainable)
-    print_example(tokenizer, data.train[0])
-    return {
-        "parameters": total,
-        "trainable": trainable,
-        "adapted_layers": dict(modules),
-        "sequences": sequences,
-        "expected_memory_mb": round(memory.total_mb),
-        "tokens": {name: c.__dict__ | {"share_supervised": round(c.share, 4)} for name, c in counts.items()},
-    }
+    # This process holds the weights already, and on a CPU they count as free for it.
+    needed = memory.total_mb - (memory.weights_mb if device.type != "cpu" else 0.0)
+    if free is not None and needed > WARN_AT * free:
+        warn(
+            f"this run is expected to take {needed:,.0f} MB, and about {free:,.0f} MB are free: it may end "
+            f"half-way; try --batch_size 1, --gradient_checkpointing, --use_qlora or a smaller --max_length"
+        )
 
 
 def print_example(tokenizer: Any, row: EncodedRow) -> None:
@@ -283,15 +318,17 @@ def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:half]} [...] {text[-half:]}"
 
 
-def _fact(name: str, words: str) -> None:
+def _print_fact(name: str, words: str) -> None:
     say(f"{name:<16}{words}")
 
 
-def _parameters(model: Any) -> int:
-    """All parameters, those of 4-bit weights counted by their number and not by their bytes."""
-    return sum(
-        parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1) for parameter in model.parameters()
-    )
+def _is_4bit(parameter: Any) -> bool:
+    return type(parameter).__name__ == "Params4bit"
+
+
+def _numbers(parameter: Any) -> int:
+    """How many numbers a parameter holds; a byte of 4-bit weights holds two."""
+    return int(parameter.numel()) * (2 if _is_4bit(parameter) else 1)
 
 
 def _warn_of_disk(settings: SftSettings, trainable: int) -> None:
