@@ -37,11 +37,13 @@ class Encoded:
         input_ids: prompt, answer and end token, cut to ``max_length``.
         labels: as long; the token itself where it is supervised, else ``IGNORED``.
         lost_tokens: tokens that ``max_length`` cut off.
+        last_answer: place of the last answer's first token.
     """
 
     input_ids: list[int]
     labels: list[int]
     lost_tokens: int
+    last_answer: int
 
     @property
     def supervised(self) -> int:
@@ -52,7 +54,12 @@ class Encoded:
         """Its first ``max_length`` tokens; None keeps all."""
         whole = len(self.input_ids)
         kept = whole if max_length is None else min(whole, max_length)
-        return Encoded(self.input_ids[:kept], self.labels[:kept], self.lost_tokens + whole - kept)
+        return Encoded(self.input_ids[:kept], self.labels[:kept], self.lost_tokens + whole - kept, self.last_answer)
+
+    def without_history(self) -> Encoded:
+        """The same tokens, of which the last answer alone is supervised."""
+        history = min(self.last_answer, len(self.labels))
+        return replace(self, labels=[IGNORED] * history + self.labels[history:])
 
 
 def prepare_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> Any:
@@ -183,7 +190,7 @@ def encode_answers(tokenizer: Any, record: Record, max_length: int | None) -> li
             ]
         else:
             apart.append(part)
-    return [sequence.cut(max_length) for sequence in (*apart, Encoded(whole.input_ids, labels, 0))]
+    return [sequence.cut(max_length) for sequence in (*apart, replace(whole, labels=labels))]
 
 
 def encode(tokenizer: Any, record: Record, max_length: int | None) -> Encoded:
@@ -217,7 +224,7 @@ def encode(tokenizer: Any, record: Record, max_length: int | None) -> Encoded:
             )
     answer = _ended(tokenizer, ids[len(before) :])
     ids = before + answer
-    return Encoded(ids, [IGNORED] * len(before) + answer, 0).cut(max_length)
+    return Encoded(ids, [IGNORED] * len(before) + answer, 0, len(before)).cut(max_length)
 
 
 def _ended(tokenizer: Any, answer: list[int]) -> list[int]:

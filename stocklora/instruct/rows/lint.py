@@ -18,15 +18,18 @@ import json
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stocklora.cli.console import UserError, print_table, run_script, say
 from stocklora.cli.settings import ScriptParser
 from stocklora.instruct.rows.formats import Fault, Record
 from stocklora.instruct.rows.records import given_part, prompt_key, read_with_faults
+
+if TYPE_CHECKING:
+    from stocklora.instruct.rows.chat_template import Encoded
 
 EXIT_FAULTS = 1
 
@@ -39,19 +42,24 @@ class Report:
         faults: rows that must not be trained on as they are.
         warnings: what deserves a look and may be meant.
         rows: rows that could be read.
-        lengths, supervised: tokens of each sequence before cutting, and those the loss is taken on; empty without a
-            tokenizer. A conversation of several answers may be several sequences, see ``tokens.encode_answers``.
+        sequences: of each row its tokens, see ``chat_template.encode_answers``; none without a tokenizer, and of a row
+            that the chat template refuses.
     """
 
     faults: list[Fault]
     warnings: list[Fault]
     rows: int
-    lengths: list[int] = field(default_factory=list)
-    supervised: list[int] = field(default_factory=list)
+    sequences: list[list[Encoded]] = field(default_factory=list)
 
     @property
-    def bad_rows(self) -> set[tuple[Path, int]]:
-        return {(fault.file, fault.row) for fault in self.faults}
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence before cutting."""
+        return [len(encoded.input_ids) + encoded.lost_tokens for row in self.sequences for encoded in row]
+
+    @property
+    def supervised(self) -> list[int]:
+        """Tokens of each sequence that the loss is taken on."""
+        return [encoded.supervised for row in self.sequences for encoded in row]
 
     @property
     def supervised_share(self) -> float | None:
@@ -60,21 +68,22 @@ class Report:
         return sum(self.supervised) / total if total else None
 
 
-def check_records(records: Sequence[Record], tokenizer: Any = None, max_length: int | None = None) -> Report:
-    """Faults and warnings of ``records``, in their order.
+def check_records(records: Iterable[Record], tokenizer: Any = None, max_length: int | None = None) -> Report:
+    """Faults and warnings of ``records``, in their order, and their tokens.
 
     Args:
-        tokenizer: of ``tokens.prepare_tokenizer``; None checks the text alone.
+        tokenizer: of ``chat_template.prepare_tokenizer``; None checks the text alone.
         max_length: tokens a row may have; needs a tokenizer.
     """
     faults: list[Fault] = []
     warnings: list[Fault] = []
-    lengths: list[int] = []
-    supervised: list[int] = []
+    sequences: list[list[Encoded]] = []
     first_row: dict[tuple[str, str], Record] = {}
     first_answer: dict[str, Record] = {}
     first_part: dict[tuple[str, str], Record] = {}
+    rows = 0
     for record in records:
+        rows += 1
         question = prompt_key(record)
         earlier = first_row.setdefault((question, record.answer.strip()), record)
         if earlier is not record:
@@ -84,8 +93,9 @@ def check_records(records: Sequence[Record], tokenizer: Any = None, max_length: 
         faults.extend(_split_faults(record, question, first_part))
         faults.extend(_text_faults(record))
         if tokenizer is not None:
-            faults.extend(_token_faults(record, tokenizer, max_length, lengths, supervised))
-    return Report(faults, warnings, len(records), lengths, supervised)
+            sequences.append([])
+            faults.extend(_token_faults(record, tokenizer, max_length, sequences[-1]))
+    return Report(faults, warnings, rows, sequences)
 
 
 def _split_faults(record: Record, question: str, first: dict[tuple[str, str], Record]) -> Iterator[Fault]:
@@ -126,25 +136,22 @@ def _text_faults(record: Record) -> Iterator[Fault]:
             yield _fault(record, "fields", "the answer is not this JSON object")
 
 
-def _token_faults(
-    record: Record, tokenizer: Any, max_length: int | None, lengths: list[int], supervised: list[int]
-) -> Iterator[Fault]:
+def _token_faults(record: Record, tokenizer: Any, max_length: int | None, sequences: list[Encoded]) -> Iterator[Fault]:
+    """Faults that the row's tokens show; the tokens go into ``sequences``."""
     from stocklora.instruct.rows.chat_template import encode_answers
 
     try:
-        sequences = encode_answers(tokenizer, record, max_length)
+        sequences += encode_answers(tokenizer, record, max_length)
     except UserError as error:
         yield _fault(record, "", str(error).removeprefix(f"{record.where}: "))
         return
-    for encoded in sequences:
-        lengths.append(len(encoded.input_ids) + encoded.lost_tokens)
-        supervised.append(encoded.supervised)
-    # The last sequence is the whole conversation, and so the longest one.
-    if encoded.lost_tokens:
-        lost = f"{encoded.lost_tokens:,} of {lengths[-1]:,} tokens lie beyond max_length {max_length:,}"
-        rest = "its end token among them" if encoded.supervised else "no supervised token is left"
+    whole = sequences[-1]  # the conversation to its end, and so the longest one
+    if whole.lost_tokens:
+        length = len(whole.input_ids) + whole.lost_tokens
+        lost = f"{whole.lost_tokens:,} of {length:,} tokens lie beyond max_length {max_length:,}"
+        rest = "its end token among them" if whole.supervised else "no supervised token is left"
         yield _fault(record, "answer", f"{lost}, {rest}")
-    elif not encoded.supervised:
+    elif not whole.supervised:
         yield _fault(record, "answer", "no supervised token")
 
 

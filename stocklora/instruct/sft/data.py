@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from stocklora.cli.console import UserError, progress, warn
-from stocklora.instruct.rows.chat_template import Encoded, encode, encode_answers
+from stocklora.instruct.rows.chat_template import Encoded
 from stocklora.instruct.rows.formats import Record
 from stocklora.instruct.rows.records import PARTS, read_with_faults, split_records
 from stocklora.instruct.sft.settings import SftSettings
 from stocklora.runtime.files import sha256_of
 
 MOST_FAULTS_SHOWN = 3
+Sequences = dict[tuple[Path, int], list[Encoded]]  # by file and row
 
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A conversation and its tokens. One of several answers may need several; see ``tokens.encode_answers``."""
+    """A conversation and its tokens. One of several answers may need several; see ``chat_template.encode_answers``."""
 
     record: Record
     encoded: Encoded
@@ -61,13 +62,14 @@ def read_data(settings: SftSettings, tokenizer: Any) -> InstructionData:
         settings.test_fraction,
     )
     skipped: dict[str, int] = {}
-    records = _checked(settings.data_path, settings, tokenizer, skipped)
+    records, sequences = _checked(settings.data_path, settings, tokenizer, skipped)
     if settings.validation_path:  # a file of its own: what would have validated trains
         fractions = (1.0 - settings.test_fraction, 0.0, settings.test_fraction)
     split = split_records(records, fractions, settings.seed)
     if settings.validation_path:
-        split["validation"] = _checked(settings.validation_path, settings, tokenizer, skipped)
-    parts = {name: _encoded(split[name], settings, tokenizer, skipped) for name in PARTS}
+        split["validation"], more = _checked(settings.validation_path, settings, tokenizer, skipped)
+        sequences |= more
+    parts = {name: _cut_rows(split[name], sequences, settings, skipped) for name in PARTS}
     if not parts["train"]:
         raise UserError(
             f"no row left to train on in {', '.join(map(str, settings.data_path))}: {len(records)} read, skipped: "
@@ -81,16 +83,27 @@ def read_data(settings: SftSettings, tokenizer: Any) -> InstructionData:
     return InstructionData(parts, skipped, files, how | {name: len(rows) for name, rows in parts.items()})
 
 
-def _checked(paths: Sequence[Path], settings: SftSettings, tokenizer: Any, skipped: dict[str, int]) -> list[Record]:
-    """The rows without faults; what has some stops the run, or is counted in ``skipped``."""
+def _checked(
+    paths: Sequence[Path], settings: SftSettings, tokenizer: Any, skipped: dict[str, int]
+) -> tuple[list[Record], Sequences]:
+    """The rows without faults, and their tokens; what has faults stops the run, or is counted in ``skipped``."""
     from stocklora.instruct.rows.lint import check_records
 
     records, unreadable = read_with_faults(paths)
-    # Not by max_length: a smaller one is the way out of too little memory. What it cuts is counted and warned of.
-    report = check_records(records, tokenizer)
+    with progress() as bar:
+        task = bar.add_task("tokens", total=len(records))
+
+        def one_by_one() -> Iterator[Record]:
+            for record in records:
+                yield record
+                bar.advance(task)
+
+        # Not by max_length: a smaller one is the way out of too little memory. What it cuts is counted and warned of.
+        report = check_records(one_by_one(), tokenizer)
+    sequences = {(record.file, record.row): encoded for record, encoded in zip(records, report.sequences, strict=True)}
     faults = [*unreadable, *report.faults]
     if not faults:
-        return records
+        return records, sequences
     bad = {(fault.file, fault.row) for fault in faults}
     if not settings.skip_bad_rows:
         shown = "; ".join(str(fault) for fault in faults[:MOST_FAULTS_SHOWN])
@@ -101,27 +114,25 @@ def _checked(paths: Sequence[Path], settings: SftSettings, tokenizer: Any, skipp
         )
     skipped["with faults"] = skipped.get("with faults", 0) + len(bad)
     warn(f"{len(bad)} bad row(s) left out, the first: {faults[0]}")
-    return [record for record in records if (record.file, record.row) not in bad]
+    return [record for record in records if (record.file, record.row) not in bad], sequences
 
 
-def _encoded(
-    records: Sequence[Record], settings: SftSettings, tokenizer: Any, skipped: dict[str, int]
+def _cut_rows(
+    records: Sequence[Record], sequences: Sequences, settings: SftSettings, skipped: dict[str, int]
 ) -> list[EncodedRow]:
+    """The rows' sequences, cut to ``--max_length``; those with nothing to learn from are counted in ``skipped``."""
     rows = []
-    with progress() as bar:
-        task = bar.add_task("tokens", total=len(records))
-        for record in records:
-            if settings.mask_history:
-                sequences = [encode(tokenizer, record, settings.max_length)]
-            else:
-                sequences = encode_answers(tokenizer, record, settings.max_length)
-            bar.advance(task)
-            for encoded in sequences:
-                if encoded.supervised:
-                    rows.append(EncodedRow(record, encoded))
-                    continue
-                # The prompt alone fills max_length: there is nothing to learn from it.
-                skipped["without supervised token"] = skipped.get("without supervised token", 0) + 1
+    for record in records:
+        encoded = sequences[record.file, record.row]
+        if settings.mask_history:
+            encoded = [encoded[-1].without_history()]
+        for sequence in encoded:
+            cut = sequence.cut(settings.max_length)
+            if cut.supervised:
+                rows.append(EncodedRow(record, cut))
+                continue
+            # The prompt alone fills max_length.
+            skipped["without supervised token"] = skipped.get("without supervised token", 0) + 1
     return rows
 
 

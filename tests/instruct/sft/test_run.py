@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -340,6 +341,36 @@ def test_bad_rows_stop_the_run_or_are_counted(
     assert tune(data_path=[path], skip_bad_rows=True, num_epochs=1) == 0
     assert "2 bad row(s) left out" in capsys.readouterr().err
     assert info_of(tmp_path / "out")["data"]["skipped"] == {"with faults": 2}
+
+
+@pytest.mark.parametrize("mask_history", [False, True])
+def test_rows_are_rendered_and_tokenized_once(
+    tune: Tune, rows: Path, monkeypatch: pytest.MonkeyPatch, mask_history: bool
+) -> None:
+    from stocklora.instruct.rows import chat_template
+
+    rendered: Counter[str] = Counter()
+    tokenized: Counter[str] = Counter()
+    render, ids = chat_template._render, chat_template._ids
+
+    def counting_render(tokenizer: Any, messages: list[dict[str, str]], invite: bool, **options: Any) -> str:
+        rendered[messages[0]["content"]] += 1
+        return render(tokenizer, messages, invite, **options)
+
+    def counting_ids(tokenizer: Any, text: str) -> list[int]:
+        tokenized[text] += 1
+        return ids(tokenizer, text)
+
+    monkeypatch.setattr(chat_template, "_render", counting_render)
+    monkeypatch.setattr(chat_template, "_ids", counting_ids)
+    assert tune(preflight_only=True, mask_history=mask_history) == 0
+    questions = [record.prompt[0].content for record in read_records(rows)]
+    assert {question: rendered[question] for question in questions} == {
+        question: 2 * count for question, count in Counter(questions).items()
+    }  # with its answer, and without
+    texts = {text: count for text, count in tokenized.items() if "判断情绪" in text and "：利" in text}
+    assert len(texts) == len(questions)
+    assert set(texts.values()) == {1}
 
 
 def test_a_run_that_cannot_begin_leaves_the_finished_one_as_it_was(tune: Tune, rows: Path, tmp_path: Path) -> None:
