@@ -19,6 +19,7 @@ from stocklora.cli.console import UserError
 
 MANIFEST_NAME = "stocklora_source.json"
 INCOMPLETE = ".incomplete"
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 SMOLLM = "smollm2-135m"
 SMOLLM_NAMES = {SMOLLM, "smollm2-135m-instruct", MODEL_ID.lower()}
 TOKENIZER_SETS = (
@@ -225,7 +226,12 @@ def check_empty(folder: Path, flag: str) -> None:
         raise UserError(f"{flag} {folder} is there already; give a folder that is not, or remove it")
 
 
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+def copy_companions(base: Path, folder: Path) -> None:
+    """Copy what lies beside a base's weights (tokenizer, license, its own code), if ``folder`` does not have it yet."""
+    for path in base.iterdir():
+        of_weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        if path.is_file() and path.name != MANIFEST_NAME and not of_weights and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
 
 
 @contextmanager

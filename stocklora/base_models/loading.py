@@ -1,4 +1,4 @@
-"""A causal language model from a folder, whole or quantized, the same in training and in use."""
+"""Base models from a folder, whole or quantized, the same in training and in use."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from stocklora.base_models.folders import check_model_folder, describe_model
 from stocklora.base_models.quantized import quantization_config, steady_quantized_layers
 from stocklora.cli.console import UserError, one_line
 
-QUANTIZATIONS = ("none", "8bit", "4bit")
-
 
 def load_causal_model(
     folder: Path,
@@ -29,9 +27,6 @@ def load_causal_model(
     trust_remote_code: bool = False,
 ) -> Any:
     """The language model in ``folder`` on ``device``.
-
-    bitsandbytes' layers are made one function of their input alone, in training and in use: see
-    ``llm_model.steady_quantized_layers``. An adapter meets the base it was trained over only in that form.
 
     Args:
         quantization: of the linear layers but the output head: ``none``, ``8bit`` (rows of int8 with a scale each) or
@@ -44,13 +39,8 @@ def load_causal_model(
     from transformers import AutoModelForCausalLM
 
     check_model_folder(folder)
-    options: dict[str, Any] = {}
-    if quantization != "none":
-        options = {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": device}}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, trust_remote_code=trust_remote_code, **options
-        )
+        model = _from_folder(AutoModelForCausalLM, folder, quantization, dtype, device, trust_remote_code)
     except ImportError as error:
         if quantization == "none":
             raise UserError(f"cannot load {folder}: {one_line(str(error))[:300]}") from None
@@ -59,9 +49,28 @@ def load_causal_model(
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # the last: weights of other shapes
         raise UserError(f"cannot load the model in {folder}: {one_line(str(error))[:300]}") from None
-    if quantization == "none":
-        return model.to(device)
-    steady_quantized_layers(model)
+    return model.to(device) if quantization == "none" else model
+
+
+def _from_folder(
+    kind: Any,
+    folder: Path,
+    quantization: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool,
+    **options: Any,
+) -> Any:
+    """A model of one of transformers' classes; a quantized one is made on ``device``, another on the CPU.
+
+    bitsandbytes' layers are made one function of their input alone, in training and in use: see
+    ``steady_quantized_layers``. An adapter meets the base it was trained over only in that form.
+    """
+    if quantization != "none":
+        options |= {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": device}}
+    model = kind.from_pretrained(str(folder), dtype=dtype, trust_remote_code=trust_remote_code, **options)
+    if quantization != "none":
+        steady_quantized_layers(model)
     return model
 
 
@@ -171,18 +180,10 @@ def load_backbone(
 
     if config is None:
         config = backbone_config(model_path, None, trust_remote_code)
-    config = first_layers(config, layers)
-    options: dict[str, Any] = {}
-    if quantization != "none":
-        options = {
-            "quantization_config": quantization_config(quantization, dtype),
-            "device_map": {"": device or torch.device("cpu")},
-        }
-    backbone = AutoModel.from_pretrained(
-        model_path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, **options
-    )
-    if quantization != "none":
-        steady_quantized_layers(backbone)
+    backbone: nn.Module = _from_folder(
+        AutoModel, model_path, quantization, dtype, device or torch.device("cpu"), trust_remote_code,
+        config=first_layers(config, layers),
+    )  # fmt: skip
     return backbone.requires_grad_(False)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +20,9 @@ import torch
 from llm_model import StockForecaster
 from lora import LoRAError
 from stocklora.base_models.folders import (
-    MANIFEST_NAME,
-    WEIGHT_SUFFIXES,
     check_empty,
     check_files,
+    copy_companions,
     describe_model,
     made_whole,
 )
@@ -94,10 +92,7 @@ def write_merged(folder: Path, content: WeightsFile, settings: MergeSettings, de
     origin = fingerprint(settings.lora_weights)
     with made_whole(folder) as unfinished:
         save_model(unfinished, forecaster.model, settings, content, origin)
-        for path in settings.model_path.iterdir():  # tokenizer, chat template, license, the model's own code
-            known = path.name == MANIFEST_NAME or path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-            if path.is_file() and not known and not (unfinished / path.name).exists():
-                shutil.copyfile(path, unfinished / path.name)
+        copy_companions(settings.model_path, unfinished)
         was = content.spec.base_model  # whose memory of the past the merged model still has
         base = describe_model(unfinished) | {"name": f"{was['name']} (merged)", "license": was.get("license")}
         spec = replace(content.spec, base_model=base, method="head", quantization="none", lora={}, backbone_layers=None)

@@ -9,21 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stocklora.base_models.folders import TOKENIZER_SETS
 from stocklora.base_models.loading import load_causal_model, quiet_transformers
 from stocklora.base_models.quantized import check_quantization
 from stocklora.cli.console import UserError, one_line
-from stocklora.instruct.chat.model import LESS_MEMORY, Answer, ChatModel, ContextError, Sampling, internal_name
+from stocklora.instruct.chat.model import LESS_MEMORY, ChatModel, internal_name
 from stocklora.instruct.chat.settings import LoadSettings
 from stocklora.instruct.chat.sources import BASE, Sources
 from stocklora.instruct.rows.chat_template import fit_embeddings, prepare_tokenizer
 from stocklora.runtime.machine import choose_device, choose_dtype, memory_errors
-
-__all__ = [
-    "Answer", "ChatModel", "ContextError", "Sampling", "load_base", "load_chat_model", "load_sources",
-]  # fmt: skip
 
 
 def load_sources(sources: Sources, settings: LoadSettings) -> ChatModel:
@@ -57,6 +51,8 @@ def load_chat_model(
     Raises:
         UserError: it cannot be loaded, or an adapter does not fit the base.
     """
+    from transformers import GenerationConfig
+
     adapters = dict(adapters or {})
     place = choose_device(device)
     number_format = choose_dtype(dtype, place)
@@ -72,32 +68,19 @@ def load_chat_model(
         if not tokenizers:  # else the base has no chat template, and is asked by the adapter's
             raise
         tokenizers[BASE] = next(iter(tokenizers.values()))
-    model = load_base(base, number_format, place, quantization, trust_remote_code)
+    with memory_errors(LESS_MEMORY):
+        model = load_causal_model(
+            base, quantization=quantization, dtype=number_format, device=place, trust_remote_code=trust_remote_code
+        )
+    # What a maker recommends for sampling (Qwen: top_k 20) would silently be added to what is asked for.
+    model.generation_config = GenerationConfig()
+    model.requires_grad_(False).eval()
     fit_embeddings(model, max(tokenizers.values(), key=len))
     if adapters:
         model = _with_adapters(model, adapters, base)
     chat = ChatModel(model, tokenizers, list(adapters), base.absolute().name)
     chat.folders, chat.quantization = {BASE: base, **adapters}, quantization
     return chat
-
-
-def load_base(
-    base: Path, dtype: torch.dtype, device: torch.device, quantization: str = "none", trust_remote_code: bool = False
-) -> Any:
-    """A causal language model without generation settings of its own.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
-    from transformers import GenerationConfig
-
-    with memory_errors(LESS_MEMORY):
-        model = load_causal_model(
-            base, quantization=quantization, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
-    # What a maker recommends for sampling (Qwen: top_k 20) would silently be added to what is asked for.
-    model.generation_config = GenerationConfig()
-    return model.requires_grad_(False).eval()
 
 
 def _with_adapters(model: Any, adapters: Mapping[str, Path], base: Path) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +12,9 @@ from typing import Any
 import torch
 
 from stocklora.base_models.folders import (
-    MANIFEST_NAME,
-    WEIGHT_SUFFIXES,
     check_empty,
     check_files,
+    copy_companions,
     describe_model,
     made_whole,
 )
@@ -86,10 +84,7 @@ def merge_adapter(sources: Sources, settings: InferenceSettings) -> None:
         merged.generation_config = _generation_of(sources.base) or merged.generation_config
         merged.to(stored).save_pretrained(unfinished)
         chat.tokenizer(name).save_pretrained(unfinished)
-        for path in sources.base.iterdir():  # license, the model's own code
-            known = path.name == MANIFEST_NAME or path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-            if path.is_file() and not known and not (unfinished / path.name).exists():
-                shutil.copyfile(path, unfinished / path.name)
+        copy_companions(sources.base, unfinished)
         write_json(unfinished / TRAINING_INFO, _record(folder, sources, str(stored).removeprefix("torch.")))
         check_files(unfinished, shown=out, command="python inference_lora.py --merge")
         size = sum(path.stat().st_size for path in unfinished.iterdir())

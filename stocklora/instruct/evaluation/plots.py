@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from stocklora.cli.console import UserError, say, warn
 from stocklora.instruct.chat.settings import PlotSettings
 from stocklora.instruct.chat.sources import TRAINING_INFO, last_part, training_info
 from stocklora.instruct.evaluation.measures import BASE_SYSTEM, MEASURES, TUNED_SYSTEM, number, shown
+from stocklora.plots.curves import draw_learning_rate, draw_losses, logged, read_training_log
 from stocklora.plots.style import (
     GRID,
     INK,
@@ -24,7 +24,6 @@ from stocklora.plots.style import (
     UP,
     WALK,
     Font,
-    dot_of,
     families,
     find_font,
     latin_font,
@@ -37,7 +36,6 @@ from stocklora.plots.style import (
 
 LOG, RESULTS = "training_log.jsonl", "evaluation_results.json"
 PICTURES = {name: f"plot_{name}.png" for name in ("loss", "learning_rate", "scores", "generation")}
-DRAWN = ("loss", "eval_loss", "learning_rate")  # of an entry of the log
 ENGLISH, CHINESE = 0, 1
 WORDS = {
     "loss": ("Loss per supervised token", "每个监督词元的损失"),
@@ -120,7 +118,7 @@ def plot_results(settings: PlotSettings) -> list[Path]:
         UserError: nothing to draw, or a damaged file.
     """
     folder = settings.model_path
-    log, results = read_log(folder / LOG), read_results(folder / RESULTS)
+    log, results = read_training_log(folder / LOG), read_results(folder / RESULTS)
     if not log and results is None:
         raise UserError(
             f"{folder} has neither {LOG} nor {RESULTS}; train with: python training/train.py, and score with: python "
@@ -133,9 +131,9 @@ def plot_results(settings: PlotSettings) -> list[Path]:
     about = _about(folder)
     paths = []
     with _drawing_with(words):
-        if any("loss" in entry or "eval_loss" in entry for entry in log):
+        if logged(log, "loss") or logged(log, "eval_loss"):
             paths.append(_plot_loss(log, words, about, target / PICTURES["loss"]))
-        if any("learning_rate" in entry for entry in log):
+        if logged(log, "learning_rate"):
             paths.append(_plot_learning_rate(log, words, about, target / PICTURES["learning_rate"]))
         if results is not None:
             paths.append(_plot_scores(results, words, target / PICTURES["scores"]))
@@ -145,30 +143,6 @@ def plot_results(settings: PlotSettings) -> list[Path]:
     if results is None:
         warn(f"no {RESULTS} in {folder}, so no scores; run: python training/evaluate.py --model_path {folder}")
     return paths
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a training log; a last line that a killed run left half written is passed over.
-
-    Raises:
-        UserError: another line is damaged.
-    """
-    if not path.is_file():
-        return []
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
-    entries = []
-    for index, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            entries.append({name: value for name, value in entry.items() if value is not None})
-            entry["step"] + sum(entry.get(name) or 0 for name in DRAWN)
-        except (ValueError, AttributeError, KeyError, TypeError):
-            if index == len(lines):
-                return entries[: index - 1]
-            raise UserError(
-                f"{path}, line {index} is no entry of a training log; train again, or remove the file"
-            ) from None
-    return entries
 
 
 def read_results(path: Path) -> Mapping[str, Any] | None:
@@ -218,17 +192,7 @@ def _drawing_with(words: Words) -> Iterator[None]:
 def _plot_loss(log: Sequence[Mapping[str, Any]], words: Words, about: str, path: Path) -> Path:
     figure, axis = new_figure(1, 5.0)
     set_title(axis, words("loss"), words.of_file(" · ".join(part for part in (about, words("loss_note")) if part)))
-    train = _series(log, "loss")
-    held_out = _series(log, "eval_loss")
-    if train:
-        axis.plot(*zip(*train, strict=True), color=MODEL, linewidth=1.6, label=words("train"), marker=dot_of(train))
-    if held_out:
-        axis.plot(*zip(*held_out, strict=True), color=INK, linewidth=1.4, marker="o", markersize=4,
-                  label=words("validation"))  # fmt: skip
-        best = min(held_out, key=lambda point: point[1])
-        label = words("lowest").format(loss=best[1], step=best[0])
-        axis.plot(*best, "o", color=UP, markersize=9, zorder=3, label=label)
-    axis.legend(frameon=False, labelcolor=MUTED, fontsize=9)
+    draw_losses(axis, log, words("train"), words("validation"), words("lowest"))
     set_step_axis(axis, words("step"), [entry["step"] for entry in log])
     axis.set_ylabel(words("nats"), color=MUTED)
     save_figure(figure, path)
@@ -238,8 +202,7 @@ def _plot_loss(log: Sequence[Mapping[str, Any]], words: Words, about: str, path:
 def _plot_learning_rate(log: Sequence[Mapping[str, Any]], words: Words, about: str, path: Path) -> Path:
     figure, axis = new_figure(1, 3.6)
     set_title(axis, words("learning_rate"), words.of_file(about))
-    rates = _series(log, "learning_rate")
-    axis.plot(*zip(*rates, strict=True), color=MODEL, linewidth=1.6, marker=dot_of(rates))
+    draw_learning_rate(axis, log, MODEL)
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
     set_step_axis(axis, words("step"), [entry["step"] for entry in log])
@@ -326,7 +289,3 @@ def _plot_generation(results: Mapping[str, Any], words: Words, path: Path) -> Pa
         axis.margins(y=0.18)
     save_figure(figure, path)
     return path
-
-
-def _series(log: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    return [(entry["step"], entry[name]) for entry in log if name in entry]

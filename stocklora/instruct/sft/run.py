@@ -230,13 +230,13 @@ def _finish(
     checkpoint: Path | None,
 ) -> None:
     """Write the folder that is used from now on, and say what came of the run."""
-    from stocklora.instruct.sft.trainer import LOG_NAME, read_log
-    from stocklora.plots.curves import plot_loss_curve
+    from stocklora.instruct.sft.trainer import LOG_NAME
+    from stocklora.plots.curves import plot_loss_curve, read_training_log
     from stocklora.runtime.machine import machine_facts, peak_memory_mb, versions_of
 
     settings = prepared.settings
     folder, state = settings.output_dir, trainer.state
-    log = read_log(folder / LOG_NAME)
+    log = read_training_log(folder / LOG_NAME)
     judged = [entry for entry in log if entry.get("eval_loss") is not None]
     if prepared.data.validation and (not judged or not math.isfinite(state.best_metric or math.nan)):
         raise UserError("the loss is not a number any more: lower --learning_rate, or use --dtype float32")

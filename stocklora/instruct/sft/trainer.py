@@ -127,11 +127,13 @@ class TrainingLog(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A resumed run takes its log up where its checkpoint was made: later entries belong to what was lost.
-        kept = (
-            [entry for entry in read_log(self.path) if entry["step"] <= state.global_step] if state.global_step else []
-        )
+        kept = []
+        if state.global_step:
+            from stocklora.plots.curves import read_training_log
+
+            kept = [entry for entry in read_training_log(self.path) if entry["step"] <= state.global_step]
         write_text(self.path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept))
-        self.earlier_s = max((entry["seconds"] for entry in kept), default=0.0)
+        self.earlier_s = max((entry.get("seconds", 0.0) for entry in kept), default=0.0)
         self.start = time.monotonic()
         self._progress = progress("loss {task.fields[loss]}")
         self._bar = self._progress.__enter__()
@@ -242,17 +244,3 @@ def callbacks(settings: SftSettings, judged: bool) -> list[TrainerCallback]:
         if settings.early_stopping_patience:
             result.append(Patience(settings.early_stopping_patience))
     return result
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a training log; a last line that was cut short by a kill is passed over."""
-    entries = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(entry, dict) and "step" in entry:
-                entries.append({"seconds": 0.0, **entry})
-    return entries

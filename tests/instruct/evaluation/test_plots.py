@@ -149,20 +149,6 @@ def test_scores_of_one_model_alone_are_drawn(outputs: Path) -> None:
     assert len(plot_results(PlotSettings(model_path=outputs, language="en"))) == 4
 
 
-def test_a_log_that_was_cut_short_is_drawn_and_a_damaged_one_is_told(outputs: Path) -> None:
-    log = outputs / "training_log.jsonl"
-    whole = log.read_text(encoding="utf-8")
-    log.write_text(whole + '{"step": 20, "lo', encoding="utf-8")
-    assert len(plots.read_log(log)) == len(LOG)
-    log.write_text("nonsense\n" + whole, encoding="utf-8")
-    with pytest.raises(UserError, match="line 1"):
-        plots.read_log(log)
-    for line in ("[1]", '{"loss": 1.0}', '{"step": 1, "loss": "high"}', "\ufffd"):
-        log.write_bytes(line.encode().replace("\ufffd".encode(), b"\xff") + b"\n" + whole.encode())
-        with pytest.raises(UserError, match="line 1 is no entry"):
-            plots.read_log(log)
-
-
 def test_a_damaged_results_file_is_told(outputs: Path) -> None:
     path = outputs / "evaluation_results.json"
     whole = results()
