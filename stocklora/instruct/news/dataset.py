@@ -14,12 +14,11 @@ from typing import Any
 
 from stocklora.cli.console import UserError
 from stocklora.cli.settings import setting
-from stocklora.instruct.news import reaction_questions as reactions
-from stocklora.instruct.news import release_questions as releases
+from stocklora.instruct.news import makers
 from stocklora.instruct.news.database import Event, read_events
-from stocklora.instruct.news.near_duplicates import first_of_each
 from stocklora.instruct.news.questions import Maker, Row, Subject, subjects_of
 from stocklora.instruct.news.reactions import Thresholds
+from stocklora.instruct.news.texts import first_of_each
 from stocklora.instruct.rows.formats import Record, parse_row
 from stocklora.instruct.rows.records import PARTS, cut_days, prompt_key, split_records
 
@@ -27,19 +26,19 @@ NEWS, MARKET, EARNINGS = SHARES = ("news", "market", "earnings")
 # share -> kinds, in the order in which they take turns
 MAKERS: dict[str, dict[str, Maker]] = {
     NEWS: {
-        "sentiment": reactions.make_sentiment,
-        "extraction": reactions.make_extraction,
-        "windows": reactions.make_windows,
+        "sentiment": makers.make_sentiment,
+        "extraction": makers.make_extraction,
+        "windows": makers.make_windows,
     },
     MARKET: {
-        "priced_in": reactions.make_priced_in,
-        "watch": reactions.make_watch,
-        "risk": reactions.make_risk,
+        "priced_in": makers.make_priced_in,
+        "watch": makers.make_watch,
+        "risk": makers.make_risk,
     },
     EARNINGS: {
-        "indicator": releases.make_indicator,
-        "release_extraction": releases.make_release_extraction,
-        "change": releases.make_change,
+        "indicator": makers.make_indicator,
+        "release_extraction": makers.make_release_extraction,
+        "change": makers.make_change,
     },
 }
 KIND_WORDS = {

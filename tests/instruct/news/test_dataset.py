@@ -23,10 +23,9 @@ from stocklora.instruct.news import database as news_database
 from stocklora.instruct.news import reactions, releases
 from stocklora.instruct.news.database import Event, read_events, sample_database
 from stocklora.instruct.news.dataset import MAKERS, SHARES, InstructionSettings, build_dataset
-from stocklora.instruct.news.near_duplicates import first_of_each, shingles, similarity
 from stocklora.instruct.news.questions import subjects_of
 from stocklora.instruct.news.reactions import Thresholds
-from stocklora.instruct.news.texts import cleaned, fitted
+from stocklora.instruct.news.texts import cleaned, first_of_each, fitted, shingles, similarity
 from stocklora.instruct.rows.formats import Record
 from stocklora.instruct.rows.records import prompt_key
 from stocklora.runtime.files import sha256_of
