@@ -52,7 +52,7 @@ def run(settings: InferenceSettings) -> int:
         say(note)
 
     from stocklora.cli.checks import SERVER, check_installed
-    from stocklora.instruct.chat.listening import listen
+    from stocklora.runtime.machine import listen
 
     if settings.serve:
         check_installed(SERVER, "--serve")

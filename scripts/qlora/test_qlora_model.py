@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(settings: CompareSettings) -> int:
     settings.check_answers()
-    from stocklora.instruct.chat.comparison import compare
+    from stocklora.instruct.chat.terminal import compare
 
     compare(settings)
     return 0

@@ -1,4 +1,4 @@
-"""The machine: where to compute, in which number format, what it is, and the memory a program took.
+"""The machine: where to compute, in which number format, what it is, the memory a program took, and a port of it.
 
 torch is imported where it is used: what a machine is can be told without it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import socket
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -183,3 +184,30 @@ def versions_of(*packages: str) -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+# ------------------------------------------------------------------------------------------- a port of it
+
+HOST = "127.0.0.1"
+
+
+def listen(port: int) -> socket.socket:
+    """A socket that listens on ``port``; 0 takes a free one. Clients that come early wait.
+
+    Raises:
+        UserError: the port is taken.
+    """
+    listener = socket.socket()
+    # Else a port that was just closed stays taken for a minute. On Windows the same flag lets two programs share one.
+    if not hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((HOST, port))
+        # Bound alone, it could be bound again by a second server while the first one loads its model.
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"cannot listen on port {port}: {error.strerror or error}; give another --port, or 0 for a free one"
+        ) from None
+    return listener

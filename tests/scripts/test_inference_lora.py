@@ -391,7 +391,7 @@ def test_base_and_tuned_stand_side_by_side(chat_model, adapters, repo_root, in_f
 
 
 def test_a_terminal_is_not_told_what_to_do_by_an_answer(capsys) -> None:
-    from stocklora.instruct.chat.comparison import Pair, print_pair
+    from stocklora.instruct.chat.terminal import Pair, print_pair
 
     print_pair(Pair("a\x1b[2Jb", "c\x1b]0;t\x07d", "e\x9bf", (1.0, 1.0), (False, False)), "1/1", "base", "tuned")
     out = capsys.readouterr().out

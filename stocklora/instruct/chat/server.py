@@ -26,10 +26,10 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import Send
 
 from stocklora.cli.console import UserError, say
-from stocklora.instruct.chat.listening import HOST
 from stocklora.instruct.chat.model import Answer, ChatModel, ContextError, Sampling
 from stocklora.instruct.chat.requests import APIError, ChatRequest, conversation_of, sampling_of
 from stocklora.instruct.rows.formats import Message
+from stocklora.runtime.machine import HOST
 
 POLL_S = 0.1  # how often a waiting request looks whether its client is still there
 GRACE_S = 10  # for answers to end after Ctrl-C: one token each, or the reading of a long prompt

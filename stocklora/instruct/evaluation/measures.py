@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stocklora.instruct.chat.text_stream import without_reasoning
-from stocklora.instruct.rows.formats import Record
+from stocklora.instruct.rows.formats import SENTIMENTS, Record
 
 if TYPE_CHECKING:
     from stocklora.instruct.evaluation.bootstrap import Resampler
 
 
 BASE_SYSTEM, TUNED_SYSTEM = "base", "tuned"
-SENTIMENTS = ("利好", "利空", "中性")
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from stocklora.cli.checks import SCORES, check_installed
-from stocklora.cli.console import UserError, progress, say, warn
+from stocklora.cli.console import UserError, print_table, progress, say, warn
 from stocklora.instruct.chat.settings import EvaluateSettings
 from stocklora.instruct.chat.sources import (
     BASE,
     Sources,
     find_sources,
     is_adapter,
+    last_part,
     quantization_note,
     trained_base,
 )
@@ -26,20 +27,25 @@ from stocklora.instruct.evaluation.held_out import held_out_rows
 from stocklora.instruct.evaluation.measures import (
     BASE_SYSTEM,
     MEASURES,
-    SENTIMENTS,
     TUNED_SYSTEM,
     Prediction,
+    number,
+    shown,
     wanted_label,
 )
 from stocklora.instruct.evaluation.scoring import score
-from stocklora.instruct.evaluation.tables import print_results
-from stocklora.instruct.rows.formats import Record
+from stocklora.instruct.rows.formats import SENTIMENTS, Record
 from stocklora.runtime.files import as_json_types, write_json, write_text
 from stocklora.runtime.machine import versions_of
 
 RESULTS, PREDICTIONS = "evaluation_results.json", "evaluation_predictions.jsonl"
 LIBRARIES = ("torch", "transformers", "peft", "sacrebleu", "rouge-chinese")
 FORMAT = 1
+# measures of the table by kind of row, and what its cells call them
+OF_KINDS = {
+    "success_rate": "ended", "chrf": "chrF", "rouge_l": "ROUGE-L", "label_accuracy": "label", "json_valid": "JSON",
+    "field_accuracy": "fields", "numbers_supported": "numbers", "generated_tokens": "tokens",
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- a run
@@ -312,3 +318,56 @@ def _is_whole(content: Mapping[str, Any]) -> bool:
     names = {measure.name for measure in MEASURES}
     tables = list(content["systems"].values())
     return TUNED_SYSTEM in content["systems"] and all(isinstance(it, Mapping) and set(it) >= names for it in tables)
+
+
+# -------------------------------------------------------------------------------------------------------- tables
+
+
+def print_results(content: Mapping[str, Any]) -> None:
+    """The table of measures, what is settled by it in words, and a table by kind of row."""
+    systems: Mapping[str, Any] = content["systems"]
+    rows = []
+    for measure in MEASURES:
+        entries = [systems[name].get(measure.name) for name in systems]
+        if not any(entries):
+            continue
+        counts = sorted({entry["rows"] for entry in entries if entry})
+        cells = [shown(entry, measure) for entry in entries]
+        if content["difference"]:
+            cells.append(shown(content["difference"].get(measure.name), measure, signed=True))
+        rows.append([measure.label, "-".join(map(str, counts)), *cells])
+    names = {BASE_SYSTEM: f"base ({last_part(str(content['base_model']))})", TUNED_SYSTEM: "tuned"}
+    header = ["", "rows", *[names[name] for name in systems]]
+    title = f"Held-out rows: value and 95% interval ({content['intervals'].partition('; ')[2]})"
+    print_table(title, [*header, "difference"] if content["difference"] else header, rows)
+    if (share := content["expected"]["numbers_supported"]) is not None:
+        say(f"(of the numbers in the expected answers, {100 * share:.0f}% stand in the question)")
+    for line in verdicts(content):
+        say(line)
+    measures = [measure for measure in MEASURES if measure.name in OF_KINDS]
+    by_kind = []
+    for kind, entry in content["by_kind"].items():
+        cells = []
+        for measure in measures:
+            values = [entry[name][measure.name] for name in systems]
+            missing = all(value is None for value in values)
+            cells.append("" if missing else " / ".join("-" if v is None else number(v, measure) for v in values))
+        by_kind.append([kind, entry["rows"], *cells])
+    if len(by_kind) > 1:
+        title = f"By kind of row: {' / '.join(systems)}"
+        print_table(title, ["kind", "rows", *[OF_KINDS[measure.name] for measure in measures]], by_kind)
+
+
+def verdicts(content: Mapping[str, Any]) -> list[str]:
+    """What the paired differences settle: a line for each measure of quality whose interval leaves 0 out."""
+    lines = []
+    for measure in MEASURES:
+        entry = content["difference"].get(measure.name)
+        if not measure.better or measure.unit != "%" or not entry or entry["low"] is None:
+            continue
+        if entry["low"] > 0 or entry["high"] < 0:
+            word = "better" if entry["value"] * measure.better > 0 else "worse"
+            lines.append(f"the tuned model is {word}: {measure.label}, {shown(entry, measure, signed=True)}")
+    if content["difference"] and not lines:
+        lines.append("no difference in quality between base and tuned is larger than chance")
+    return lines

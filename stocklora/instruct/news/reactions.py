@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stocklora.instruct.rows.formats import SENTIMENTS
+
 Move = tuple[int, int]  # (window in minutes, return in basis points)
 
-POSITIVE, NEGATIVE, NEUTRAL = "利好", "利空", "中性"
-SENTIMENTS = (POSITIVE, NEGATIVE, NEUTRAL)
+POSITIVE, NEGATIVE, NEUTRAL = SENTIMENTS
 RISKS = ("低", "中", "高")
 REVERSED, EXTENDED, FADED, LATE, FLAT = "预期兑现", "走势延续", "部分回吐", "反应滞后", "反应平淡"
 PATTERNS = (REVERSED, EXTENDED, FADED, LATE, FLAT)

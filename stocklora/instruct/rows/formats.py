@@ -21,6 +21,7 @@ SHAREGPT_ROLES = {
     "assistant": "assistant", "model": "assistant", "bot": "assistant",
 }  # fmt: skip
 SHAREGPT_NAMES = {"system": "system", "user": "human", "assistant": "gpt"}
+SENTIMENTS = ("利好", "利空", "中性")  # labels of good, bad and neutral news: made in news/, scored in evaluation/
 ALPACA_KEYS = ("instruction", "output", "history")  # `input` alone may also be another form's own key
 
 

@@ -24,9 +24,9 @@ import pytest
 from chat_models import make_adapter
 
 from stocklora.cli.console import UserError
-from stocklora.instruct.chat.listening import listen
 from stocklora.instruct.chat.model import Answer, Sampling
 from stocklora.instruct.chat.server import make_app
+from stocklora.runtime.machine import listen
 
 ASKED = [{"role": "user", "content": "央行降准50个基点"}]
 

@@ -19,8 +19,8 @@ from stocklora.cli.console import UserError
 from stocklora.instruct.chat.settings import EvaluateSettings
 from stocklora.instruct.evaluation.bootstrap import Resampler, spread
 from stocklora.instruct.evaluation.held_out import held_out_rows
-from stocklora.instruct.evaluation.measures import MEASURES, SENTIMENTS, Prediction
-from stocklora.instruct.evaluation.run import evaluate, label_sets, summarize
+from stocklora.instruct.evaluation.measures import MEASURES, Prediction
+from stocklora.instruct.evaluation.run import evaluate, label_sets, print_results, summarize, verdicts
 from stocklora.instruct.evaluation.scoring import (
     chrf,
     json_scores,
@@ -30,9 +30,8 @@ from stocklora.instruct.evaluation.scoring import (
     same_value,
     score,
 )
-from stocklora.instruct.evaluation.tables import print_results, verdicts
 from stocklora.instruct.news.dataset import InstructionSettings, build_dataset
-from stocklora.instruct.rows.formats import Message, Record
+from stocklora.instruct.rows.formats import SENTIMENTS, Message, Record
 from stocklora.instruct.rows.records import read_records, split_records
 from stocklora.runtime.files import sha256_of
 

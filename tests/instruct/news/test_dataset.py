@@ -20,13 +20,13 @@ from source_tree import REPO_ROOT
 
 from stocklora.cli.console import UserError
 from stocklora.instruct.news import database as news_database
-from stocklora.instruct.news import reactions, releases
+from stocklora.instruct.news import releases
 from stocklora.instruct.news.database import Event, read_events, sample_database
 from stocklora.instruct.news.dataset import MAKERS, SHARES, InstructionSettings, build_dataset
 from stocklora.instruct.news.questions import subjects_of
 from stocklora.instruct.news.reactions import Thresholds
 from stocklora.instruct.news.texts import cleaned, first_of_each, fitted, shingles, similarity
-from stocklora.instruct.rows.formats import Record
+from stocklora.instruct.rows.formats import SENTIMENTS, Record
 from stocklora.instruct.rows.records import prompt_key
 from stocklora.runtime.files import sha256_of
 
@@ -342,7 +342,7 @@ def test_the_bundled_database_gives_the_shares_and_the_split(built: list[Record]
     for kind in ("sentiment", "extraction"):
         assert sum(r.meta["kind"] == kind and r.meta["split"] == "test" for r in built) >= 8
     labels = Counter(r.meta["label"] for r in built if r.meta["kind"] == "sentiment")
-    assert min(labels[label] for label in reactions.SENTIMENTS) >= 10
+    assert min(labels[label] for label in SENTIMENTS) >= 10
 
 
 def test_parts_are_apart_in_time_and_in_text(built: list[Record]) -> None:
