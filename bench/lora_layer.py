@@ -142,7 +142,7 @@ def work(args: argparse.Namespace) -> None:
     import peft  # in both variants, so that what is compared is the layer and not the weight of an import
     import torch
 
-    import lora
+    from stocklora.adapters.layer import AdapterConfig, apply_lora
     from stocklora.runtime.machine import keep_freed_memory
 
     keep_freed_memory()  # on both sides, as train_lora.py does: else the system clears pages for every step
@@ -156,7 +156,7 @@ def work(args: argparse.Namespace) -> None:
     tokens = torch.randint(vocabulary, (args.batch_size, args.tokens), device=device)
     head = torch.randn(width, device=device) / width**0.5
     if args.worker == "ours":
-        lora.apply_lora(model, lora.LoRAConfig(args.rank, 2.0 * args.rank, args.dropout))
+        apply_lora(model, AdapterConfig(args.rank, 2.0 * args.rank, args.dropout))
     else:
         config = peft.LoraConfig(
             r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout, target_modules=peft_targets(model)
@@ -218,9 +218,10 @@ def build_model(args: argparse.Namespace, dtype: Any) -> Any:
 
 def peft_targets(model: Any) -> list[str]:
     """The same layers by name: PEFT's own ``all-linear`` wants a model with an output head."""
-    import lora
 
-    return lora.find_targets(model, lora.ALL_LINEAR)
+    from lora import ALL_LINEAR, find_targets
+
+    return find_targets(model, ALL_LINEAR)
 
 
 def resident_mb() -> float:

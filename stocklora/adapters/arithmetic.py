@@ -1,23 +1,25 @@
 """Tools over saved adapters: their weighted average, a smaller rank, a larger rank.
 
-An adapter here is ``(state, config)``: what ``lora.lora_state_dict`` gives and the ``LoRAConfig`` it was made with.
+An adapter here is ``(state, config)``: what ``lora.lora_state_dict`` gives and the ``AdapterConfig`` it was made with.
 Nothing here needs the base model, and no argument is changed.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora import LoRAConfig, adapted_names, rescaled_alpha, without_pissa
+from stocklora.adapters.layer import AdapterConfig
 from stocklora.cli.console import UserError
 
 State = Mapping[str, Tensor]
-Adapter = tuple[dict[str, Tensor], LoRAConfig]
+Adapter = tuple[dict[str, Tensor], AdapterConfig]
 
 
 def average_weights(weights: Sequence[float]) -> list[float]:
@@ -32,7 +34,7 @@ def average_weights(weights: Sequence[float]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def average_adapters(adapters: Sequence[tuple[State, LoRAConfig, float]], rank: int | None = None) -> Adapter:
+def average_adapters(adapters: Sequence[tuple[State, AdapterConfig, float]], rank: int | None = None) -> Adapter:
     """One adapter whose update is the weighted average of the updates ``(alpha / rank) B A`` of several.
 
     Averaging the factors would be wrong: a mean of A times a mean of B is no mean of B A. Here the factors stand side
@@ -75,7 +77,7 @@ def average_adapters(adapters: Sequence[tuple[State, LoRAConfig, float]], rank: 
     first = adapters[0][1]
     same = all(config.target_modules == first.target_modules for _, config, _ in adapters)
     targets = first.target_modules if same else tuple(names)
-    config = LoRAConfig(total, float(total), first.dropout, targets, train_bias=first.train_bias)
+    config = AdapterConfig(total, float(total), first.dropout, targets, train_bias=first.train_bias)
     return (average, config) if rank is None else truncate_rank(average, config, rank)
 
 
@@ -92,7 +94,7 @@ def _common_shape(states: Sequence[State], name: str) -> tuple[int, int]:
     return shapes.pop()
 
 
-def truncate_rank(state: State, config: LoRAConfig, rank: int) -> Adapter:
+def truncate_rank(state: State, config: AdapterConfig, rank: int) -> Adapter:
     """The nearest adapter of a smaller rank: each update's leading singular vectors (Eckart and Young 1936).
 
     The product of the factors is never formed: the singular values of ``B A`` are those of the small ``Rb Ra'``, where
@@ -120,7 +122,7 @@ def truncate_rank(state: State, config: LoRAConfig, rank: int) -> Adapter:
     return smaller, result
 
 
-def expand_rank(state: State, config: LoRAConfig, new_rank: int, seed: int = 0) -> Adapter:
+def expand_rank(state: State, config: AdapterConfig, new_rank: int, seed: int = 0) -> Adapter:
     """The same adapter at a larger rank, to go on training with more room: the same function at step 0.
 
     New columns of B are zero, new rows of A random as in a fresh adapter. Alpha stays, so the scaling ``alpha / rank``
@@ -146,3 +148,26 @@ def expand_rank(state: State, config: LoRAConfig, new_rank: int, seed: int = 0) 
                 [B * (config.scaling / result.scaling), B.new_zeros(len(B), len(rows))], dim=1
             )
     return larger, result
+
+
+def adapted_names(state: Mapping[str, Any]) -> list[str]:
+    """The layers that a state holds an adapter for."""
+    matches = (re.fullmatch(r"(.+)\.(lora|pissa)_\w+", key) for key in state)
+    return list(dict.fromkeys(match[1] for match in matches if match))
+
+
+def without_pissa(state: Mapping[str, Tensor], config: AdapterConfig) -> tuple[dict[str, Tensor], AdapterConfig]:
+    """The same adapter as plain LoRA of twice the rank: ``B A - B0 A0`` is ``[B, -B0]`` times ``A`` above ``A0``."""
+    if config.init != "pissa":
+        return dict(state), config
+    plain = {key: tensor for key, tensor in state.items() if not re.search(r"\.pissa_[AB]$", key)}
+    for name in adapted_names(state):
+        plain[f"{name}.lora_A"] = torch.cat([state[f"{name}.lora_A"], state[f"{name}.pissa_A"]])
+        plain[f"{name}.lora_B"] = torch.cat([state[f"{name}.lora_B"], -state[f"{name}.pissa_B"]], dim=1)
+    rank = 2 * config.rank
+    return plain, replace(config, rank=rank, alpha=rescaled_alpha(config, rank), init="kaiming")
+
+
+def rescaled_alpha(config: AdapterConfig, rank: int) -> float:
+    """The alpha that keeps ``config``'s scaling at another rank."""
+    return config.scaling * (math.sqrt(rank) if config.rslora else rank)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora import LoRAError, is_conv1d
 from stocklora.cli.console import UserError
 
 
@@ -52,11 +53,48 @@ def steady_quantized_layers(model: nn.Module) -> None:
     their weights at the first use without gradient on a CPU with bfloat16, for a kernel that has no gradient.
     """
     for module in model.modules():
-        kind = type(module).__name__
-        if kind == "Linear8bitLt":
+        if type(module).__name__ == "Linear8bitLt":
             module.forward = types.MethodType(_int8_forward, module)  # type: ignore[method-assign]
-        elif kind == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    prevent_cpu_repacking(model)
+
+
+def prevent_cpu_repacking(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on the CPU, where that would end their training.
+
+    On a processor with AVX512-BF16 a ``Linear4bit`` repacks its weight at its first pass in eval mode. From then on
+    its numbers differ (scales rounded to bfloat16) and no gradient goes through it, in train mode either.
+
+    Raises:
+        LoRAError: a weight is repacked already, which cannot be undone exactly.
+    """
+    layers = {name: module for name, module in model.named_modules() if "Linear4bit" in class_names(module)}
+    for name, layer in layers.items():
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise LoRAError(f"{name} was repacked by a pass in eval mode; load the 4-bit base anew and adapt it first")
+    for layer in layers.values():
+        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def class_names(module: nn.Module) -> set[str]:
+    """Of a module's class and those that it inherits from: bitsandbytes' need not be there to be told."""
+    return {cls.__name__ for cls in type(module).__mro__}
+
+
+@torch.no_grad()
+def dense_weight(base: nn.Module) -> Tensor:
+    """The weight of a linear layer as (out, in) in float32, dequantized where it is quantized."""
+    weight: Any = base.weight
+    dense = weight.detach()
+    if "Linear4bit" in class_names(base):
+        from bitsandbytes.functional import dequantize_4bit
+
+        dense = dequantize_4bit(weight.data, weight.quant_state)
+    elif "Linear8bitLt" in class_names(base) and not weight.is_floating_point():
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        # The first pass moves the scales from the weight into the layer's state.
+        dense = int8_vectorwise_dequant(weight.data, weight.SCB if base.state.SCB is None else base.state.SCB)  # type: ignore
+    return (dense.t() if is_conv1d(base) else dense).float()
 
 
 def _int8_forward(layer: Any, x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lora import LoRAConfig
 from stocklora.adapters.arithmetic import expand_rank
+from stocklora.adapters.layer import AdapterConfig
 from stocklora.cli.console import UserError, say, warn
 from stocklora.dataset.prepare import Example, ForecastData
 from stocklora.dataset.windows import SplitDates
@@ -68,7 +68,7 @@ def start_from(forecaster: Forecaster, settings: TrainLoraSettings, dates: Split
         raise UserError(f"--expand_rank_from {path} does not fit {settings.model_path}: {error}") from None
 
 
-def _configs(old: ForecasterSpec, new: ForecasterSpec, path: Path) -> tuple[LoRAConfig, LoRAConfig]:
+def _configs(old: ForecasterSpec, new: ForecasterSpec, path: Path) -> tuple[AdapterConfig, AdapterConfig]:
     if old.base_model["config_sha256"] != new.base_model["config_sha256"]:
         raise UserError(f"--expand_rank_from {path} was trained on {old.base_model['name']}; give that --model_path")
     if found := other_setting(old, new):
@@ -77,7 +77,7 @@ def _configs(old: ForecasterSpec, new: ForecasterSpec, path: Path) -> tuple[LoRA
             f"--expand_rank_from {path} was trained with {flag} {before}, and this run has {now}: its adapters would "
             f"be another function; use the same"
         )
-    configs = LoRAConfig.from_dict(old.lora), LoRAConfig.from_dict(new.lora)
+    configs = AdapterConfig.from_dict(old.lora), AdapterConfig.from_dict(new.lora)
     if configs[0].rank >= configs[1].rank:
         raise UserError(
             f"--expand_rank_from {path} has rank {configs[0].rank}; give a larger --lora_rank than that, not "

@@ -27,8 +27,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lora import LoRAConfig
 from stocklora.adapters.arithmetic import average_adapters, average_weights
+from stocklora.adapters.layer import AdapterConfig
 from stocklora.cli.console import UserError
 from stocklora.forecaster.forecaster import Forecaster, assemble, with_enough_days
 from stocklora.forecaster.weights import ForecasterSpec, WeightsFile, load_weights, other_setting
@@ -227,7 +227,7 @@ def average(contents: Sequence[WeightsFile], weights: Sequence[float], paths: Se
     adapters: dict[str, Tensor] = {}
     if spec.method in ("lora", "peft"):
         members = [
-            (content.adapters, LoRAConfig.from_dict(content.spec.lora), share)
+            (content.adapters, AdapterConfig.from_dict(content.spec.lora), share)
             for content, share in zip(contents, shares, strict=True)
         ]
         adapters, config = average_adapters(members)

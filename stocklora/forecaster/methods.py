@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import lora
 from llm_model import StockForecaster
-from lora import LoRAConfig, LoRAError
+from lora import LoRAError
+from stocklora.adapters.layer import AdapterConfig, apply_lora, principal_factors
 from stocklora.cli.console import UserError
 
 
@@ -73,11 +74,11 @@ class Tuning:
 class OwnLoRA(Tuning):
     """``--method lora``: the adapters of ``lora.py``."""
 
-    def __init__(self, config: LoRAConfig) -> None:
+    def __init__(self, config: AdapterConfig) -> None:
         self.config = config
 
     def attach(self, model: StockForecaster, fresh: bool) -> None:
-        lora.apply_lora(model.backbone, self.config, initialize=fresh)
+        apply_lora(model.backbone, self.config, initialize=fresh)
 
     def groups(self, model: StockForecaster, settings: LearningRates) -> list[dict[str, Any]]:
         trained = {name: value for name, value in model.backbone.named_parameters() if value.requires_grad}
@@ -102,7 +103,7 @@ class PeftLoRA(Tuning):
     type after it took them away unrounded.
     """
 
-    def __init__(self, config: LoRAConfig) -> None:
+    def __init__(self, config: AdapterConfig) -> None:
         self.config = config
         self._start: dict[str, Tensor] = {}  # PiSSA's factors, by name
 
@@ -162,7 +163,7 @@ class PeftLoRA(Tuning):
             weight = self._weight(layer).float()
             if self.config.rank > (most := min(weight.shape)):
                 raise LoRAError(f"PiSSA at rank {self.config.rank} is too much for {name}, which has {most} values")
-            A, B = lora.principal_factors(weight, self.config.rank, self.config.scaling)
+            A, B = principal_factors(weight, self.config.rank, self.config.scaling)
             factors |= {f"{name}.pissa_A": A, f"{name}.pissa_B": B}
         return factors
 
@@ -215,14 +216,14 @@ def tuning_for(method: str, fields: Mapping[str, Any]) -> Tuning:
     """A method by name.
 
     Args:
-        fields: of ``LoRAConfig``, for the methods with adapters.
+        fields: of ``AdapterConfig``, for the methods with adapters.
 
     Raises:
         UserError: a method or a field that this version does not know, or a value out of range.
     """
     if method in ("lora", "peft"):
         try:
-            config = LoRAConfig.from_dict(fields)
+            config = AdapterConfig.from_dict(fields)
         except LoRAError as error:
             raise UserError(str(error)) from None
         return OwnLoRA(config) if method == "lora" else PeftLoRA(config)
@@ -235,7 +236,7 @@ def attach(model: StockForecaster, method: str, fields: Mapping[str, Any], fresh
     """Freeze the backbone and add what the method trains.
 
     Args:
-        fields: of ``LoRAConfig``.
+        fields: of ``AdapterConfig``.
         fresh: whether training is to start from here; else ``load_trained_state`` follows.
 
     Raises:

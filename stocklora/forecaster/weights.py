@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import lora
-from lora import LoRAConfig, LoRAError
+from lora import LoRAError
+from stocklora.adapters.files import export_peft, read_peft
+from stocklora.adapters.layer import AdapterConfig
 from stocklora.base_models.folders import check_empty
 from stocklora.cli.console import UserError
 from stocklora.metrics.calibration import Calibration
@@ -34,7 +35,7 @@ class ForecasterSpec:
 
     Attributes:
         base_model: name, source and configuration hash of the base model's folder.
-        lora: fields of ``lora.LoRAConfig``, for the methods with adapters.
+        lora: fields of ``AdapterConfig``, for the methods with adapters.
         table: (horizon, levels) starting quantiles.
         scale: ``volatility.VolatilityScale.to_dict()``.
         location: (horizon,) log return that the scaled quantiles stand around; empty for 0.
@@ -195,7 +196,7 @@ def read_folder(folder: Path) -> WeightsFile:
     if not is_adapter:
         return content
     try:
-        config, state = lora.read_peft(folder)
+        config, state = read_peft(folder)
     except LoRAError as error:
         raise UserError(f"cannot load the adapter in {folder}: {error}") from None
     if config.init == "pissa":
@@ -220,9 +221,9 @@ def write_folder(folder: Path, content: WeightsFile, backbone: object) -> None:
     check_empty(folder, "--export_peft")
     spec = content.spec
     try:
-        lora.export_peft(backbone, folder, base_model=spec.base_model["name"])  # type: ignore[arg-type]
-        config, _ = lora.read_peft(folder)
+        export_peft(backbone, folder, base_model=spec.base_model["name"])  # type: ignore[arg-type]
+        config, _ = read_peft(folder)
     except LoRAError as error:
         raise UserError(str(error)) from None
-    fields = asdict(config) | {"target_modules": LoRAConfig.from_dict(spec.lora).target_modules}
+    fields = asdict(config) | {"target_modules": AdapterConfig.from_dict(spec.lora).target_modules}
     save_weights(folder / HEAD_NAME, replace(content, spec=replace(spec, lora=fields), adapters={}))

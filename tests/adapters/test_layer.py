@@ -1,6 +1,6 @@
 """Variants of LoRA against their formulas and PEFT's, and the tools over several adapters.
 
-rsLoRA, DoRA, PiSSA, LoRA+ and trained biases: forward, gradients, merged weights, files and folders, quantized bases.
+rsLoRA, DoRA, PiSSA and trained biases: forward, gradients, merged weights, files and folders, quantized bases.
 """
 
 from __future__ import annotations
@@ -20,23 +20,19 @@ from torch import Tensor, nn
 
 import lora
 from lora import (
-    LoRAConfig,
     LoRAError,
     adapters_disabled,
-    apply_lora,
-    export_peft,
-    import_peft,
-    load_lora,
     load_lora_state_dict,
     lora_parameters,
-    lora_plus_groups,
     lora_state_dict,
     merge,
     remove_lora,
-    save_lora,
     unmerge,
 )
-from stocklora.adapters.arithmetic import average_adapters, expand_rank, truncate_rank
+from stocklora.adapters.arithmetic import adapted_names, average_adapters, expand_rank, truncate_rank
+from stocklora.adapters.files import export_peft, import_peft, load_lora, save_lora
+from stocklora.adapters.layer import AdapterConfig as LoRAConfig
+from stocklora.adapters.layer import AdapterLayer, apply_lora
 from stocklora.cli.console import UserError
 
 # Our settings and PEFT's for the same thing.
@@ -125,6 +121,10 @@ class TestConfig:
         before = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": "all-linear"}
         assert LoRAConfig.from_dict(before) == LoRAConfig()
         assert LoRAConfig().scaling == 2
+
+    def test_unknown_setting_is_an_error(self) -> None:
+        with pytest.raises(LoRAError, match="unknown LoRA setting r; known are rank"):
+            LoRAConfig.from_dict({"r": 8})
 
     @every_variant
     def test_survives_json(self, variant: str) -> None:
@@ -314,7 +314,7 @@ class TestOneBaseManyWays:
         model = adapted(variant)
         save_lora(model, tmp_path / name)
         fresh = make_model("gpt2").eval()
-        assert load_lora(fresh, tmp_path / name) == list(lora.lora_layers(model))
+        assert load_lora(fresh, tmp_path / name) == adapted_names(lora_state_dict(model))
         assert torch.equal(output(fresh), output(model))
         assert next(iter(lora.lora_layers(fresh).values())).configs == {"default": config_of(variant)}
         again = adapted(variant, rank=4)  # as training does: the adapter is there, its state is put into it
@@ -380,42 +380,38 @@ class TestBiases:
                 load_lora_state_dict(model, state)
 
 
-class TestLoRAPlus:
-    @pytest.mark.parametrize("variant", ["rslora", "dora", "bias_all", "together"])
-    def test_rates_are_those_of_pefts_optimizer(self, variant: str) -> None:
-        pytest.importorskip("peft")
-        from peft.optimizers import create_loraplus_optimizer
+class TestKernel:
+    """What the fused step costs and gives; that it computes LoRA is held by tests/test_lora.py."""
 
-        ours, theirs = ours_and_peft(variant, "gpt2")
-        groups = lora_plus_groups(ours, lr=0.01, ratio=8)
-        assert sum(len(group["params"]) for group in groups) == len(list(lora_parameters(ours)))
-        reference = create_loraplus_optimizer(
-            theirs, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=8, loraplus_weight_decay=0.1
-        ).param_groups
-
-        def rates(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-            found = {id(p): (g["lr"], g.get("weight_decay", 0.1)) for g in groups for p in g["params"]}
-            return {our_name(name): found[id(p)] for name, p in model.named_parameters() if p.requires_grad}
-
-        assert rates(ours, groups) == rates(theirs, reference)
-        assert {rate for rate, _ in rates(ours, groups).values()} == {0.01, 0.08}
-
-    @pytest.mark.parametrize("ratio", [0.5, 0, float("nan"), "16"])
-    def test_refuses_a_ratio_below_one(self, ratio: Any) -> None:
-        with pytest.raises(LoRAError, match=r"ratio of LoRA\+ must be a number of at least 1"):
-            lora_plus_groups(adapted("rslora"), 0.1, ratio)
-
-    def test_b_moves_faster(self) -> None:
-        model = nn.Sequential(nn.Linear(6, 6))
-        apply_lora(model, LoRAConfig(2))
+    @staticmethod
+    def linear_and_input() -> tuple[nn.Module, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 7))
+        apply_lora(model, LoRAConfig(rank=2, alpha=3.0))
         disturb(model)
-        A, B = lora_parameters(model)
-        before = A.clone(), B.clone()
-        optimizer = torch.optim.SGD(lora_plus_groups(model, lr=1e-3, ratio=10))
-        model(torch.ones(2, 6)).sum().backward()
-        optimizer.step()
-        torch.testing.assert_close(before[0] - A, 1e-3 * A.grad)
-        torch.testing.assert_close(before[1] - B, 1e-2 * B.grad)
+        return model, torch.randn(4, 3, 5)
+
+    def test_backward_inside_autocast_gives_the_same_gradients(self) -> None:
+        model, x = self.linear_and_input()
+        loss = model(x).square().mean()
+        want = torch.autograd.grad(loss, list(lora_parameters(model)), retain_graph=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = torch.autograd.grad(loss, list(lora_parameters(model)))
+        torch.testing.assert_close(got, want)
+
+    def test_the_backward_pass_keeps_no_second_copy_of_a_wide_tensor(self) -> None:
+        """What the graph holds is the input it was given and a tensor of ``rank`` columns."""
+        model, _ = self.linear_and_input()
+        x = torch.randn(100, 5, requires_grad=True)
+        saved: list[Tensor] = []
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        ):
+            model(x)
+        wide = [t for t in saved if t.shape[0] == 100 and t.shape[1] > 2]
+        assert [t.data_ptr() for t in wide] == [x.data_ptr()]
+        assert all(t.dtype is torch.float32 for t in saved if t.shape == (7, 5))
 
 
 # --------------------------------------------------------------------------------------------------- PEFT
@@ -517,7 +513,7 @@ def test_we_load_pefts_folder(variant: str, family: str, tmp_path: Path) -> None
     ours, theirs = ours_and_peft(variant, family, dropout=0.1)
     theirs.save_pretrained(tmp_path)
     fresh = make_model(family).eval()
-    assert import_peft(fresh, tmp_path) == list(lora.lora_layers(ours))
+    assert import_peft(fresh, tmp_path) == adapted_names(lora_state_dict(ours))
     torch.testing.assert_close(output(fresh), output(theirs.eval()), rtol=1e-4, atol=1e-5)
     config = next(iter(lora.lora_layers(fresh).values())).configs["default"]
     for name, value in VARIANTS[variant][0].items():
@@ -715,8 +711,8 @@ class TestQuantized:
 def updates(state: dict[str, Tensor], config: LoRAConfig) -> dict[str, Tensor]:
     """The dense update of each layer, in float64."""
     result = {}
-    for name in lora.adapted_names(state):
-        parts = {part: state[f"{name}.{part}"].double() for part in lora.LoRALayer.PARTS if f"{name}.{part}" in state}
+    for name in adapted_names(state):
+        parts = {part: state[f"{name}.{part}"].double() for part in AdapterLayer.PARTS if f"{name}.{part}" in state}
         result[name] = config.scaling * parts["lora_B"] @ parts["lora_A"]
         if "pissa_A" in parts:
             result[name] -= config.scaling * parts["pissa_B"] @ parts["pissa_A"]
@@ -827,7 +823,7 @@ class TestExpandRank:
         load_lora_state_dict(larger, state)
         torch.testing.assert_close(output(larger), output(model), rtol=1e-5, atol=1e-5)
         output(larger).square().mean().backward()
-        for layer in lora.lora_layers(larger).values():
+        for layer in [layer for layer in lora.lora_layers(larger).values() if layer.lora_B]:  # not biases alone
             gradient = layer.lora_B["default"].grad
             assert gradient is not None
             assert gradient[:, 4:].abs().sum() > 0

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import lora
-from lora import LoRAConfig, LoRAError, apply_lora, export_peft, import_peft, lora_parameters, lora_state_dict, merge
+from lora import LoRAError, lora_parameters, lora_state_dict, merge
+from stocklora.adapters.files import export_peft, import_peft
+from stocklora.adapters.layer import AdapterConfig as LoRAConfig
+from stocklora.adapters.layer import apply_lora
 
 peft = pytest.importorskip("peft")
 
