@@ -82,20 +82,9 @@ def run(settings: InferenceSettings) -> int:
         )
         return 0
 
-    from stocklora.instruct.chat.terminal import QUESTIONS, ask, ask_all, chat, piped_text, read_stdin
+    from stocklora.instruct.chat.terminal import talk
 
-    if settings.chat:
-        chat(model, adapter=adapter, sampling=sampling, system=settings.system)
-        return 0
-    prompt = (read_stdin() or "") if settings.prompt == "-" else settings.prompt
-    if prompt is None:
-        prompt = piped_text()
-    if prompt is None:
-        ask_all(model, QUESTIONS, adapter=adapter, sampling=sampling, system=settings.system)
-        return 0
-    if not prompt.strip():
-        raise UserError("the prompt is empty; give some text after --prompt")
-    ask(model, prompt, adapter=adapter, sampling=sampling, system=settings.system)
+    talk(model, settings, adapter, sampling)
     return 0
 
 

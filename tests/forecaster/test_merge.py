@@ -22,7 +22,7 @@ from tuned_models import CPU, LORA, VARIANTS, built, content_of, exact, spec_of,
 import framework_llm
 import merge_lora
 import stocklora.forecaster.merge
-from lora import LoRAConfig
+from stocklora.adapters.layer import AdapterConfig
 from stocklora.cli.console import UserError
 from stocklora.forecaster.ensemble import Ensemble, average, mean_head
 from stocklora.forecaster.forecaster import Forecaster, load_forecaster
@@ -391,4 +391,4 @@ def test_a_weight_is_a_number_after_the_last_colon() -> None:
     assert shares("a.pth:1", "b.pth:.5") == [1.0, 0.5]
     assert shares("C:\\x\\a.pth") is None
     assert [path.name for path, _ in ForecastSettings(lora_weights=[Path("d/a.pth:0.7")]).members] == ["a.pth"]
-    assert LoRAConfig.from_dict(LORA).rank == 2
+    assert AdapterConfig.from_dict(LORA).rank == 2

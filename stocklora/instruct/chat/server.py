@@ -114,6 +114,13 @@ def make_app(model: ChatModel, sampling: Sampling, adapter: str | None = None) -
         }
         return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(answer)}
 
+    _answer_errors(app)
+    return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Every failure becomes a JSON body in the form of OpenAI's API."""
+
     @app.exception_handler(APIError)
     async def refused(_: Request, error: APIError) -> JSONResponse:
         return _error(error.status, str(error), error.kind, error.param, error.code)
@@ -139,8 +146,6 @@ def make_app(model: ChatModel, sampling: Sampling, adapter: str | None = None) -
     async def unknown_address(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return _error(error.status_code, message, "invalid_request_error", None, None)
-
-    return app
 
 
 class _Server(uvicorn.Server):

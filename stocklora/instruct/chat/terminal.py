@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stocklora.cli.console import UserError, say
-from stocklora.instruct.chat.settings import CompareSettings
+from stocklora.instruct.chat.settings import CompareSettings, InferenceSettings
 from stocklora.instruct.chat.sources import BASE, find_sources, quantization_note
 from stocklora.instruct.chat.text_stream import printable, without_reasoning
 from stocklora.instruct.rows.formats import Message, joined
@@ -44,6 +44,26 @@ HELP = """\
 /reset           forget the conversation
 /help            these lines
 /exit            end (so does Ctrl-D; Ctrl-C ends an answer)"""
+
+
+def talk(model: ChatModel, settings: InferenceSettings, adapter: str | None, sampling: Sampling) -> None:
+    """A chat, one prompt, what comes through a pipe, or questions of its own: what ``inference_lora.py`` does here.
+
+    Raises:
+        UserError: the prompt is empty.
+    """
+    if settings.chat:
+        chat(model, adapter=adapter, sampling=sampling, system=settings.system)
+        return
+    prompt = (read_stdin() or "") if settings.prompt == "-" else settings.prompt
+    if prompt is None:
+        prompt = piped_text()
+    if prompt is None:
+        ask_all(model, QUESTIONS, adapter=adapter, sampling=sampling, system=settings.system)
+        return
+    if not prompt.strip():
+        raise UserError("the prompt is empty; give some text after --prompt")
+    ask(model, prompt, adapter=adapter, sampling=sampling, system=settings.system)
 
 
 def ask(
