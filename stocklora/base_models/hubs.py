@@ -26,25 +26,11 @@ from stocklora.runtime.files import sha256_of, write_json
 
 STATE_NAME = ".download.json"
 MODEL_TEXTS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece*.model",
-    "*.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece*.model", "*.tiktoken", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 # Copies of the weights in another project's layout, or weights that are no base model.
 NOT_THE_MODEL = ("consolidated*", "adapter_*", "original*")
 RESERVE_BYTES = 64 << 20
