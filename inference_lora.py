@@ -51,7 +51,7 @@ def run(settings: InferenceSettings) -> int:
     if note := quantization_note(sources, settings.quantization):
         say(note)
 
-    from stocklora.cli.checks import SERVER, check_installed
+    from stocklora.cli.settings import SERVER, check_installed
     from stocklora.runtime.machine import listen
 
     if settings.serve:

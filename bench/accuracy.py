@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
 def prices_of(name: str, arguments: argparse.Namespace) -> Mapping[str, Any] | None:
     """The prices of *pool* or *four*; None, after a line that says how to get them, where pool's are not there."""
     from stocklora.cli.console import UserError, say
-    from stocklora.prices.sources.bundled import bundled_prices
+    from stocklora.prices.sources.fetch import bundled_prices
     from stocklora.prices.tables import read_prices
 
     if name == "four":

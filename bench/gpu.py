@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     from stocklora.cli.console import UserError, print_table, say
     from stocklora.finetune.memory import shape_of
     from stocklora.finetune.settings import TrainLoraSettings
-    from stocklora.prices.sources.bundled import sample_prices
+    from stocklora.prices.sources.fetch import sample_prices
     from stocklora.prices.tables import write_prices
     from stocklora.runtime.files import write_json
     from stocklora.runtime.machine import choose_device, machine_facts

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from stocklora.cli.checks import DEVICES, DTYPES, check_horizon, check_positive
 from stocklora.cli.console import UserError
-from stocklora.cli.settings import setting
+from stocklora.cli.settings import DEVICES, DTYPES, check_horizon, check_positive, setting
 
 BACKTEST_MODELS = (
     "naive", "drift", "ewma", "har", "harx", "simple", "llm", "autoarima", "autoets", "autotheta", "garch", "fracast",

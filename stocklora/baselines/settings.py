@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from stocklora.cli.checks import DEVICES, check_positive, check_run
 from stocklora.cli.console import UserError
-from stocklora.cli.settings import setting
+from stocklora.cli.settings import DEVICES, check_positive, check_run, setting
 
 HORIZON = 3  # closes that framework.py forecasts
 

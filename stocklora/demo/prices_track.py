@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stocklora.cli.checks import DEVICES
+from stocklora.cli.settings import DEVICES
 from stocklora.cli.console import say
 from stocklora.cli.settings import setting
 
@@ -85,7 +85,7 @@ def check_given_model(settings: QuickStartSettings) -> None:
 
 def write_demo_prices(path: Path) -> pd.DataFrame:
     """Write the last bundled years of one ticker as ``download.py`` would; its days, oldest first."""
-    from stocklora.prices.sources.bundled import days_of, sample_prices
+    from stocklora.prices.sources.fetch import days_of, sample_prices
     from stocklora.prices.tables import write_prices
 
     prices, meta = sample_prices(TICKER, period=PERIOD)

@@ -5,9 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from stocklora.cli.checks import DEVICES, DTYPES, METHODS, QUANTIZATIONS, check_horizon, check_positive, check_run
 from stocklora.cli.console import UserError
-from stocklora.cli.settings import setting
+from stocklora.cli.settings import (
+    DEVICES,
+    DTYPES,
+    METHODS,
+    QUANTIZATIONS,
+    check_horizon,
+    check_positive,
+    check_run,
+    setting,
+)
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,7 @@ def verify(folder: Path, content: WeightsFile, settings: MergeSettings, device: 
 def verification_prices(settings: MergeSettings) -> Mapping[str, pd.DataFrame]:
     """``--data``, or the last year of the bundled AAPL."""
     from stocklora.dataset.prepare import select_tickers
-    from stocklora.prices.sources.bundled import sample_prices
+    from stocklora.prices.sources.fetch import sample_prices
     from stocklora.prices.tables import read_prices
 
     prices = read_prices(settings.data) if settings.data else sample_prices("AAPL", "1y")[0]

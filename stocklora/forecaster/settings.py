@@ -6,9 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from stocklora.cli.checks import DEVICES, DTYPES, check_positive
 from stocklora.cli.console import UserError
-from stocklora.cli.settings import setting
+from stocklora.cli.settings import DEVICES, DTYPES, check_positive, setting
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 
 from stocklora.prices.calendar import sessions_between
 from stocklora.prices.quality import findings_of, print_quality, short_form
-from stocklora.prices.sources.bundled import sample_prices
+from stocklora.prices.sources.fetch import sample_prices
 from stocklora.prices.tables import write_prices
 
 

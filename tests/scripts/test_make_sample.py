@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from source_tree import RunScript
 
-from stocklora.prices.sources.bundled import bundled_prices
+from stocklora.prices.sources.fetch import bundled_prices
 from stocklora.prices.tables import meta_path, read_meta
 from stocklora.runtime.files import BUNDLED_PRICES, bundled_folder
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from stocklora.cli.checks import DEVICES, DTYPES
 from stocklora.cli.console import UserError
-from stocklora.cli.settings import setting
+from stocklora.cli.settings import DEVICES, DTYPES, setting
 
 DEMO_MODES = ("interactive", "batch")
 LANGUAGES = ("auto", "zh", "en")

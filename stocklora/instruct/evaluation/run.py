@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from stocklora.cli.checks import SCORES, check_installed
 from stocklora.cli.console import UserError, print_table, progress, say, warn
+from stocklora.cli.settings import SCORES, check_installed
 from stocklora.instruct.chat.settings import EvaluateSettings
 from stocklora.instruct.chat.sources import (
     BASE,

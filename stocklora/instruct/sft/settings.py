@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from stocklora.cli.checks import DEVICES, DTYPES, check_positive
 from stocklora.cli.console import UserError, print_table
-from stocklora.cli.settings import add_settings, checked_values, read_config, setting
+from stocklora.cli.settings import DEVICES, DTYPES, add_settings, check_positive, checked_values, read_config, setting
 
 T = TypeVar("T", bound="SftSettings")
 

@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 
 from stocklora.cli.console import UserError, one_line, say, warn
-from stocklora.prices.sources.bundled import bundled_prices, days_of
-from stocklora.prices.sources.fetch import NothingCame, fetch_prices
+from stocklora.prices.sources.fetch import NothingCame, bundled_prices, days_of, fetch_prices
 from stocklora.prices.sources.request import SOURCE_NAMES, DownloadSettings, Request, request_of, tickers_of
 from stocklora.prices.tables import is_table, read_prices, trusted_meta, write_prices
 

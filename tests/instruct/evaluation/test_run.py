@@ -14,8 +14,8 @@ import pytest
 from chat_models import make_adapter, read_jsonl, write_jsonl
 from source_tree import RunScript
 
-from stocklora.cli.checks import check_installed
 from stocklora.cli.console import UserError
+from stocklora.cli.settings import check_installed
 from stocklora.instruct.chat.settings import EvaluateSettings
 from stocklora.instruct.evaluation.bootstrap import Resampler, spread
 from stocklora.instruct.evaluation.held_out import held_out_rows

@@ -18,8 +18,7 @@ from source_tree import REPO_ROOT
 from stocklora.cli.console import UserError
 from stocklora.prices.sources import fetch as fetching
 from stocklora.prices.sources.ashares import AkshareSource
-from stocklora.prices.sources.bundled import bundled_prices, sample_prices
-from stocklora.prices.sources.fetch import PriceCache, fetch_all, fetch_prices
+from stocklora.prices.sources.fetch import PriceCache, bundled_prices, fetch_all, fetch_prices, sample_prices
 from stocklora.prices.sources.request import (
     Answer,
     DownloadSettings,
