@@ -33,11 +33,13 @@ hypothesis_settings.load_profile("stocklora")
 
 # Modules of minutes. Begun last, one of them would keep one worker busy while the others have nothing left to do.
 LONGEST = (
-    "scripts/test_forecasting_scripts.py", "forecaster/test_methods.py", "finetune/test_memory.py",
-    "scripts/test_train_qlora.py", "finetune/test_loop.py", "scripts/test_seed_commands.py",
-    "scripts/test_fine_tune_qwen.py", "runtime/test_distributed.py", "finetune/test_resume.py",
-    "project/test_real_model.py", "finetune/test_warm_start.py", "instruct/sft/test_run.py",
-    "backtest/test_run.py", "backtest/test_leakage.py", "project/test_notebook.py",
+    "forecaster/test_methods.py", "runtime/test_distributed.py", "finetune/test_loop.py",
+    "scripts/test_seed_commands.py", "scripts/test_train_qlora.py", "finetune/test_resume.py",
+    "scripts/test_forecasting_scripts.py", "instruct/sft/test_run.py", "forecaster/test_live.py",
+    "finetune/test_warm_start.py", "backtest/test_run.py", "instruct/chat/test_server.py",
+    "forecaster/test_ensemble.py", "project/test_notebook.py", "project/test_real_model.py",
+    "forecaster/test_merge.py", "finetune/test_memory.py", "backtest/test_leakage.py",
+    "scripts/test_quick_start_instruct.py",
 )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ from stocklora.prices.tables import read_prices, write_prices
 
 META = {"source": "test", "adjust": "all", "interval": "1d"}
 TODAY = pd.Timestamp.now().normalize()
-FRIDAY = pd.Timestamp("2013-03-01")  # New York closes at 20:00 UTC, the day before clocks go back on Sunday
+FRIDAY = pd.Timestamp("2025-10-31")  # New York closes at 20:00 UTC, the day before clocks go back on Sunday
 
 
 def at(text: str) -> dt.datetime:
@@ -166,11 +166,11 @@ def test_todays_running_bar_is_no_origin(yahoo: YahooServer, options: list[str],
     assert (pd.read_csv("predictions.csv", parse_dates=["Origin"])["Origin"] == days[-1]).all()
 
 
-@pytest.mark.parametrize(("now", "last"), [("2025-10-31 20:14", "2025-10-30"), ("2025-10-31 20:15", "2013-03-01")])
+@pytest.mark.parametrize(("now", "last"), [("2025-10-31 20:14", "2025-10-30"), ("2025-10-31 20:15", "2025-10-31")])
 def test_a_source_that_gives_the_running_day_as_done_is_not_believed(monkeypatch, capsys, now, last) -> None:
     def fetched(settings, requests):
         meta = {"source": "yahoo", "interval": "1d", "adjust": "all"}
-        return {name: bars("2013-03-01") for name in requests}, meta
+        return {name: bars("2025-10-31") for name in requests}, meta
 
     monkeypatch.setattr(stocklora.forecaster.live, "fetch_prices", fetched)
     feed = FetchedPrices(DownloadSettings(ticker=["AAPL"]), clock=lambda: at(now))
@@ -241,7 +241,7 @@ class Fetches:
 
 def test_a_look_asks_only_for_what_may_have_grown(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     net, now = Fetches(monkeypatch), [at("2025-10-31 22:00")]
-    net.answers = {"AAPL": bars("2013-03-01"), "7203.T": bars("2025-10-31", ticker="7203.T")}
+    net.answers = {"AAPL": bars("2025-10-31"), "7203.T": bars("2025-10-31", ticker="7203.T")}
     feed = FetchedPrices(DownloadSettings(ticker=["AAPL", "7203.T"]), watching=True, clock=lambda: now[0])
     first = feed.first()
     assert net.settings[0].cache
@@ -269,7 +269,7 @@ def test_a_look_asks_only_for_what_may_have_grown(monkeypatch: pytest.MonkeyPatc
 
 def test_a_failing_ticker_is_warned_of_once_until_it_comes(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     net = Fetches(monkeypatch)
-    net.answers = {"AAPL": bars("2013-03-01"), "MSFT": "Yahoo cannot be reached"}
+    net.answers = {"AAPL": bars("2025-10-31"), "MSFT": "Yahoo cannot be reached"}
     feed = FetchedPrices(DownloadSettings(ticker=["AAPL", "MSFT"]), watching=True, clock=lambda: at("2025-11-01 00:00"))
     first = feed.first()
     assert list(first) == ["AAPL"]
@@ -277,7 +277,7 @@ def test_a_failing_ticker_is_warned_of_once_until_it_comes(monkeypatch: pytest.M
     assert feed.look() is first
     assert net.asked == [["AAPL", "MSFT"], ["MSFT"], ["MSFT"]]
     assert capsys.readouterr().err.count("MSFT: Yahoo cannot be reached") == 1
-    net.answers["MSFT"] = bars("2013-03-01")
+    net.answers["MSFT"] = bars("2025-10-31")
     assert list(feed.look()) == ["AAPL", "MSFT"]
     assert capsys.readouterr().err == ""
 
@@ -313,7 +313,7 @@ class Feed:
 
 
 def test_watching_forecasts_what_is_new_and_says_each_trouble_once(capsys) -> None:
-    old, new = {"AAPL": bars("2013-03-01")}, {"AAPL": bars("2025-11-03"), "MSFT": bars("2025-10-31")}
+    old, new = {"AAPL": bars("2025-10-31")}, {"AAPL": bars("2025-11-03"), "MSFT": bars("2025-10-31")}
     feed, full, seen = Feed(old), [True], []
 
     def forecast(prices: dict[str, pd.DataFrame], told: str) -> None:
@@ -377,7 +377,7 @@ def test_a_file_is_read_again_when_it_has_changed(in_folder: Path, monkeypatch: 
 
 
 def test_a_file_s_running_row_waits_for_the_close_while_watching(in_folder: Path, capsys) -> None:
-    write_prices({"AAPL": bars("2013-03-01"), "BTC-USD": bars("2025-10-30", 60, "BTC-USD")}, Path("p.csv"), META)
+    write_prices({"AAPL": bars("2025-10-31"), "BTC-USD": bars("2025-10-30", 60, "BTC-USD")}, Path("p.csv"), META)
     now = [at("2025-10-31 19:00")]
     feed = FilePrices([Path("p.csv")], watching=True, clock=lambda: now[0])
     first = feed.first()

@@ -618,7 +618,7 @@ def test_batches_are_cut_to_their_tokens_with_the_same_gradients(tiny_model, pri
 def test_smollm2_trains_quantized_and_reloads(smollm2, tmp_path, method, quantization) -> None:
     table = {"AAA": random_prices(120, 1), "BBB": random_prices(90, 2)}
     settings = TrainLoraSettings(
-        model_path=smollm2, backbone_layers=6, window_size=20, epochs=1, batch_size=1, method=method,
+        model_path=smollm2, backbone_layers=2, window_size=20, epochs=1, batch_size=1, method=method,
         quantization=quantization, required_gain=0.0, device="cpu", scale="ewma", targets_per_sequence=20,
         dtype="float32", save_dir=tmp_path,
     )  # fmt: skip
@@ -632,4 +632,4 @@ def test_smollm2_trains_quantized_and_reloads(smollm2, tmp_path, method, quantiz
     expected = exact(run.forecaster.forecast(table))
     assert reloaded([("x", str(run.weights_path), str(smollm2), "float32")], tmp_path)["x"] == expected
     kinds = [type(module).__name__ for module in run.forecaster.model.modules() if "bitsandbytes" in module.__module__]
-    assert kinds == ["Linear4bit" if quantization == "4bit" else "Linear8bitLt"] * 7 * 6
+    assert kinds == ["Linear4bit" if quantization == "4bit" else "Linear8bitLt"] * 7 * 2
