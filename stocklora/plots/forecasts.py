@@ -51,16 +51,18 @@ def plot_forecast(
     _date_ticks(axis, [*recent.index, *[row["Date"] for row in rows]])
     axis.set_xlim(-1, at[-1] + 1)
     axis.set_ylabel("price", color=MUTED)
-    _legend(axis)
+    bottom_edge, top_edge = axis.get_ylim()
+    begins_high = recent["High"].iloc[: len(recent) // 2].max() > (bottom_edge + top_edge) / 2
+    _legend(axis, "lower left" if begins_high else "upper left")  # where the oldest candles are not
     save_figure(figure, path)
 
 
-def _legend(axis: Any, columns: int = 1) -> None:
+def _legend(axis: Any, corner: str = "upper left", columns: int = 1) -> None:
     """Intervals first, whatever order they were drawn in."""
     handles, labels = axis.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda index: "interval" not in labels[index])
     axis.legend(
-        [handles[index] for index in order], [labels[index] for index in order], loc="upper left", fontsize=9,
+        [handles[index] for index in order], [labels[index] for index in order], loc=corner, fontsize=9,
         labelcolor=INK, ncols=columns, facecolor="white", edgecolor="none", framealpha=0.85,
     )  # fmt: skip
 
