@@ -8,7 +8,7 @@ DEV := .venv/.dev-installed
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Test workers share the cores: one torch thread each is faster than all of them fighting.
 WORKERS ?= 2
-BENCHES := $(filter-out bench/__init__.py,$(wildcard bench/*.py))
+BENCHES := $(filter-out bench/__init__.py bench/harness.py,$(wildcard bench/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint format bench wheel clean

@@ -22,7 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from harness import RESULTS, ROOT, run_benchmark, save_result
+
 BENCHMARKS = {
     "pool": {
         "tickers": (),
@@ -66,23 +67,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--peers", nargs="+", default=[], help="autoarima, autoets, autotheta, garch")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--save_dir", type=Path, default=ROOT / "checkpoints" / "accuracy", help="weights go here")
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "accuracy.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.json")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
-    from stocklora.cli.console import run_script
-
-    return run_script(lambda: run(arguments))
+    return run_benchmark(build_parser(), run, argv)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from stocklora.dataset.prepare import select_tickers
     from stocklora.prices.tables import read_prices
-    from stocklora.runtime.files import write_json
-    from stocklora.runtime.machine import machine_facts
 
     results = {}
     if arguments.elsewhere:
@@ -99,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
                 continue
             prices = select_tickers(found, facts["tickers"])
             results[name] = one_benchmark(name, prices, facts["dates"], facts["target"], arguments)
-    write_json(arguments.output, {"machine": machine_facts(), "benchmarks": results})
+    save_result(arguments.output, {"benchmarks": results})
     return 0
 
 

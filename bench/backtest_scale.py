@@ -17,7 +17,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from harness import RESULTS, ROOT, run_benchmark, save_result
+
 DAYS = 1260
 MODELS = ("naive", "drift", "ewma", "har", "harx")
 
@@ -26,22 +27,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tickers", type=int, nargs="+", default=[50, 500])
     parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "backtest_scale.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "backtest_scale.json")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
-    from stocklora.cli.console import run_script
-
-    return run_script(lambda: run(arguments))
+    return run_benchmark(build_parser(), run, argv)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from stocklora.cli.console import print_table
-    from stocklora.runtime.files import write_json
-    from stocklora.runtime.machine import machine_facts
 
     results = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -52,9 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [(entry["tickers"], f"{entry['seconds']:.1f}", f"{entry['tickers_per_s']:.1f}", f"{entry['peak_mb']:,.0f}",
              f"{entry['forecasts']:,}") for entry in results]  # fmt: skip
     print_table("Backtest", ("tickers", "seconds", "tickers/s", "peak MB", "forecasts"), rows)
-    write_json(
-        arguments.output, {"machine": machine_facts(), "days": DAYS, "models": arguments.models, "runs": results}
-    )
+    save_result(arguments.output, {"days": DAYS, "models": arguments.models, "runs": results})
     return 0
 
 

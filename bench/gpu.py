@@ -24,7 +24,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from harness import RESULTS, run_benchmark
+
 QWEN3_0_6B = {
     "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,
@@ -60,16 +61,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--tiny", action="store_true", help="a model of two small layers, and fewer days")
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "gpu.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
-    from stocklora.cli.console import run_script
-
-    return run_script(lambda: run(arguments))
+    return run_benchmark(build_parser(), run, argv)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -15,14 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from harness import RESULTS, ROOT, error_of, run_benchmark, save_result
+
 MAX_LENGTH = 1024
 # name -> flags of fine_tune_qwen.py
 METHODS: dict[str, list[str]] = {
@@ -45,16 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=4, help="rows of a step (default: %(default)s)")
     parser.add_argument("--lora_r", type=int, default=16, help="rank of the adapters (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "instruct.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "instruct.json")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
-    from stocklora.cli.console import run_script
-
-    return run_script(lambda: run(arguments))
+    return run_benchmark(build_parser(), run, argv)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,8 +58,6 @@ def run(arguments: argparse.Namespace) -> int:
     from stocklora.cli.console import print_table, say
     from stocklora.instruct.news.dataset import InstructionSettings, build_dataset
     from stocklora.instruct.rows.records import write_records
-    from stocklora.runtime.files import write_json
-    from stocklora.runtime.machine import machine_facts
 
     check_model_folder(arguments.model_path)
     with tempfile.TemporaryDirectory() as scratch:
@@ -76,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         for name in arguments.methods:
             say(f"{name} ...")
             rows.append({"name": name, **measure(name, data, arguments, Path(scratch) / name)})
-            write_json(arguments.output, {"machine": machine_facts(), "settings": settings, "rows": rows})
+            save_result(arguments.output, {"settings": settings, "rows": rows})
     print_table(f"{arguments.model_path.name}, {arguments.steps} steps", HEADER, [cells(row) for row in rows])
     say(f"saved: {arguments.output}")
     return 0
@@ -107,11 +101,8 @@ def measure(name: str, data: Path, arguments: argparse.Namespace, output: Path) 
     command = [sys.executable, str(ROOT / "fine_tune_qwen.py")]
     for flag, value in flags.items():
         command += [f"--{flag}", str(value)]
-    done = subprocess.run([*command, *METHODS[name]], capture_output=True, text=True, check=False)
-    if done.returncode == 2:
-        return {"error": done.stderr.strip().splitlines()[-1].removeprefix("error: ")}
-    if done.returncode:
-        raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr[-4000:]}")
+    if error := error_of([*command, *METHODS[name]], name):
+        return error
     info = json.loads((output / "training_info.json").read_text(encoding="utf-8"))
     log = [json.loads(line) for line in (output / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
     times = {entry["step"]: entry["seconds"] for entry in log if "loss" in entry}

@@ -24,7 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from harness import RESULTS
+
 VARIANTS = ("ours", "peft")
 MEASURES = {
     "step_s": "step [s]",
@@ -59,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="forecast: the backbone and a small head, as train_lora.py; language: next-token loss over the "
         "vocabulary, whose logits outweigh the layers in memory (default: %(default)s)",
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "lora_layer.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "lora_layer.json")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     return parser
 
@@ -74,7 +75,6 @@ def main(argv: list[str] | None = None) -> int:
     for precision in args.precision:
         results.append(compare(args, precision))
     settings = {key: value for key, value in vars(args).items() if key not in ("worker", "output", "threads")}
-    sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
     from stocklora.runtime.files import write_json
     from stocklora.runtime.machine import machine_facts
 
@@ -138,7 +138,6 @@ def ask(process: subprocess.Popen[str], request: str) -> dict[str, Any]:
 
 def work(args: argparse.Namespace) -> None:
     """The worker: builds the model, then answers requests from stdin."""
-    sys.path.insert(0, str(ROOT))  # a worker is started by path, and lora.py lies in the root
     import peft  # in both variants, so that what is compared is the layer and not the weight of an import
     import torch
 

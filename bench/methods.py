@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from harness import RESULTS, ROOT, error_of, run_benchmark, save_result
+
 # name -> settings of train_lora.py
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "learning_rate": 1e-5},
@@ -48,24 +48,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--validation_from", help="with --data: first validation day")
     parser.add_argument("--test_from", help="with --data: first test day")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "methods.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "methods.json")
     parser.add_argument("--worker", type=Path, metavar="TASK", help=argparse.SUPPRESS)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
-    from stocklora.cli.console import run_script
-
-    return run_script(lambda: work(arguments.worker) if arguments.worker else run(arguments))
+    return run_benchmark(
+        build_parser(), lambda arguments: work(arguments.worker) if arguments.worker else run(arguments), argv
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     from stocklora.base_models.folders import check_model_folder
     from stocklora.cli.console import print_table, say
-    from stocklora.runtime.files import write_json
-    from stocklora.runtime.machine import machine_facts
 
     check_model_folder(arguments.model_path)
     with tempfile.TemporaryDirectory() as scratch:
@@ -82,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             say(f"{name} ...")
             rows.append({"name": name, **measure(shared | METHODS[name], Path(scratch))})
     settings = shared | {"data": data.name, "model_path": arguments.model_path.name}
-    write_json(arguments.output, {"machine": machine_facts(), "settings": settings, "rows": rows})
+    save_result(arguments.output, {"settings": settings, "rows": rows})
     print_table(f"{arguments.model_path.name}, {arguments.epochs} epochs", HEADER, [cells(row) for row in rows])
     say(f"saved: {arguments.output}")
     return 0
@@ -126,12 +122,7 @@ def measure(settings: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
     settings["model_path"] = str(Path(settings["model_path"]).resolve())
     task.write_text(json.dumps({"settings": settings, "answer": str(answer)}), encoding="utf-8")
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(task)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
-    if done.returncode == 2:
-        return {"error": done.stderr.strip().splitlines()[-1].removeprefix("error: ")}
-    if done.returncode:
-        raise RuntimeError(f"{settings} ended with {done.returncode}: {done.stderr[-4000:]}")
-    return dict(json.loads(answer.read_text(encoding="utf-8")))
+    return error_of(command, settings, cwd=scratch) or dict(json.loads(answer.read_text(encoding="utf-8")))
 
 
 def work(task: Path) -> int:

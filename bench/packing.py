@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from harness import RESULTS, ROOT, run_benchmark, save_result
+
 TARGET_RATIO = 15.0
 BATCH_SIZE = 4  # sequences a forward pass on both sides: the default of train_lora.py
 
@@ -31,16 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--loss_epochs", type=int, default=3, help="epochs of the second part (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="seeds of the second part (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "packing.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "packing.json")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
-    from stocklora.cli.console import run_script
-
-    return run_script(lambda: run(arguments))
+    return run_benchmark(build_parser(), run, argv)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     from stocklora.cli.console import print_table, say
     from stocklora.dataset.prepare import prepare, select_tickers
     from stocklora.prices.tables import read_prices
-    from stocklora.runtime.files import bundled_folder, write_json
-    from stocklora.runtime.machine import keep_freed_memory, machine_facts
+    from stocklora.runtime.files import bundled_folder
+    from stocklora.runtime.machine import keep_freed_memory
 
     check_model_folder(arguments.model_path)
     prices = select_tickers(read_prices(bundled_folder() / "us_tech_2000_2013.csv.gz"), ["AAPL"])
@@ -57,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     keep_freed_memory()  # as train_lora.py does
     speed = measure_speed(arguments, data)
     loss = compare_losses(arguments, data) if arguments.seeds else None
-    write_json(arguments.output, {"machine": machine_facts(), "speed": speed, "loss": loss})
+    save_result(arguments.output, {"speed": speed, "loss": loss})
 
     packed, single = speed["packed"], speed["one_window_a_pass"]
     print_table(

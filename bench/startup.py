@@ -17,7 +17,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from harness import RESULTS, ROOT
+
 NOT_SCRIPTS = {"setup.py", "conftest.py", "lora.py", "llm_model.py"}
 HEAVY = ("torch", "transformers", "pandas", "numpy", "matplotlib", "yfinance")
 TARGET_S = 0.5
@@ -26,7 +27,7 @@ TARGET_S = 0.5
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=11, help="timed runs a script (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "startup.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "startup.json")
     return parser
 
 
@@ -48,7 +49,6 @@ def heavy_imports(script: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    sys.path.insert(0, str(ROOT))  # started by path, this file sees only its own folder
     from stocklora.cli.console import print_table, say
     from stocklora.runtime.files import write_json
     from stocklora.runtime.machine import machine_facts
