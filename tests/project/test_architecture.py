@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import sys
 from collections import Counter
@@ -149,6 +150,20 @@ def test_the_documents_name_files_that_exist() -> None:
         text = (REPO_ROOT / page).read_text(encoding="utf-8")
         for name in re.findall(r"(?:stocklora|tests|bench|docs|scripts|training)/(?!NAME)[\w/.-]+\.(?:py|md)\b", text):
             gone += [] if (REPO_ROOT / name).is_file() else [f"{page}: {name}"]
+    assert not gone, "\n".join(gone)
+
+
+def test_the_documents_import_what_is_there() -> None:
+    gone = []
+    for page in [path for path in project_files() if path.suffix == ".md"]:
+        text = (REPO_ROOT / page).read_text(encoding="utf-8")
+        for module, names in re.findall(
+            r"^from ((?:stocklora|lora|llm_model)[\w.]*) import ([^\n#(]+)", text, re.MULTILINE
+        ):
+            there = importlib.import_module(module)
+            gone += [
+                f"{page}: {module} {name}" for name in re.split(r",\s*", names.strip()) if not hasattr(there, name)
+            ]
     assert not gone, "\n".join(gone)
 
 
