@@ -26,6 +26,9 @@ FORMAT_VERSION = 2  # 1: one method (LoRA over an unquantized base), which the s
 SAME_FUNCTION = (
     "method", "quantization", "backbone_layers", "prompt", "window_size", "horizon", "indicators", "anonymize",
 )  # fmt: skip
+# A folder: an adapter in PEFT's format or a merged model, with the head beside it.
+HEAD_NAME = "stocklora_forecaster.pth"
+ADAPTER_CONFIG = "adapter_config.json"
 HEAD_TENSORS = {"mean", "spread", "linear.weight", "linear.bias"}
 
 
@@ -164,12 +167,6 @@ def _check(content: WeightsFile) -> None:
     fitted = Calibration.from_dict(content.spec.calibration)
     if not (math.isfinite(fitted.shrinkage) and math.isfinite(fitted.interval_scale)):
         raise ValueError("the calibration is not finite")
-
-
-HEAD_NAME = "stocklora_forecaster.pth"
-
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def read_folder(folder: Path) -> WeightsFile:

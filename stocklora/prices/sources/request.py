@@ -15,6 +15,11 @@ from stocklora.cli.settings import setting
 if TYPE_CHECKING:
     import pandas as pd
 
+DEFAULT_TICKER = "AAPL"
+SOURCE_NAMES = {"yahoo": "Yahoo Finance", "akshare": "akshare", "sample": "the bundled sample"}
+TICKER = re.compile(r"[A-Z0-9^][A-Z0-9.^=&_-]{0,19}")
+PERIOD = re.compile(r"([1-9]\d{0,3})(d|wk|mo|y)")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -88,12 +93,6 @@ def clean_bars(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
     twice = frame.index.duplicated(keep="last")
     frame, counts["duplicate"] = frame[~twice].sort_index(), int(twice.sum())
     return frame.rename_axis(index="Date", columns=None), {reason: n for reason, n in counts.items() if n}
-
-
-DEFAULT_TICKER = "AAPL"
-SOURCE_NAMES = {"yahoo": "Yahoo Finance", "akshare": "akshare", "sample": "the bundled sample"}
-TICKER = re.compile(r"[A-Z0-9^][A-Z0-9.^=&_-]{0,19}")
-PERIOD = re.compile(r"([1-9]\d{0,3})(d|wk|mo|y)")
 
 
 @dataclass
