@@ -13,23 +13,18 @@ Writes backtest/report.html, backtest/metrics.csv and backtest/forecasts.parquet
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from stocklora.backtest.settings import BacktestSettings
-from stocklora.cli.console import run_script
-from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.settings import SettingsParser
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(prog="backtest.py", description=__doc__)
-    add_settings(parser, BacktestSettings)
-    return parser
+def build_parser() -> SettingsParser:
+    return SettingsParser("backtest.py", __doc__, BacktestSettings)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(resolve_settings(arguments, BacktestSettings)))
+    return build_parser().run(run, argv)
 
 
 def run(settings: BacktestSettings) -> int:

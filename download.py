@@ -14,24 +14,18 @@ Beside each CSV stands FILE.meta.json: source, adjustment, dates, sha256. Exit c
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 
-from stocklora.cli.console import run_script
-from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.settings import SettingsParser
 from stocklora.prices.sources.request import DownloadSettings
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(description=__doc__)
-    add_settings(parser, DownloadSettings)
-    return parser
+def build_parser() -> SettingsParser:
+    return SettingsParser("download.py", __doc__, DownloadSettings)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(resolve_settings(arguments, DownloadSettings)))
+def main(argv: list[str] | None = None) -> int:
+    return build_parser().run(run, argv)
 
 
 def run(settings: DownloadSettings) -> int:

@@ -12,29 +12,24 @@ An interrupted download goes on where it stopped when the same command is run ag
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 
 from stocklora.base_models.download import DownloadModelSettings, fetch
-from stocklora.cli.console import run_script, say
-from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.console import say
+from stocklora.cli.settings import SettingsParser
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(description=__doc__)
-    add_settings(parser, DownloadModelSettings)
-    return parser
+def build_parser() -> SettingsParser:
+    return SettingsParser("download_model.py", __doc__, DownloadModelSettings)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
+def main(argv: list[str] | None = None) -> int:
+    return build_parser().run(run, argv)
 
-    def body() -> None:
-        folder, fetched = fetch(resolve_settings(arguments, DownloadModelSettings))
-        say(f"model saved in {folder}" if fetched else f"{folder} already holds the model; kept (--force fetches anew)")
 
-    return run_script(body)
+def run(settings: DownloadModelSettings) -> None:
+    folder, fetched = fetch(settings)
+    say(f"model saved in {folder}" if fetched else f"{folder} already holds the model; kept (--force fetches anew)")
 
 
 if __name__ == "__main__":

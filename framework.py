@@ -9,24 +9,18 @@ Ticker,Origin,Date,Day,Last_Close,Predicted_Close,P05,P10,P25,P50,P75,P90,P95.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 
 from stocklora.baselines.settings import FrameworkSettings, check_model_file
-from stocklora.cli.console import run_script
-from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.settings import SettingsParser
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(prog="framework.py", description=__doc__)
-    add_settings(parser, FrameworkSettings)
-    return parser
+def build_parser() -> SettingsParser:
+    return SettingsParser("framework.py", __doc__, FrameworkSettings)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(resolve_settings(arguments, FrameworkSettings)))
+def main(argv: list[str] | None = None) -> int:
+    return build_parser().run(run, argv)
 
 
 def run(settings: FrameworkSettings) -> None:

@@ -18,23 +18,18 @@ and the line says why.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from stocklora.cli.console import run_script
-from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.settings import SettingsParser
 from stocklora.forecaster.settings import ForecastSettings
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(prog="framework_llm.py", description=__doc__)
-    add_settings(parser, ForecastSettings)
-    return parser
+def build_parser() -> SettingsParser:
+    return SettingsParser("framework_llm.py", __doc__, ForecastSettings)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(resolve_settings(arguments, ForecastSettings)))
+    return build_parser().run(run, argv)
 
 
 def run(settings: ForecastSettings) -> int:

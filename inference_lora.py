@@ -17,26 +17,22 @@ Answers are greedy, so the same each time, unless --temperature is above 0.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from stocklora.cli.console import UserError, run_script, say
-from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.console import UserError, say
+from stocklora.cli.settings import SERVER, SettingsParser, check_installed
 from stocklora.instruct.chat.settings import InferenceSettings
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(prog="inference_lora.py", description=__doc__)
-    add_settings(parser, InferenceSettings)
-    return parser
+def build_parser() -> SettingsParser:
+    return SettingsParser("inference_lora.py", __doc__, InferenceSettings)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(resolve_settings(arguments, InferenceSettings)))
+    return build_parser().run(run, argv)
 
 
-def run(settings: InferenceSettings) -> int:
+def run(settings: InferenceSettings) -> None:
     settings.check()
     from stocklora.instruct.chat.sources import find_sources, quantization_note
 
@@ -47,16 +43,15 @@ def run(settings: InferenceSettings) -> int:
         from stocklora.instruct.chat.merge import merge_adapter
 
         merge_adapter(sources, settings)
-        return 0
+        return
     if note := quantization_note(sources, settings.quantization):
         say(note)
-
-    from stocklora.cli.settings import SERVER, check_installed
-    from stocklora.runtime.machine import listen
-
+    listener = None
     if settings.serve:
+        from stocklora.runtime.machine import listen
+
         check_installed(SERVER, "--serve")
-    listener = listen(settings.port) if settings.serve else None
+        listener = listen(settings.port)
 
     from stocklora.instruct.chat.load import load_sources
     from stocklora.instruct.chat.model import Sampling
@@ -67,8 +62,7 @@ def run(settings: InferenceSettings) -> int:
         from stocklora.instruct.chat.server import serve
 
         serve(model, listener, sampling, adapter)
-        return 0
-    if settings.batch is not None:
+    elif settings.batch is not None:
         from stocklora.instruct.chat.batch import run_batch
 
         run_batch(
@@ -80,12 +74,10 @@ def run(settings: InferenceSettings) -> int:
             batch_size=settings.batch_size,
             system=settings.system,
         )
-        return 0
+    else:
+        from stocklora.instruct.chat.terminal import talk
 
-    from stocklora.instruct.chat.terminal import talk
-
-    talk(model, settings, adapter, sampling)
-    return 0
+        talk(model, settings, adapter, sampling)
 
 
 if __name__ == "__main__":

@@ -13,32 +13,27 @@ forecasts with both and prints the largest difference, and how far a 4-bit base 
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from stocklora.cli.console import UserError, run_script
-from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.console import UserError
+from stocklora.cli.settings import SettingsParser
 from stocklora.forecaster.settings import MergeSettings
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(prog="merge_lora.py", description=__doc__)
-    add_settings(parser, MergeSettings)
-    return parser
+def build_parser() -> SettingsParser:
+    return SettingsParser("merge_lora.py", __doc__, MergeSettings)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(resolve_settings(arguments, MergeSettings)))
+    return build_parser().run(run, argv)
 
 
-def run(settings: MergeSettings) -> int:
+def run(settings: MergeSettings) -> None:
     if not settings.lora_weights.exists():  # before seconds of imports
         raise UserError(f"no weights file {settings.lora_weights}; train one with: python train_lora.py --data FILE")
     from stocklora.forecaster.merge import merge
 
     merge(settings)
-    return 0
 
 
 if __name__ == "__main__":

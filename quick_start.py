@@ -12,31 +12,27 @@ no GPU, no model hub. Some minutes on two processor cores.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from stocklora.cli.console import run_script
-from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.settings import SettingsParser
 from stocklora.demo.prices_track import QuickStartSettings, run_prices_track
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(prog="quick_start.py", description=__doc__)
-    add_settings(parser, QuickStartSettings)
-    return parser
+def build_parser() -> SettingsParser:
+    return SettingsParser("quick_start.py", __doc__, QuickStartSettings)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run_track(resolve_settings(arguments, QuickStartSettings)))
+    return build_parser().run(run_track, argv)
 
 
-def run_track(settings: QuickStartSettings) -> int:
+def run_track(settings: QuickStartSettings) -> None:
     if settings.track == "prices":
-        return run_prices_track(settings)
+        run_prices_track(settings)
+        return
     from stocklora.demo.instruct_track import run_instruct_track
 
-    return run_instruct_track(settings)
+    run_instruct_track(settings)
 
 
 if __name__ == "__main__":

@@ -9,24 +9,18 @@ model never saw, on which it stands beside the random walk. Writes model.pth, wh
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 
 from stocklora.baselines.settings import TrainSettings
-from stocklora.cli.console import run_script
-from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.settings import SettingsParser
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(prog="train.py", description=__doc__)
-    add_settings(parser, TrainSettings)
-    return parser
+def build_parser() -> SettingsParser:
+    return SettingsParser("train.py", __doc__, TrainSettings)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(resolve_settings(arguments, TrainSettings)))
+def main(argv: list[str] | None = None) -> int:
+    return build_parser().run(run, argv)
 
 
 def run(settings: TrainSettings) -> None:

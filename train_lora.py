@@ -12,26 +12,22 @@ the model stands beside the random walk on test days that it never saw.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from stocklora.cli.console import UserError, run_script, say
-from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.console import UserError, say
+from stocklora.cli.settings import SettingsParser
 from stocklora.finetune.settings import TrainLoraSettings
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(prog="train_lora.py", description=__doc__)
-    add_settings(parser, TrainLoraSettings)
-    return parser
+def build_parser() -> SettingsParser:
+    return SettingsParser("train_lora.py", __doc__, TrainLoraSettings)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(resolve_settings(arguments, TrainLoraSettings)))
+    return build_parser().run(run, argv)
 
 
-def run(settings: TrainLoraSettings) -> int:
+def run(settings: TrainLoraSettings) -> None:
     if not settings.data:
         raise UserError("no data: give --data FILE (make one with: python download.py --ticker AAPL --period 1y)")
     from stocklora.dataset.prepare import select_tickers
@@ -49,7 +45,6 @@ def run(settings: TrainLoraSettings) -> int:
         f"next: python framework_llm.py --test_csv {settings.data[0]} --model_path {settings.model_path} "
         f"--lora_weights {result.weights_path}"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,31 +13,25 @@ and never lets the same question or event stand on two sides.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by path, this file sees only its own folder
 
-from stocklora.cli.console import run_script
-from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.settings import SettingsParser
 from stocklora.instruct.rows.prepare import PrepareSettings, prepare
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(prog="prepare_data.py", description=__doc__)
-    add_settings(parser, PrepareSettings)
-    return parser
+def build_parser() -> SettingsParser:
+    return SettingsParser("prepare_data.py", __doc__, PrepareSettings)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(resolve_settings(arguments, PrepareSettings)))
+    return build_parser().run(run, argv)
 
 
-def run(settings: PrepareSettings) -> int:
+def run(settings: PrepareSettings) -> None:
     prepare(settings, Path(__file__).resolve().parent)
-    return 0
 
 
 if __name__ == "__main__":

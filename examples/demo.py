@@ -9,30 +9,25 @@ a server see inference_lora.py.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside this file only
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by path, this file sees only its own folder
 
-from stocklora.cli.console import run_script, say  # noqa: E402
-from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings  # noqa: E402
-from stocklora.instruct.chat.settings import DemoSettings  # noqa: E402
+from stocklora.cli.console import say
+from stocklora.cli.settings import SettingsParser
+from stocklora.instruct.chat.settings import DemoSettings
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(prog="examples/demo.py", description=__doc__)
-    add_settings(parser, DemoSettings)
-    return parser
+def build_parser() -> SettingsParser:
+    return SettingsParser("examples/demo.py", __doc__, DemoSettings)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(resolve_settings(arguments, DemoSettings)))
+    return build_parser().run(run, argv)
 
 
-def run(settings: DemoSettings) -> int:
+def run(settings: DemoSettings) -> None:
     settings.check_answers()
     from stocklora.instruct.chat.sources import find_sources, quantization_note
 
@@ -48,7 +43,6 @@ def run(settings: DemoSettings) -> int:
         ask_all(model, QUESTIONS, adapter=None, sampling=sampling)
     else:
         chat(model, adapter=None, sampling=sampling)
-    return 0
 
 
 if __name__ == "__main__":

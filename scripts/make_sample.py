@@ -11,7 +11,6 @@ prices already is left as it is.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by path, this file sees only its own folder
 
-from stocklora.cli.console import UserError, run_script, say
-from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings, setting
+from stocklora.cli.console import UserError, say
+from stocklora.cli.settings import SettingsParser, setting
 from stocklora.runtime.files import BUNDLED_PRICES
 
 if TYPE_CHECKING:
@@ -36,15 +35,12 @@ class MakeSampleSettings:
     output: Path = setting(Path("data/sample") / BUNDLED_PRICES, "CSV (or .csv.gz) to write", metavar="FILE")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(prog="scripts/make_sample.py", description=__doc__)
-    add_settings(parser, MakeSampleSettings)
-    return parser
+def build_parser() -> SettingsParser:
+    return SettingsParser("scripts/make_sample.py", __doc__, MakeSampleSettings)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: make_sample(resolve_settings(arguments, MakeSampleSettings)))
+    return build_parser().run(make_sample, argv)
 
 
 def make_sample(settings: MakeSampleSettings) -> int:

@@ -12,37 +12,31 @@ in the answer that stand in the question. Each with a bootstrap interval, and so
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside this file only
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by path, this file sees only its own folder
 
-from stocklora.cli.console import run_script, say  # noqa: E402
-from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings  # noqa: E402
-from stocklora.instruct.chat.settings import EvaluateSettings  # noqa: E402
+from stocklora.cli.console import say
+from stocklora.cli.settings import SettingsParser
+from stocklora.instruct.chat.settings import EvaluateSettings
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(prog="training/evaluate.py", description=__doc__)
-    add_settings(parser, EvaluateSettings)
-    return parser
+def build_parser() -> SettingsParser:
+    return SettingsParser("training/evaluate.py", __doc__, EvaluateSettings)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(resolve_settings(arguments, EvaluateSettings)))
+    return build_parser().run(run, argv)
 
 
-def run(settings: EvaluateSettings) -> int:
+def run(settings: EvaluateSettings) -> None:
     settings.check()
     from stocklora.instruct.evaluation.run import evaluate
 
     evaluate(settings)
     folder = settings.output_dir or settings.model_path
     say(f"next: python visualization/plot_results.py{'' if str(folder) == 'outputs' else f' --model_path {folder}'}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,37 +10,31 @@ Labels are Chinese where a font on this machine has the characters, else English
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside this file only
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by path, this file sees only its own folder
 
-from stocklora.cli.console import UserError, run_script, say  # noqa: E402
-from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings  # noqa: E402
-from stocklora.instruct.chat.settings import PlotSettings  # noqa: E402
+from stocklora.cli.console import UserError, say
+from stocklora.cli.settings import SettingsParser
+from stocklora.instruct.chat.settings import PlotSettings
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(prog="visualization/plot_results.py", description=__doc__)
-    add_settings(parser, PlotSettings)
-    return parser
+def build_parser() -> SettingsParser:
+    return SettingsParser("visualization/plot_results.py", __doc__, PlotSettings)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(resolve_settings(arguments, PlotSettings)))
+    return build_parser().run(run, argv)
 
 
-def run(settings: PlotSettings) -> int:
+def run(settings: PlotSettings) -> None:
     if not settings.model_path.is_dir():
         raise UserError(f"no folder {settings.model_path}; train with: python training/train.py")
     from stocklora.instruct.evaluation.plots import plot_results
 
     for path in plot_results(settings):
         say(f"picture: {path}")
-    return 0
 
 
 if __name__ == "__main__":

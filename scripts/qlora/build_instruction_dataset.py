@@ -16,38 +16,30 @@ them: kind, share, event_id, ticker, windows, returns_bp, date, split, seed, and
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by path, this file sees only its own folder
 
-from stocklora.cli.console import print_table, run_script, say
-from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings
+from stocklora.cli.console import print_table, say
+from stocklora.cli.settings import SettingsParser
 from stocklora.instruct.news.dataset import Built, InstructionSettings, build_dataset
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(
-        prog="build_instruction_dataset.py",
-        description=__doc__,
-    )
-    add_settings(parser, InstructionSettings)
-    return parser
+def build_parser() -> SettingsParser:
+    return SettingsParser("build_instruction_dataset.py", __doc__, InstructionSettings)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(resolve_settings(arguments, InstructionSettings)))
+    return build_parser().run(run, argv)
 
 
-def run(settings: InstructionSettings) -> int:
+def run(settings: InstructionSettings) -> None:
     from stocklora.instruct.rows.records import write_records
 
     built = build_dataset(settings)
     write_records(built.records, settings.output, "alpaca")
     report(built, settings)
-    return 0
 
 
 def report(built: Built, settings: InstructionSettings) -> None:

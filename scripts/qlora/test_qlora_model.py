@@ -10,38 +10,28 @@ own. Both models answer greedily, so the same each time. --load_in_4bit needs le
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside this file only
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by path, this file sees only its own folder
 
-from stocklora.cli.console import run_script  # noqa: E402
-from stocklora.cli.settings import ScriptParser, add_settings, resolve_settings  # noqa: E402
-from stocklora.instruct.chat.settings import CompareSettings  # noqa: E402
+from stocklora.cli.settings import SettingsParser
+from stocklora.instruct.chat.settings import CompareSettings
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(
-        prog="scripts/qlora/test_qlora_model.py",
-        description=__doc__,
-    )
-    add_settings(parser, CompareSettings)
-    return parser
+def build_parser() -> SettingsParser:
+    return SettingsParser("scripts/qlora/test_qlora_model.py", __doc__, CompareSettings)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(resolve_settings(arguments, CompareSettings)))
+    return build_parser().run(run, argv)
 
 
-def run(settings: CompareSettings) -> int:
+def run(settings: CompareSettings) -> None:
     settings.check_answers()
     from stocklora.instruct.chat.terminal import compare
 
     compare(settings)
-    return 0
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from stocklora.cli.console import EXIT_USER_ERROR, UserError, one_line
+from stocklora.cli.console import EXIT_USER_ERROR, UserError, one_line, run_script
 
 # Choices and limits that the settings of several scripts share.
 DTYPES = ("auto", "bfloat16", "float32")
@@ -83,6 +83,20 @@ class ScriptParser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         """One line, and the end."""
         self.exit(EXIT_USER_ERROR, f"error: {one_line(message)} (--help lists the flags)\n")
+
+
+class SettingsParser(ScriptParser):
+    """The flags of a script whose settings are one dataclass, and its way from them to an exit code."""
+
+    def __init__(self, prog: str, description: str | None, settings_class: type) -> None:
+        super().__init__(prog=prog, description=description)
+        self.settings_class = settings_class
+        add_settings(self, settings_class)
+
+    def run(self, body: Callable[[Any], int | None], argv: Sequence[str] | None) -> int:
+        """Run ``body`` with the settings in force; see ``resolve_settings`` and ``run_script``."""
+        arguments = self.parse_args(argv)
+        return run_script(lambda: body(resolve_settings(arguments, self.settings_class)))
 
 
 def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> None:

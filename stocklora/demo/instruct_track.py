@@ -24,7 +24,7 @@ TRAINING: dict[str, Any] = {
 ANSWER_TOKENS, FAST_ANSWER_TOKENS = 96, 48
 
 
-def run_instruct_track(settings: QuickStartSettings) -> int:
+def run_instruct_track(settings: QuickStartSettings) -> None:
     """The whole story; pictures, scores and the adapter lie in ``settings.output_dir / "instruct"``."""
     started = time.perf_counter()
     folder = settings.output_dir / "instruct"
@@ -58,7 +58,6 @@ def run_instruct_track(settings: QuickStartSettings) -> int:
     say()
     say("The labels describe the price move that the question names; they are no forecast. Next: a chat with it,")
     say(f"python inference_lora.py --base_model {model_path} --lora_model {adapter} --chat")
-    return 0
 
 
 def make_rows(path: Path, settings: QuickStartSettings) -> Path:

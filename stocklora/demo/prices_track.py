@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stocklora.cli.settings import DEVICES
 from stocklora.cli.console import say
-from stocklora.cli.settings import setting
+from stocklora.cli.settings import DEVICES, setting
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +44,7 @@ class QuickStartSettings:
     output_dir: Path = setting(Path("demo"), "folder for everything it makes", section="demo", metavar="FOLDER")
 
 
-def run_prices_track(settings: QuickStartSettings) -> int:
+def run_prices_track(settings: QuickStartSettings) -> None:
     """The whole story; the forecast, charts and weights lie in ``settings.output_dir``."""
     started = time.perf_counter()
     folder = settings.output_dir
@@ -68,7 +67,6 @@ def run_prices_track(settings: QuickStartSettings) -> int:
     say()
     say("An error near the last close's is what an honest model of daily prices shows; two years of one ticker")
     say("teach little. Next: several tickers (python download.py --ticker AAPL MSFT IBM --period 10y), see README.md")
-    return 0
 
 
 def check_given_model(settings: QuickStartSettings) -> None:
