@@ -5,17 +5,19 @@ The labels follow from the measured returns and the named thresholds; see ``reac
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from stocklora.cli.console import UserError
 from stocklora.cli.settings import setting
 from stocklora.instruct.news import makers
-from stocklora.instruct.news.database import Event, read_events
+from stocklora.instruct.news.database import read_events
 from stocklora.instruct.news.questions import Maker, Row, Subject, subjects_of
 from stocklora.instruct.news.reactions import Thresholds
 from stocklora.instruct.news.texts import first_of_each
@@ -113,10 +115,6 @@ class InstructionSettings:
         split_records([], self.split)  # refuses what are no shares
         return self
 
-    @property
-    def thresholds(self) -> Thresholds:
-        return Thresholds(self.neutral_band_bp, self.medium_risk_bp, self.high_risk_bp)
-
 
 @dataclass(frozen=True)
 class Built:
@@ -147,14 +145,12 @@ def build_dataset(settings: InstructionSettings) -> Built:
     """
     settings.checked()
     events, left_out = read_events(settings.db)
-    kept = _without_repeats(events, settings, left_out)
-    subjects = [
-        subject
-        for event in kept
-        for subject in subjects_of(
-            event, settings.thresholds, settings.reference_minutes, settings.max_characters, settings.short_answers
-        )
+    limits = Thresholds(settings.neutral_band_bp, settings.medium_risk_bp, settings.high_risk_bp)
+    asked = [
+        subjects_of(event, limits, settings.reference_minutes, settings.max_characters, settings.short_answers)
+        for event in events
     ]
+    subjects = [subject for of_event in _without_repeats(asked, settings, left_out) for subject in of_event]
     records, notes = _chosen(subjects, settings)
     if not records:
         raise UserError(
@@ -165,75 +161,74 @@ def build_dataset(settings: InstructionSettings) -> Built:
     return Built(records, left_out, notes)
 
 
-def _without_repeats(events: Sequence[Event], settings: InstructionSettings, left_out: Counter[str]) -> list[Event]:
-    """Events of which no other says the same; of equals one with returns is kept, else the earliest.
+def _without_repeats(
+    asked: Sequence[list[Subject]], settings: InstructionSettings, left_out: Counter[str]
+) -> list[list[Subject]]:
+    """The subjects of events of which no other says the same; of equals one with returns is kept, else the earliest.
 
     What carries no question is counted, and stays: the days are cut by all that was measured on them.
     """
-    best_first = sorted(events, key=lambda event: (not event.moves, event.day, event.event_id))
-    by_release: dict[Any, Event] = {}
-    texts: list[tuple[Event, str]] = []
-    silent: list[Event] = []
-    for event in best_first:
-        subject = subjects_of(event, settings.thresholds, settings.reference_minutes, settings.max_characters)[0]
-        if subject.release is not None:
-            key = (subject.release.name, subject.release.actual)  # the same release, once with and once without units
-            if by_release.setdefault(key, event) is not event:
+    best_first = sorted(asked, key=lambda subjects: (not subjects[0].moves, _in_time(subjects)))
+    by_release: dict[Any, list[Subject]] = {}
+    texts: list[tuple[list[Subject], str]] = []
+    silent: list[list[Subject]] = []
+    for subjects in best_first:
+        event, release, text = subjects[0].event, subjects[0].release, subjects[0].text
+        if release is not None:
+            key = (release.name, release.actual)  # the same release, once with and once without units
+            if by_release.setdefault(key, subjects) is not subjects:
                 left_out["repeats an earlier release"] += 1
-        elif subject.text is not None and event.moves and not event.name:
-            texts.append((event, subject.text))
+        elif text is not None and event.moves and not event.name:
+            texts.append((subjects, text))
         else:
-            silent.append(event)
+            silent.append(subjects)
             if event.name:
                 left_out["calendar item without an actual value, or nothing to compare it with"] += 1
-            elif subject.text is None:
+            elif text is None:
                 left_out[f"digest, or longer than {settings.max_characters} characters without a headline"] += 1
             else:
                 left_out["news without a return in event_impacts"] += 1
     first = first_of_each([text for _, text in texts], settings.near_duplicate)
-    kept = [event for index, (event, _) in enumerate(texts) if first[index] == index]
+    kept = [subjects for index, (subjects, _) in enumerate(texts) if first[index] == index]
     if len(kept) < len(texts):
         left_out["repeats earlier news in the same or nearly the same words"] += len(texts) - len(kept)
-    return sorted([*kept, *silent, *by_release.values()], key=lambda event: (event.day, event.event_id))
+    return sorted([*kept, *silent, *by_release.values()], key=_in_time)
 
 
-class _Source:
-    """The questions of one share in the order in which they are taken: kinds in turn, labels in turn, events anew."""
-
-    def __init__(self, share: str, subjects: Sequence[Subject], seed: int) -> None:
-        self.share = share
-        self.queues: dict[str, deque[tuple[Subject, Row]]] = {}
-        for kind, maker in MAKERS[share].items():
-            by_label: dict[str, list[tuple[Subject, Row]]] = {}
-            asked: set[str] = set()  # events with a question that shows no return: one, however many tickers moved
-            for subject in subjects:
-                # A generator for each row: what one says does not depend on which others there are.
-                key = f"{seed}|{kind}|{subject.event.event_id}|{subject.ticker}"
-                row = maker(subject, random.Random(key))
-                if row is not None and (row["windows"] or subject.event.event_id not in asked):
-                    if not row["windows"]:
-                        asked.add(subject.event.event_id)
-                    label = str(row.get("label") or (row.get("fields") or {}).get("情绪", ""))
-                    by_label.setdefault(label, []).append((subject, row))
-            for label, items in sorted(by_label.items()):
-                random.Random(f"{seed}|{kind}|{label}").shuffle(items)
-            self.queues[kind] = deque(_in_turn([by_label[label] for label in sorted(by_label)]))
-        self.later: dict[str, deque[tuple[Subject, Row]]] = {kind: deque() for kind in self.queues}
-
-    def take(self, used: set[str]) -> Iterator[tuple[str, Subject, Row]]:
-        """Questions one after another; those on events in ``used`` come last."""
-        while any(self.queues.values()) or any(self.later.values()):
-            for kind, queue in self.queues.items():
-                while queue and queue[0][0].event.event_id in used:
-                    self.later[kind].append(queue.popleft())
-                source = queue or self.later[kind]
-                if source:
-                    yield (kind, *source.popleft())
+def _in_time(subjects: Sequence[Subject]) -> tuple[date, str]:
+    return subjects[0].event.day, subjects[0].event.event_id
 
 
-def _in_turn(groups: Sequence[Sequence[Any]]) -> list[Any]:
-    longest = max(map(len, groups), default=0)
-    return [group[place] for place in range(longest) for group in groups if place < len(group)]
+def _questions(
+    share: str, subjects: Sequence[Subject], seed: int, used: set[str]
+) -> Iterator[tuple[str, Subject, Row]]:
+    """The questions of one share: kinds in turn, labels in turn; those on events in ``used`` by then come last."""
+    queues = {kind: deque(_of_kind(kind, maker, subjects, seed)) for kind, maker in MAKERS[share].items()}
+    later: dict[str, deque[tuple[Subject, Row]]] = {kind: deque() for kind in queues}
+    while any(queues.values()) or any(later.values()):
+        for kind, queue in queues.items():
+            while queue and queue[0][0].event.event_id in used:
+                later[kind].append(queue.popleft())
+            source = queue or later[kind]
+            if source:
+                yield (kind, *source.popleft())
+
+
+def _of_kind(kind: str, maker: Maker, subjects: Sequence[Subject], seed: int) -> Iterator[tuple[Subject, Row]]:
+    by_label: dict[str, list[tuple[Subject, Row]]] = {}
+    asked: set[str] = set()  # events with a question that shows no return: one, however many tickers moved
+    for subject in subjects:
+        # A generator for each row: what one says does not depend on which others there are.
+        row = maker(subject, random.Random(f"{seed}|{kind}|{subject.event.event_id}|{subject.ticker}"))
+        if row is not None and (row["windows"] or subject.event.event_id not in asked):
+            if not row["windows"]:
+                asked.add(subject.event.event_id)
+            label = str(row.get("label") or (row.get("fields") or {}).get("情绪", ""))
+            by_label.setdefault(label, []).append((subject, row))
+    for label, items in by_label.items():
+        random.Random(f"{seed}|{kind}|{label}").shuffle(items)
+    turns = itertools.zip_longest(*(by_label[label] for label in sorted(by_label)))
+    return (item for turn in turns for item in turn if item is not None)
 
 
 def _parts_by_day(subjects: Sequence[Subject], fractions: Sequence[float]) -> dict[str, list[Subject]]:
@@ -253,61 +248,73 @@ def _parts_by_day(subjects: Sequence[Subject], fractions: Sequence[float]) -> di
     return parts
 
 
-def _chosen(subjects: Sequence[Subject], settings: InstructionSettings) -> tuple[list[Record], list[str]]:
-    """Rows by part and share; what one lacks is filled up from the others."""
-    by_part = _parts_by_day(subjects, settings.split)
-    sources = {(part, share): _Source(share, by_part[part], settings.seed) for part in PARTS for share in SHARES}
-    used: set[str] = set()
-    asked: set[str] = set()
-    records: list[Record] = []
-    counts: Counter[str] = Counter()
-    questions = {key: source.take(used) for key, source in sources.items()}
+class _Choice:
+    """Rows drawn by part and share, none of them asked twice."""
 
-    def draw(part: str, share: str, wanted: int) -> int:
-        count = 0
-        while count < wanted and (found := next(questions[part, share], None)) is not None:
-            record = _record(share, part, settings.seed, *found)
+    def __init__(self, subjects: Sequence[Subject], settings: InstructionSettings) -> None:
+        self.seed = settings.seed
+        self.records: list[Record] = []
+        self.counts: Counter[str] = Counter()  # by share
+        self._asked: set[str] = set()
+        self._used: set[str] = set()  # events
+        self._sources = {
+            (part, share): _questions(share, of_part, self.seed, self._used)
+            for part, of_part in _parts_by_day(subjects, settings.split).items()
+            for share in SHARES
+        }
+
+    def draw(self, part: str, share: str, wanted: int) -> int:
+        """Take ``wanted`` rows, or as many as there are; their number."""
+        before = len(self.records)
+        while len(self.records) < before + wanted and (found := next(self._sources[part, share], None)) is not None:
+            record = _record(share, part, self.seed, *found)
             key = prompt_key(record)
-            if key not in asked:
-                asked.add(key)
-                used.add(found[1].event.event_id)
-                records.append(record)
-                count += 1
-        counts[share] += count
-        return count
+            if key not in self._asked:
+                self._asked.add(key)
+                self._used.add(found[1].event.event_id)
+                self.records.append(record)
+        drawn = len(self.records) - before
+        self.counts[share] += drawn
+        return drawn
 
-    wanted = _quotas(settings.num_samples, settings.shares)
+
+def _chosen(subjects: Sequence[Subject], settings: InstructionSettings) -> tuple[list[Record], list[str]]:
+    """Rows by part and share, and notes on what a share lacks and the others filled up."""
+    choice = _Choice(subjects, settings)
+    wanted = dict(zip(SHARES, _whole(settings.num_samples, settings.shares), strict=True))
     missing: Counter[str] = Counter()
     for share in (MARKET, EARNINGS, NEWS):  # the scarcest first: the plentiful turn to the events that these left over
         for part, quota in zip(PARTS, _whole(wanted[share], settings.split), strict=True):
-            missing[part] += quota - draw(part, share, quota)
-    short = {share: counts[share] for share in SHARES if counts[share] < wanted[share]}
-    notes = [f"{share}: {count:,} rows where {wanted[share]:,} were asked for" for share, count in short.items()]
-    if short and settings.strict:
+            missing[part] += quota - choice.draw(part, share, quota)
+    before = choice.counts.copy()
+    notes = [
+        f"{share}: {before[share]:,} rows where {wanted[share]:,} were asked for"
+        for share in SHARES
+        if before[share] < wanted[share]
+    ]
+    if notes and settings.strict:
         raise UserError(
             f"too little data for the shares and the split ({'; '.join(notes)}); lower --num_samples, change --shares, "
             f"or drop --strict to fill up"
         )
-    for part in PARTS:  # first within the part, then wherever there is something
-        for share in SHARES:
-            missing[part] -= draw(part, share, missing[part]) if wanted[share] else 0
-    left = sum(missing.values())
-    for part in PARTS:
-        for share in SHARES:
-            left -= draw(part, share, left) if wanted[share] and settings.split[PARTS.index(part)] else 0
-    for share in SHARES:
-        more = counts[share] - short.get(share, wanted[share])
-        if more > 0:
-            notes.append(f"filled up with {more:,} more of {share}")
+    left = _fill_up(choice, missing, [share for share in SHARES if wanted[share]], settings.split)
+    more = choice.counts - before
+    notes += [f"filled up with {more[share]:,} more of {share}" for share in SHARES if more[share]]
     if left:
-        notes.append(
-            f"{len(records):,} rows in all, not {settings.num_samples:,}: the database holds no more questions"
-        )
-    return records, notes
+        rows = f"{len(choice.records):,} rows in all, not {settings.num_samples:,}"
+        notes.append(f"{rows}: the database holds no more questions")
+    return choice.records, notes
 
 
-def _quotas(rows: int, shares: Sequence[float]) -> dict[str, int]:
-    return dict(zip(SHARES, _whole(rows, shares), strict=True))
+def _fill_up(choice: _Choice, missing: Counter[str], shares: Sequence[str], split: Sequence[float]) -> int:
+    """Draw what the parts are missing, first within each, then wherever there is something; how many still are."""
+    for part, share in itertools.product(PARTS, shares):
+        missing[part] -= choice.draw(part, share, missing[part])
+    left = missing.total()
+    parts = [part for part, fraction in zip(PARTS, split, strict=True) if fraction]
+    for part, share in itertools.product(parts, shares):
+        left -= choice.draw(part, share, left)
+    return left
 
 
 def _whole(rows: int, shares: Sequence[float]) -> list[int]:

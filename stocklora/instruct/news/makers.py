@@ -6,34 +6,22 @@ None where the event does not carry that question. Wording is drawn from ``rng``
 
 from __future__ import annotations
 
+import json
 import random
 
 from stocklora.instruct.news import reactions as price
 from stocklora.instruct.news import releases
-from stocklora.instruct.news.questions import (
-    Row,
-    Subject,
-    as_json,
-    band_of,
-    labelled,
-    news_of,
-    row_of_fields,
-    sentence,
-    shown,
-)
-from stocklora.instruct.news.texts import remarks
-
-GOLD_TICKER = "XAUUSD"  # whose usual reaction to US data is spoken of
+from stocklora.instruct.news.questions import Row, Subject, about_reaction, for_label, row_of_fields, sentence
+from stocklora.instruct.news.texts import GOLD, remarks
 
 
 def make_sentiment(subject: Subject, rng: random.Random) -> Row | None:
     """情绪 of the reference window, and why."""
-    reference = subject.reference
-    if reference is None or news_of(subject) is None:
+    reference, news = subject.reference, subject.news
+    if reference is None or news is None:
         return None
     minutes, bp = reference
-    label, band = price.sentiment(bp, subject.limits), band_of(subject.limits)
-    ticker = subject.ticker
+    label, band, ticker = price.sentiment(bp, subject.limits), subject.band, subject.ticker
     instruction = rng.choice((
         f"按公布后{minutes}分钟的涨跌幅判断消息对{ticker}的情绪，不超过±{band}为中性。",
         f"这条消息对{ticker}是利好、利空还是中性？以{minutes}分钟涨跌幅为准，±{band}以内（含）为中性。",
@@ -41,31 +29,31 @@ def make_sentiment(subject: Subject, rng: random.Random) -> Row | None:
         f"{minutes}分钟涨跌幅不超过±{band}为中性，否则为利好或利空。",
     ))  # fmt: skip
     asks_for_reason = "" if "和理由：" in instruction else "，再说理由"
+    moved = price.moved(bp)
     if label == price.NEUTRAL:
         reason = rng.choice((
-            f"公布后{minutes}分钟，{subject.ticker}{price.moved(bp)}，没有超出±{band}的中性区间。",
-            f"{subject.ticker}在公布后{minutes}分钟内{price.moved(bp)}，幅度不大于{band}，方向不明确。",
+            f"公布后{minutes}分钟，{ticker}{moved}，没有超出±{band}的中性区间。",
+            f"{ticker}在公布后{minutes}分钟内{moved}，幅度不大于{band}，方向不明确。",
         ))  # fmt: skip
     else:
-        size = f"{price.direction(bp)}{price.percent(bp, signed=False)}"
         reason = rng.choice((
-            f"公布后{minutes}分钟，{subject.ticker}{size}，幅度大于{band}的中性界限。",
-            f"{subject.ticker}在公布后{minutes}分钟{size}，已超出±{band}的中性区间。",
+            f"公布后{minutes}分钟，{ticker}{moved}，幅度大于{band}的中性界限。",
+            f"{ticker}在公布后{minutes}分钟{moved}，已超出±{band}的中性区间。",
         ))  # fmt: skip
-    reason += rng.choice(remarks(news_of(subject) or "", subject.ticker, label))
-    instruction, output = labelled(
-        subject, instruction, "情绪", label, reason, reason_name="理由", asks_for_reason=asks_for_reason
-    )
-    return row_of_fields(instruction, shown(subject, (reference,), rng), output, (reference,), label=label)
+    reason += rng.choice(remarks(news, ticker, label))
+    return for_label(
+        subject, rng, (reference,), instruction, "情绪", label, reason,
+        reason_name="理由", asks_for_reason=asks_for_reason,
+    )  # fmt: skip
 
 
 def make_extraction(subject: Subject, rng: random.Random) -> Row | None:
     """The reaction as JSON."""
     reference = subject.reference
-    if reference is None or news_of(subject) is None:
+    if reference is None or subject.news is None:
         return None
     minutes, bp = reference
-    band = band_of(subject.limits)
+    band = subject.band
     fields = {
         "标的": subject.ticker, "窗口": f"{minutes}分钟", "方向": price.direction(bp),
         "幅度": price.percent(bp, signed=False), "情绪": price.sentiment(bp, subject.limits),
@@ -75,13 +63,14 @@ def make_extraction(subject: Subject, rng: random.Random) -> Row | None:
         f"把市场反应整理成JSON，字段：标的、窗口、方向、幅度、情绪。±{band}以内（含）情绪为中性。只输出JSON。",
         f"用JSON表示市场反应（标的、窗口、方向、幅度、情绪），不要输出其他内容；幅度不超过{band}时情绪为中性。",
     ))  # fmt: skip
-    return row_of_fields(instruction, shown(subject, (reference,), rng), as_json(fields), (reference,), fields=fields)
+    output = json.dumps(fields, ensure_ascii=False)
+    return about_reaction(subject, rng, (reference,), instruction, output, fields=fields)
 
 
 def make_windows(subject: Subject, rng: random.Random) -> Row | None:
     """Several windows compared: the largest, the direction, the change from first to last."""
     moves = subject.moves
-    if len(moves) < 2 or news_of(subject) is None or not any(bp for _, bp in moves):
+    if len(moves) < 2 or subject.news is None or not any(bp for _, bp in moves):
         return None
     (first_minutes, first), (last_minutes, last) = moves[0], moves[-1]
     minutes, bp = price.largest(moves)
@@ -106,15 +95,15 @@ def make_windows(subject: Subject, rng: random.Random) -> Row | None:
     if change == 0:
         sentences.append(f"从{first_minutes}分钟到{last_minutes}分钟，累计涨跌幅没有变化，均为{price.percent(last)}。")
     else:
-        step = f"由{price.percent(first)}变为{price.percent(last)}，"
-        step += f"{'上行' if change > 0 else '下行'}{price.points(change)}"
-        sentences.append(f"从{first_minutes}分钟到{last_minutes}分钟，累计涨跌幅{step}。")
+        step = f"{'上行' if change > 0 else '下行'}{price.points(change)}"
+        words = f"由{price.percent(first)}变为{price.percent(last)}，{step}"
+        sentences.append(f"从{first_minutes}分钟到{last_minutes}分钟，累计涨跌幅{words}。")
     instruction = rng.choice((
         f"比较{subject.ticker}在各时间窗口的表现：哪个幅度最大，方向是否一致，首尾变化多少？",
         f"下面是{subject.ticker}在多个窗口的累计涨跌幅，请比较短窗口与长窗口的差别。",
         f"对比不同时间窗口的行情反应，指出{subject.ticker}的最大波动、方向一致性和首尾差异。",
     ))  # fmt: skip
-    return row_of_fields(instruction, shown(subject, moves, rng), "".join(sentences), moves)
+    return about_reaction(subject, rng, moves, instruction, "".join(sentences))
 
 
 PATTERN_WORDS = {
@@ -155,9 +144,9 @@ PATTERN_BETWEEN = {
 def make_priced_in(subject: Subject, rng: random.Random) -> Row | None:
     """Priced in or not, by how the last window stands to the first."""
     moves = subject.moves
-    if len(moves) < 2 or news_of(subject) is None:
+    if len(moves) < 2 or subject.news is None:
         return None
-    label, band = price.pattern(moves, subject.limits), band_of(subject.limits)
+    label, band = price.pattern(moves, subject.limits), subject.band
     (first_minutes, first), (last_minutes, last) = moves[0], moves[-1]
     instruction = rng.choice((
         f"消息是否已被提前计价？按首尾两个窗口给{subject.ticker}的走势归类，不超过±{band}为静，否则为动：",
@@ -176,15 +165,14 @@ def make_priced_in(subject: Subject, rng: random.Random) -> Row | None:
         price.FLAT: any(abs(bp) > subject.limits.neutral_bp for bp in between),
     }
     words = (PATTERN_BETWEEN if unsteady.get(label) else PATTERN_WORDS)[label]
-    instruction, output = labelled(subject, instruction, "判断", label, facts + rng.choice(words))
-    return row_of_fields(instruction, shown(subject, moves, rng), output, moves, label=label)
+    return for_label(subject, rng, moves, instruction, "判断", label, facts + rng.choice(words))
 
 
 def make_watch(subject: Subject, rng: random.Random) -> Row | None:
     """Wait and see, or a reaction."""
-    if not subject.moves or news_of(subject) is None:
+    if not subject.moves or subject.news is None:
         return None
-    label, band = price.stance(subject.moves, subject.limits), band_of(subject.limits)
+    label, band = price.stance(subject.moves, subject.limits), subject.band
     minutes, bp = price.largest(subject.moves)
     instruction = rng.choice((
         f"{subject.ticker}对这条消息是观望还是已有反应？各窗口都不超过±{band}为观望。",
@@ -203,8 +191,7 @@ def make_watch(subject: Subject, rng: random.Random) -> Row | None:
             "价格已经作出反应，但短时走势不等于趋势，仍需结合后续信息。",
             "价格已有反应，后续要看这一变动能否保持。",
         ))  # fmt: skip
-    instruction, output = labelled(subject, instruction, "信号", label, facts + words)
-    return row_of_fields(instruction, shown(subject, subject.moves, rng), output, subject.moves, label=label)
+    return for_label(subject, rng, subject.moves, instruction, "信号", label, facts + words)
 
 
 RISK_WORDS = {
@@ -219,7 +206,7 @@ RISK_WORDS = {
 
 def make_risk(subject: Subject, rng: random.Random) -> Row | None:
     """The short-term risk level by the largest move."""
-    if not subject.moves or news_of(subject) is None:
+    if not subject.moves or subject.news is None:
         return None
     limits = subject.limits
     label, (minutes, bp) = price.risk(subject.moves, limits), price.largest(subject.moves)
@@ -232,10 +219,8 @@ def make_risk(subject: Subject, rng: random.Random) -> Row | None:
     ))  # fmt: skip
     bound = {"低": f"低于{medium}", "中": f"达到{medium}而低于{high}", "高": f"达到{high}"}[label]
     place = f"最大变动出现在{minutes}分钟窗口，" if bp else "所给窗口内"
-    facts = f"{place}{subject.ticker}{price.moved(bp)}，{bound}。"
-    reason = facts + rng.choice(RISK_WORDS[label])
-    instruction, output = labelled(subject, instruction, "风险等级", label, reason, asks_for_reason="")
-    return row_of_fields(instruction, shown(subject, subject.moves, rng), output, subject.moves, label=label)
+    reason = f"{place}{subject.ticker}{price.moved(bp)}，{bound}。" + rng.choice(RISK_WORDS[label])
+    return for_label(subject, rng, subject.moves, instruction, "风险等级", label, reason, asks_for_reason="")
 
 
 # ------------------------------------------------------------------------------------------------------- releases
@@ -244,12 +229,9 @@ def make_risk(subject: Subject, rng: random.Random) -> Row | None:
 def make_indicator(subject: Subject, rng: random.Random) -> Row | None:
     """Previous, consensus and actual read together, what it usually means, and the measured reaction, if any."""
     release = subject.release
-    if release is None or release.result is None or release.previous is None:
+    if release is None or release.result is None or release.consensus is None or release.previous is None:
         return None
-    result, consensus, previous = release.result, release.consensus, release.previous
-    if consensus is None:
-        return None
-    shown = release.shown
+    result, consensus, previous, shown = release.result, release.consensus, release.previous, release.shown
     if result == releases.EQUAL:
         against = f"公布值{shown(release.actual)}，与预期一致"
     else:
@@ -260,10 +242,8 @@ def make_indicator(subject: Subject, rng: random.Random) -> Row | None:
         than = f"较前值{shown(previous)}{'上升' if release.actual > previous else '下降'}{release.gap(previous)}"
     output = f"结果：{result}\n解读：{against}；{than}。"
     if "PMI" in release.name and not release.unit:
-        place = "等于" if release.actual == 50 else "高于" if release.actual > 50 else "低于"
-        output += f"读数{place}50的荣枯线。" if release.actual == 50 else (
-            f"读数{place}50的荣枯线，处于{'扩张' if release.actual > 50 else '收缩'}区间。"
-        )  # fmt: skip
+        place, phase = ("高于", "，处于扩张区间") if release.actual > 50 else ("低于", "，处于收缩区间")
+        output += "读数等于50的荣枯线。" if release.actual == 50 else f"读数{place}50的荣枯线{phase}。"
     output += releases.meaning(release)
     extra = sentence(release)
     windows: tuple[price.Move, ...] = ()
@@ -285,8 +265,8 @@ def make_indicator(subject: Subject, rng: random.Random) -> Row | None:
 def _compared(label: str, usual: int, subject: Subject) -> str:
     """How the measured move stands to the usual reading; careful where there is none."""
     if label == price.NEUTRAL:
-        return f"幅度不超过{band_of(subject.limits)}，数据对价格的短时影响不明显。"
-    if usual == 0 or subject.ticker != GOLD_TICKER:
+        return f"幅度不超过{subject.band}，数据对价格的短时影响不明显。"
+    if usual == 0 or subject.ticker != GOLD:
         return "这一变动未必由该数据引起。"
     agrees = (label == price.POSITIVE) == (usual > 0)
     return "与上述常见方向一致。" if agrees else "与上述常见方向相反，当时可能另有因素主导。"
@@ -307,7 +287,9 @@ def make_release_extraction(subject: Subject, rng: random.Random) -> Row | None:
         "从数据快讯中提取JSON：国家、指标、公布值、预期值、前值、与预期相比。只输出JSON，没有的填null。",
         "把这条经济数据整理成JSON，字段：国家、指标、公布值、预期值、前值、与预期相比；缺少的填null。只输出JSON。",
     ))  # fmt: skip
-    return row_of_fields(instruction, sentence(release), as_json(fields), fields=fields, indicator=release.name)
+    return row_of_fields(
+        instruction, sentence(release), json.dumps(fields, ensure_ascii=False), fields=fields, indicator=release.name
+    )
 
 
 def make_change(subject: Subject, rng: random.Random) -> Row | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +32,18 @@ class Subject:
         """The move over the reference window."""
         return next((move for move in self.moves if move[0] == self.reference_minutes), None)
 
+    @property
+    def news(self) -> str | None:
+        """The text of the news, or the release in a flash's words."""
+        if self.text is not None and not self.event.name:
+            return self.text
+        return None if self.release is None else sentence(self.release)
+
+    @property
+    def band(self) -> str:
+        """Size of the neutral band, as it is shown."""
+        return price.percent(self.limits.neutral_bp, signed=False)
+
 
 Row = dict[str, Any]
 Maker = Callable[[Subject, random.Random], Row | None]
@@ -55,8 +66,20 @@ def row_of_fields(instruction: str, extra: str, output: str, moves: tuple[Move, 
     }  # fmt: skip
 
 
-def labelled(
+def about_reaction(
+    subject: Subject, rng: random.Random, moves: tuple[Move, ...], instruction: str, output: str, **scored: Any
+) -> Row:
+    """A question about a reaction: its ``input`` is the news and ``moves``."""
+    label = rng.choice(("快讯", "消息", "新闻"))
+    reaction = rng.choice(("公布后表现", "市场反应", "行情反应"))
+    extra = f"{label}：{subject.news}\n{reaction}：{price.named(subject.ticker)}，{price.listed(moves)}"
+    return row_of_fields(instruction, extra, output, moves, **scored)
+
+
+def for_label(
     subject: Subject,
+    rng: random.Random,
+    moves: tuple[Move, ...],
     instruction: str,
     name: str,
     label: str,
@@ -64,29 +87,14 @@ def labelled(
     *,
     reason_name: str = "说明",
     asks_for_reason: str = "，再说明",
-) -> tuple[str, str]:
-    """Instruction and answer of a question for a label: it stands in the first line, and below it the reason."""
+) -> Row:
+    """A question for the label of a reaction: it stands in the answer's first line, and below it the reason."""
     if subject.short:
-        return f"{instruction}只写“{name}：”和标签，不写{reason_name}。", f"{name}：{label}"
-    return f"{instruction}首行写“{name}：”{asks_for_reason}。", f"{name}：{label}\n{reason_name}：{reason}"
-
-
-def news_of(subject: Subject) -> str | None:
-    """The text of the news, or the release in a flash's words."""
-    if subject.text is not None and not subject.event.name:
-        return subject.text
-    return None if subject.release is None else sentence(subject.release)
-
-
-def shown(subject: Subject, moves: tuple[Move, ...], rng: random.Random) -> str:
-    """The ``input`` of a question about a reaction."""
-    label = rng.choice(("快讯", "消息", "新闻"))
-    reaction = rng.choice(("公布后表现", "市场反应", "行情反应"))
-    return f"{label}：{news_of(subject)}\n{reaction}：{price.named(subject.ticker)}，{price.listed(moves)}"
-
-
-def band_of(limits: Thresholds) -> str:
-    return price.percent(limits.neutral_bp, signed=False)
+        instruction, output = f"{instruction}只写“{name}：”和标签，不写{reason_name}。", f"{name}：{label}"
+    else:
+        instruction += f"首行写“{name}：”{asks_for_reason}。"
+        output = f"{name}：{label}\n{reason_name}：{reason}"
+    return about_reaction(subject, rng, moves, instruction, output, label=label)
 
 
 def sentence(release: Release) -> str:
@@ -97,7 +105,3 @@ def sentence(release: Release) -> str:
     if release.previous is not None:
         parts.append(f"前值{release.shown(release.previous)}")
     return "，".join(parts) + "。"
-
-
-def as_json(fields: dict[str, Any]) -> str:
-    return json.dumps(fields, ensure_ascii=False)

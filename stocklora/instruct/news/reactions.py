@@ -16,7 +16,6 @@ Move = tuple[int, int]  # (window in minutes, return in basis points)
 POSITIVE, NEGATIVE, NEUTRAL = SENTIMENTS
 RISKS = ("低", "中", "高")
 REVERSED, EXTENDED, FADED, LATE, FLAT = "预期兑现", "走势延续", "部分回吐", "反应滞后", "反应平淡"
-PATTERNS = (REVERSED, EXTENDED, FADED, LATE, FLAT)
 WAITING, REACTED = "观望", "有反应"
 
 # What a reader is told beside a ticker; others stand by themselves.

@@ -22,7 +22,6 @@ CURRENCIES = {
     "新西兰": "新西兰元", "中国": "人民币",
 }  # fmt: skip
 ABOVE, BELOW, EQUAL = "高于预期", "低于预期", "符合预期"
-RESULTS = (ABOVE, BELOW, EQUAL)
 
 UNITS = (
     "%", "万亿元", "亿美元", "亿欧元", "亿日元", "亿英镑", "亿瑞郎", "亿加元", "亿澳元", "亿元", "亿立方英尺", "万桶",
@@ -126,29 +125,32 @@ class Release:
 
 def release_of(event: Event) -> Release | None:
     """The release that an event is, or None."""
-    if event.name:
-        name, unit = _without_unit(event.name)
-        texts = (event.actual, event.consensus, event.previous)
-    else:
-        match = FLASH.match(event.content.strip())
-        if match is None or not match["name"].startswith(COUNTRIES):
-            return None
-        name, unit = _without_unit(match["name"])
-        texts = (match["actual"], match["consensus"], match["previous"])
+    written, texts = _as_written(event)
+    name, unit = _without_unit(written)
     parsed = [_value(text) for text in texts]
-    if parsed[0] is None or any(value is None and text is not None for value, text in zip(parsed, texts, strict=True)):
+    if any(value is None and text is not None for value, text in zip(parsed, texts, strict=True)):
         return None
-    units = {value[1] for value in parsed if value is not None and value[1]}
-    if len(units | ({unit} if unit else set())) > 1:  # 1.2亿 beside 9000万: not the same scale
-        return None
-    unit = unit or next(iter(units), "") or next((u for pattern, u in UNIT_OF if re.search(pattern, name)), "")
-    actual, consensus, previous = (None if value is None else value[0] for value in parsed)
+    actual, consensus, previous = (value and value[0] for value in parsed)
     if actual is None or (consensus is None and previous is None):
         return None
+    units = {unit, *(value[1] for value in parsed if value is not None)} - {""}
+    if len(units) > 1:  # 1.2亿 beside 9000万: not the same scale
+        return None
+    unit = next(iter(units), "") or next((u for pattern, u in UNIT_OF if re.search(pattern, name)), "")
     country = next((c for c in COUNTRIES if name.startswith(c)), event.country)
     name = name if name.startswith(country) else country + name  # a question must say what its answer is asked for
     topic, stronger = next(((t, s) for pattern, t, s in TOPIC_OF if re.search(pattern, name)), ("", True))
     return Release(country, name, unit, actual, consensus, previous, topic, stronger)
+
+
+def _as_written(event: Event) -> tuple[str, tuple[str | None, ...]]:
+    """The name, and the texts of actual, consensus and previous; no actual where it is no release."""
+    if event.name:
+        return event.name, (event.actual, event.consensus, event.previous)
+    match = FLASH.match(event.content.strip())
+    if match is None or not match["name"].startswith(COUNTRIES):
+        return "", (None, None, None)
+    return match["name"], match.group("actual", "consensus", "previous")
 
 
 def _without_unit(name: str) -> tuple[str, str]:
@@ -180,34 +182,22 @@ def meaning(release: Release) -> str:
     if release.topic == "inventory":
         good = next((g for g in ("天然气", "原油", "汽油", "精炼油") if g in release.name), None)
         return f"库存{result}，通常{'利空' if above else '利多'}{good}价格。" if good else ""
+    strong, cuts = above == release.higher_is_stronger, ""
     if release.topic == "inflation":
-        words = f"通胀压力{'强' if above else '弱'}于预期"
-        if release.country == "美国":
-            return f"{words}，降息预期通常随之{'降温' if above else '升温'}，一般{_us_effect(above)}。"
-        if release.country in ("中国", "中国香港", "中国台湾") or currency is None:
-            return f"{words}。"
-        return f"{words}，通常{'支持' if above else '压制'}{currency}。"
-    if release.topic == "rate":
-        words = f"利率水平{result}，属于偏{'紧' if above else '松'}的意外"
-        if release.country == "美国":
-            return f"{words}，一般{_us_effect(above)}。"
-        return f"{words}，通常{'支持' if above else '压制'}{currency or '本币'}。"
-    strong = above == release.higher_is_stronger
-    words = f"{'就业' if release.topic == 'labour' else '经济活动'}表现{'强' if strong else '弱'}于预期"
+        words, cuts = f"通胀压力{'强' if above else '弱'}于预期", f"降息预期通常随之{'降温' if above else '升温'}，"
+        currency = None if release.country == "中国" else currency
+    elif release.topic == "rate":
+        words, currency = f"利率水平{result}，属于偏{'紧' if above else '松'}的意外", currency or "本币"
+    else:
+        words = f"{'就业' if release.topic == 'labour' else '经济活动'}表现{'强' if strong else '弱'}于预期"
     if release.country == "美国":
-        return f"{words}，一般{_us_effect(strong)}。"
+        return f"{words}，{cuts}一般利{'多' if strong else '空'}美元、利{'空' if strong else '多'}黄金。"
     return f"{words}，通常{'支持' if strong else '压制'}{currency}。" if currency else f"{words}。"
 
 
 def usual_effect_on_gold(release: Release) -> int:
     """+1 or -1 where a surprise in this release usually lifts or weighs on gold, else 0. US data only."""
-    if release.country != "美国" or release.topic not in ("inflation", "labour", "activity", "rate"):
+    read = release.country == "美国" and release.topic in ("inflation", "labour", "activity", "rate")
+    if not read or release.result in (None, EQUAL):
         return 0
-    if release.result in (None, EQUAL):
-        return 0
-    strong = (release.result == ABOVE) == release.higher_is_stronger
-    return -1 if strong else 1
-
-
-def _us_effect(strong: bool) -> str:
-    return "利多美元、利空黄金" if strong else "利空美元、利多黄金"
+    return -1 if (release.result == ABOVE) == release.higher_is_stronger else 1

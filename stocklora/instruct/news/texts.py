@@ -27,7 +27,7 @@ DIGEST = re.compile(
 )
 DIGEST_WITHIN = 2_000  # characters in which a digest shows itself; the pattern is slow on more
 
-GOLD = {"XAUUSD"}
+GOLD = "XAUUSD"  # whose usual reaction to news and US data is spoken of
 # The first pattern that is found names the topic; the order runs from the most to the least particular.
 TOPICS = (
     (
@@ -128,7 +128,7 @@ def topic_of(text: str) -> str:
 
 def remarks(text: str, ticker: str, label: str) -> list[str]:
     """What can be said of how this news reaches this price, given that the price moved as ``label`` says."""
-    if ticker not in GOLD:
+    if ticker != GOLD:
         return list(OTHER_MARKETS[label])
     topic = topic_of(text)
     if topic == "recap":
@@ -159,10 +159,8 @@ def folded(text: str) -> str:
 
 def shingles(text: str) -> frozenset[int]:
     text = folded(text)
-    size = min(SHINGLE, len(text))
-    return (
-        frozenset(zlib.crc32(text[i : i + size].encode()) for i in range(len(text) - size + 1)) if text else frozenset()
-    )
+    size = max(1, min(SHINGLE, len(text)))
+    return frozenset(zlib.crc32(text[i : i + size].encode()) for i in range(len(text) - size + 1))
 
 
 def similarity(one: frozenset[int], other: frozenset[int]) -> float:
