@@ -10,8 +10,7 @@ Three days ahead is three times one day: each forecast close becomes the next da
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from stocklora.baselines.settings import check_model_file
 from stocklora.cli.console import UserError
 from stocklora.metrics.scores import median_index
 from stocklora.prices.csv_columns import PRICE_COLUMNS
-from stocklora.runtime.files import as_json_types, replacing
+from stocklora.runtime.files import as_json_types, load_plain, replacing
 from stocklora.volatility.random_walk import empirical_quantiles
 from stocklora.volatility.scales import ewma_volatility
 
@@ -277,17 +276,8 @@ def load_simple(path: Path, device: torch.device) -> SimpleForecaster:
         UserError: missing, damaged, not written by ``train.py``, or of a newer version.
     """
     check_model_file(path)
-    again = "train it again: python train.py --data sample_test.csv"
-    try:
-        content: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is damaged or holds code, which is never run; {again}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read model file {path}: {str(error)[:200]}; {again}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} was not written by train.py; {again}")
-    if content.get("format_version", 0) > FORMAT_VERSION:
-        raise UserError(f"{path} was written by a newer version of this program; update it")
+    again = "; train it again: python train.py --data sample_test.csv"
+    content = load_plain(path, FORMAT, FORMAT_VERSION, "train.py", again)
     try:
         scaling = content["scaling"]
         network = SimpleStockPredictor(content["window_size"])
@@ -301,4 +291,4 @@ def load_simple(path: Path, device: torch.device) -> SimpleForecaster:
             dict(content["training"]),
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is incomplete ({str(error)[:200]}); {again}") from None
+        raise UserError(f"{path} is incomplete ({str(error)[:200]}){again}") from None

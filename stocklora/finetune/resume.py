@@ -11,12 +11,10 @@ import contextlib
 import dataclasses
 import json
 import os
-import pickle
 import random
 import re
 import shlex
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ import torch
 
 from stocklora.cli.console import UserError, say, warn
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.runtime.files import as_json_types, replacing, sha256_of, write_json
+from stocklora.runtime.files import as_json_types, load_plain, replacing, sha256_of, write_json
 from stocklora.runtime.machine import versions
 
 FORMAT = "stocklora-run-state"
@@ -116,19 +114,17 @@ class Checkpoints:
             path = self._path(number)
             try:
                 content = read_state(path)
-            except _NotWholeError as error:
+            except UserError as error:
                 self._damaged.add(number)
-                reasons.append(f"{path.name} {error}")
+                reasons.append(str(error))
                 continue
             for reason in reasons:
-                warn(f"{self.folder / reason}; using {path.name}, the state before it")
+                warn(f"{reason}; using {path.name}, the state before it")
             check_identity(content["identity"], self.identity)
             say(f"{'resuming':<19} from {path}: step {content['optimization']['steps']}")
             return content
         if reasons:
-            raise UserError(
-                f"--resume: no usable state in {self.folder} ({'; '.join(reasons)}); leave out --resume to start anew"
-            )
+            raise UserError(f"--resume: no usable state: {'; '.join(reasons)}; leave out --resume to start anew")
         return None
 
     def set_aside(self) -> None:
@@ -187,43 +183,30 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
 
-class _NotWholeError(Exception):
-    """Why a state cannot be used, as the rest of a sentence that its name begins."""
-
-
 def read_state(path: Path) -> dict[str, Any]:
     """A state that is what its manifest says, and holds nothing but tensors and plain values.
 
     Raises:
-        _NotWholeError: it is not.
+        UserError: it is not.
     """
     try:
         manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         size, digest = int(manifest["bytes"]), str(manifest["sha256"])
     except FileNotFoundError:
-        raise _NotWholeError("was not finished") from None
+        raise UserError(f"{path} was not finished") from None
     except (OSError, ValueError, KeyError, TypeError):
-        raise _NotWholeError("has a damaged manifest") from None
+        raise UserError(f"{path} has a damaged manifest") from None
     try:
         present = path.stat().st_size
         if present != size:
-            raise _NotWholeError(f"is cut short: {present:,} of {size:,} bytes")
+            raise UserError(f"{path} is cut short: {present:,} of {size:,} bytes")
         if sha256_of(path) != digest:
-            raise _NotWholeError("is damaged: its checksum is not the manifest's")
-        with warnings.catch_warnings():  # torch remarks on a foreign pickle before it refuses it
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            raise UserError(f"{path} is damaged: its checksum is not the manifest's")
     except FileNotFoundError:
-        raise _NotWholeError("has vanished") from None
-    except pickle.UnpicklingError:
-        raise _NotWholeError("is no plain state (it holds code, which is never run)") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise _NotWholeError(f"cannot be read: {str(error)[:200]}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise _NotWholeError("was not written by train_lora.py")
-    if content["format_version"] > FORMAT_VERSION:
-        raise _NotWholeError("was written by a newer version of this program")
-    return content
+        raise UserError(f"{path} has vanished") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    return load_plain(path, FORMAT, FORMAT_VERSION, "train_lora.py")
 
 
 def identity_of(

@@ -7,8 +7,6 @@ Its weights file holds adapters, head, and the metadata that rebuilds the model;
 from __future__ import annotations
 
 import math
-import pickle
-import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from stocklora.adapters.layer import AdapterConfig
 from stocklora.base_models.folders import check_empty
 from stocklora.cli.console import UserError
 from stocklora.metrics.calibration import Calibration
-from stocklora.runtime.files import as_json_types, replacing
+from stocklora.runtime.files import as_json_types, load_plain, replacing
 
 FORMAT = "stocklora-forecaster"
 FORMAT_VERSION = 2  # 1: one method (LoRA over an unquantized base), which the specification did not name
@@ -120,34 +118,19 @@ def load_weights(path: Path) -> WeightsFile:
     Raises:
         UserError: missing, damaged, of another kind, or of a newer version.
     """
-    import torch
-
     if path.is_dir():
         return read_folder(path)
     if not path.is_file():
         raise UserError(f"no weights file {path}; train one with: python train_lora.py --data FILE --model_path FOLDER")
-    try:
-        with warnings.catch_warnings():  # torch remarks on a foreign pickle before it refuses it
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} is not a plain weights file (damaged, or it holds code, which is never run); train it anew with "
-            f"train_lora.py"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read weights file {path}: {error}; train it anew with train_lora.py") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} was not written by train_lora.py; give its best_lora_weights.pth")
-    if content["format_version"] > FORMAT_VERSION:
-        raise UserError(f"{path} was written by a newer version of this program; update it")
+    again = "; give the best_lora_weights.pth of a run of train_lora.py"
+    content = load_plain(path, FORMAT, FORMAT_VERSION, "train_lora.py", again)
     try:
         found = WeightsFile(
             ForecasterSpec(**content["spec"]), content["adapters"], content["head"], content["training"]
         )
         _check(found)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is incomplete ({error}); train it anew with train_lora.py") from None
+        raise UserError(f"{path} is incomplete ({error}){again}") from None
     return found
 
 

@@ -8,8 +8,10 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,36 @@ def sha256_of(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def load_plain(path: Path, kind: str, newest: int, maker: str, advice: str = "") -> dict[str, Any]:
+    """What ``torch.save`` wrote of tensors and plain values; code in it is never run.
+
+    Args:
+        path: the file.
+        kind: what its ``format`` must be.
+        newest: the last ``format_version`` that is understood.
+        maker: the script that writes such files.
+        advice: ends a message: what to do about a file that cannot be used.
+
+    Raises:
+        UserError: the file is damaged, was not written by ``maker``, or is of a newer version.
+    """
+    import torch
+
+    try:
+        with warnings.catch_warnings():  # torch remarks on a foreign pickle before it refuses it
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is damaged or holds code, which is never run{advice}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read: {str(error)[:200]}{advice}") from None
+    if not isinstance(content, dict) or content.get("format") != kind:
+        raise UserError(f"{path} was not written by {maker}{advice}")
+    if content.get("format_version", 0) > newest:
+        raise UserError(f"{path} was written by a newer version of this program; update it")
+    return content
 
 
 def bundled_folder() -> Path:

@@ -332,7 +332,7 @@ class Malicious:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cannot read|damaged"),
+        (b"", "cannot be read|damaged"),
         (b"not a model at all", "damaged"),
         ({"format": "stocklora-forecaster"}, "was not written by train.py"),
         ({"hidden.weight": torch.zeros(3)}, "was not written by train.py"),
@@ -342,7 +342,7 @@ class Malicious:
         ("window_size=20", "is incomplete"),
         ("-scaling", "is incomplete .*scaling"),
         ("-network", "is incomplete"),
-        ("truncated", "cannot read|damaged"),
+        ("truncated", "cannot be read|damaged"),
     ],
 )
 def test_damaged_and_foreign_model_files(

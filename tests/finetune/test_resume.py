@@ -388,7 +388,7 @@ DAMAGE = {
     "vanished": lambda path: path.unlink(),
     "not finished": lambda path: path.with_suffix(".json").unlink(),
     "damaged manifest": lambda path: path.with_suffix(".json").write_text('{"bytes": 1'),
-    "cannot be read|no plain state": lambda path: replace_content(path, b"no archive"),
+    "cannot be read|holds code": lambda path: replace_content(path, b"no archive"),
     "holds code": lambda path: replace_content(path, pickle.dumps(Malice(path.with_name("ran")), protocol=2)),
 }
 
