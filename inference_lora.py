@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 
-from stocklora.cli.console import UserError, say
+from stocklora.cli.console import UserError
 from stocklora.cli.settings import SERVER, SettingsParser, check_installed
 from stocklora.instruct.chat.settings import InferenceSettings
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(settings: InferenceSettings) -> None:
     settings.check()
-    from stocklora.instruct.chat.sources import find_sources, quantization_note
+    from stocklora.instruct.chat.sources import find_sources
 
     sources = find_sources(settings.base_model, settings.lora_model, settings.any_base)  # before seconds of imports
     if settings.batch is not None and not settings.batch.is_file():
@@ -44,8 +44,6 @@ def run(settings: InferenceSettings) -> None:
 
         merge_adapter(sources, settings)
         return
-    if note := quantization_note(sources, settings.quantization):
-        say(note)
     listener = None
     if settings.serve:
         from stocklora.runtime.machine import listen

@@ -14,7 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started by path, this file sees only its own folder
 
-from stocklora.cli.console import say
 from stocklora.cli.settings import SettingsParser
 from stocklora.instruct.chat.settings import DemoSettings
 
@@ -29,11 +28,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(settings: DemoSettings) -> None:
     settings.check_answers()
-    from stocklora.instruct.chat.sources import find_sources, quantization_note
+    from stocklora.instruct.chat.sources import find_sources
 
     sources = find_sources(settings.base_model, [settings.model_path], settings.any_base)  # before seconds of imports
-    if note := quantization_note(sources, settings.quantization):
-        say(note)
     from stocklora.instruct.chat.load import load_sources
     from stocklora.instruct.chat.model import Sampling
     from stocklora.instruct.chat.terminal import QUESTIONS, ask_all, chat

@@ -12,16 +12,21 @@ from typing import Any
 from stocklora.base_models.folders import TOKENIZER_SETS
 from stocklora.base_models.loading import load_causal_model, quiet_transformers
 from stocklora.base_models.quantized import check_quantization
-from stocklora.cli.console import UserError, one_line
+from stocklora.cli.console import UserError, one_line, say
 from stocklora.instruct.chat.model import LESS_MEMORY, ChatModel, internal_name
 from stocklora.instruct.chat.settings import LoadSettings
-from stocklora.instruct.chat.sources import BASE, Sources
+from stocklora.instruct.chat.sources import BASE, Sources, training_info
 from stocklora.instruct.rows.chat_template import fit_embeddings, prepare_tokenizer
 from stocklora.runtime.machine import choose_device, choose_dtype, memory_errors
 
 
 def load_sources(sources: Sources, settings: LoadSettings) -> ChatModel:
-    """Load what ``find_sources`` found."""
+    """Load what ``find_sources`` found, with a note where adapters were trained over a base in another form."""
+    for name, folder in sources.adapters.items():
+        trained = str(training_info(folder).get("quantization") or "none").replace("-", "")
+        if trained in ("4bit", "8bit") and trained != settings.quantization:
+            say(f"note: '{name}' was trained over {trained[0]}-bit weights; --load_in_{trained} uses it as it was then")
+            break
     model = load_chat_model(
         sources.base,
         sources.adapters,

@@ -1,13 +1,12 @@
-"""A chat model with any number of adapters on one base: answers in one piece, streamed or batched."""
+"""A chat model with any number of adapters on one base: answers one by one, their text as it comes, or batched."""
 
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +43,7 @@ class Sampling:
     @classmethod
     def of(cls, settings: AnswerSettings) -> Sampling:
         """The flags' values, as a ``Sampling``."""
-        return cls(
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            repetition_penalty=settings.repetition_penalty,
-            seed=settings.seed,
-        )
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(AnswerSettings)})
 
 
 @dataclass(frozen=True)
@@ -157,49 +150,12 @@ class ChatModel:
         Raises:
             ContextError: what must not be left out does not fit.
         """
-        from transformers import StoppingCriteriaList
-
         tokenizer = self.tokenizer(adapter)
         ids, dropped, room = self.fitted(messages, tokenizer, sampling.max_new_tokens, cut_history)
-        watcher = _Watcher(TextStream(tokenizer, sampling.stop), end_token_ids(tokenizer), len(ids), on_text, cancelled)
+        watcher = _Watcher(tokenizer, sampling.stop, len(ids), on_text, cancelled)
         started = time.perf_counter()
-        with self.using(adapter) as model, _seeded(sampling.seed), memory_errors(LESS_MEMORY):
-            inputs = torch.tensor([ids], device=self.device)  # (1, tokens)
-            model.generate(
-                input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
-                generation_config=self._generation(tokenizer, replace(sampling, max_new_tokens=room)),
-                stopping_criteria=StoppingCriteriaList([watcher]),
-            )
-        watcher.close()
-        return Answer(
-            watcher.stream.text, watcher.finish, len(ids), watcher.new_tokens, time.perf_counter() - started, dropped
-        )
-
-    def stream(
-        self, messages: Sequence[Message], *, adapter: str | None = None, sampling: Sampling = Sampling()
-    ) -> Iterator[str]:
-        """The same answer piece by piece. Leaving the loop early ends the computation."""
-        pieces: queue.Queue[str | BaseException | None] = queue.Queue()
-        stop = threading.Event()
-
-        def compute() -> None:
-            try:
-                self.answer(messages, adapter=adapter, sampling=sampling, on_text=pieces.put, cancelled=stop.is_set)
-                pieces.put(None)
-            except BaseException as error:
-                pieces.put(error)
-
-        worker = threading.Thread(target=compute, daemon=True)
-        worker.start()
-        try:
-            while (piece := pieces.get()) is not None:
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-        finally:
-            stop.set()
-            worker.join()
+        self._generate([ids], adapter, replace(sampling, max_new_tokens=room), [watcher])
+        return watcher.answer(len(ids), time.perf_counter() - started, dropped)
 
     def answers(
         self,
@@ -235,29 +191,48 @@ class ChatModel:
         self, fits: Sequence[tuple[list[int], int, int]], adapter: str | None, sampling: Sampling
     ) -> list[Answer]:
         """Answers to what ``fitted`` gave for each of several conversations that have the same room."""
-        tokenizer = self.tokenizer(adapter)
-        ends = end_token_ids(tokenizer)
-        longest, room = max(len(ids) for ids, _, _ in fits), fits[0][2]
         started = time.perf_counter()
-        with self.using(adapter) as model, _seeded(sampling.seed), memory_errors(LESS_MEMORY):
-            pad = int(tokenizer.pad_token_id)
-            inputs = torch.tensor([[pad] * (longest - len(ids)) + ids for ids, _, _ in fits])  # (rows, tokens)
-            mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _, _ in fits])
-            output = model.generate(
-                input_ids=inputs.to(self.device),
-                attention_mask=mask.to(self.device),
-                generation_config=self._generation(tokenizer, replace(sampling, max_new_tokens=room)),
-            )
+        rows = self._generate([ids for ids, _, _ in fits], adapter, replace(sampling, max_new_tokens=fits[0][2]))
         seconds = (time.perf_counter() - started) / len(fits)
         result = []
-        for (ids, dropped, _), row in zip(fits, output[:, longest:].tolist(), strict=True):
-            watcher = _Watcher(TextStream(tokenizer), ends, 0)
+        for (ids, dropped, _), row in zip(fits, rows, strict=True):
+            watcher = _Watcher(self.tokenizer(adapter))
             for token in row:
                 if watcher.take(token):
                     break
-            watcher.close()
-            result.append(Answer(watcher.stream.text, watcher.finish, len(ids), watcher.new_tokens, seconds, dropped))
+            result.append(watcher.answer(len(ids), seconds, dropped))
         return result
+
+    def _generate(
+        self, prompts: Sequence[list[int]], adapter: str | None, sampling: Sampling, criteria: Sequence[Any] = ()
+    ) -> list[list[int]]:
+        """The tokens behind each of ``prompts``, which are padded on the left."""
+        from transformers import GenerationConfig, StoppingCriteriaList
+
+        tokenizer, longest = self.tokenizer(adapter), max(map(len, prompts))
+        draws = sampling.temperature >= COLDEST
+        # top_k=0: by default the library looks at the 50 likeliest tokens alone.
+        sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if draws else {}
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=draws,
+            repetition_penalty=sampling.repetition_penalty,
+            eos_token_id=sorted(end_token_ids(tokenizer)),
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+            **sampled,
+        )
+        pad = int(tokenizer.pad_token_id)
+        with self.using(adapter) as model, _seeded(sampling.seed), memory_errors(LESS_MEMORY):
+            inputs = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts])  # (rows, tokens)
+            mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+            output = model.generate(
+                input_ids=inputs.to(self.device),
+                attention_mask=mask.to(self.device),
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList(criteria),
+            )
+        return output[:, longest:].tolist()
 
     def fitted(
         self, messages: Sequence[Message], tokenizer: Any, max_new_tokens: int, cut_history: bool = True
@@ -292,38 +267,22 @@ class ChatModel:
             )
         return ids, first, room
 
-    def _generation(self, tokenizer: Any, sampling: Sampling) -> Any:
-        from transformers import GenerationConfig
-
-        # top_k=0: by default the library looks at the 50 likeliest tokens alone.
-        sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        draws = sampling.temperature >= COLDEST
-        return GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=draws,
-            repetition_penalty=sampling.repetition_penalty,
-            eos_token_id=sorted(end_token_ids(tokenizer)),
-            pad_token_id=tokenizer.pad_token_id,
-            use_cache=True,
-            **(sampled if draws else {}),
-        )
-
 
 class _Watcher:
     """Sees every token of one answer: hands its text on, and says when to end. A stopping criterion of ``generate``."""
 
     def __init__(
         self,
-        stream: TextStream,
-        ends: set[int],
-        prompt_tokens: int,
+        tokenizer: Any,
+        stops: Sequence[str] = (),
+        prompt_tokens: int = 0,
         on_text: Callable[[str], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> None:
-        self.stream = stream
+        self.stream = TextStream(tokenizer, stops)
         self.new_tokens = 0
         self.finish = "length"
-        self._ends, self._seen = ends, prompt_tokens
+        self._ends, self._seen = end_token_ids(tokenizer), prompt_tokens
         self._on_text, self._cancelled = on_text, cancelled
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -349,8 +308,10 @@ class _Watcher:
                 self.finish = "cancelled"
         return self.finish != "length"
 
-    def close(self) -> None:
+    def answer(self, prompt_tokens: int, seconds: float, dropped: int) -> Answer:
+        """What was said, now that no token follows."""
         self._say(self.stream.finish())
+        return Answer(self.stream.text, self.finish, prompt_tokens, self.new_tokens, seconds, dropped)
 
     def _say(self, piece: str) -> None:
         if piece and self._on_text is not None:

@@ -35,6 +35,11 @@ class APIError(Exception):
         super().__init__(message)
         self.status, self.kind, self.param, self.code = status, kind, param, code
 
+    def body(self) -> dict[str, Any]:
+        """The error in JSON types."""
+        message = str(self).encode(errors="backslashreplace").decode()  # it may quote half a surrogate pair
+        return {"error": {"message": message, "type": self.kind, "param": self.param, "code": self.code}}
+
 
 class StreamOptions(BaseModel):
     """``stream_options``."""

@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -122,30 +123,25 @@ def _answer_errors(app: FastAPI) -> None:
     """Every failure becomes a JSON body in the form of OpenAI's API."""
 
     @app.exception_handler(APIError)
-    async def refused(_: Request, error: APIError) -> JSONResponse:
-        return _error(error.status, str(error), error.kind, error.param, error.code)
-
     @app.exception_handler(UserError)
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
-        return _error(500, _public(error), "server_error", None, None)
+        return _answer(_public(error))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             message = f"the body is not valid JSON: {first['ctx']['error']}, at character {first['loc'][-1]}"
-            return _error(400, message, "invalid_request_error", None, None)
+            return _answer(APIError(message))
         if first["loc"] == ("body",):
-            message = "the body must be a JSON object, and the header Content-Type: application/json"
-            return _error(400, message, "invalid_request_error", None, None)
+            return _answer(APIError("the body must be a JSON object, and the header Content-Type: application/json"))
         param = ".".join(str(part) for part in first["loc"] if part != "body") or None
-        return _error(400, f"{param or 'the request'}: {first['msg']}", "invalid_request_error", param, None)
+        return _answer(APIError(f"{param or 'the request'}: {first['msg']}", param=param))
 
     @app.exception_handler(HTTPException)
     async def unknown_address(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        return _error(error.status_code, message, "invalid_request_error", None, None)
+        return _answer(APIError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code))
 
 
 class _Server(uvicorn.Server):
@@ -170,24 +166,19 @@ class _EventStream(StreamingResponse):
             await super().stream_response(send)
 
 
+@dataclass
 class _Job:
     """One answer, computed in a thread and read in the event loop."""
 
-    def __init__(
-        self,
-        model: ChatModel,
-        messages: list[Message],
-        name: str,
-        sampling: Sampling,
-        loop: asyncio.AbstractEventLoop,
-        closing: threading.Event,
-    ) -> None:
-        self.closing = closing
-        self.answer: Answer | None = None
-        self._model, self._messages, self._name, self._sampling = model, messages, name, sampling
-        self._loop = loop
-        self._stop = threading.Event()
-        self._queue: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
+    model: ChatModel
+    messages: list[Message]
+    name: str
+    sampling: Sampling
+    loop: asyncio.AbstractEventLoop
+    closing: threading.Event
+    answer: Answer | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+    queue: asyncio.Queue[str | BaseException | None] = field(default_factory=asyncio.Queue)
 
     async def pieces(self, request: Request) -> AsyncGenerator[str]:
         """The answer's text as it comes; ends it when the client or the reader goes away."""
@@ -195,7 +186,7 @@ class _Job:
         try:
             while True:
                 try:
-                    piece = await asyncio.wait_for(self._queue.get(), POLL_S)
+                    piece = await asyncio.wait_for(self.queue.get(), POLL_S)
                 except TimeoutError:
                     if await request.is_disconnected():
                         return
@@ -206,21 +197,21 @@ class _Job:
                     raise piece
                 yield piece
         finally:
-            self._stop.set()
+            self.stop.set()
             # The next answer's turn comes when this computation is over, even if nobody reads its end.
             await asyncio.shield(worker)
 
     def _compute(self) -> None:
         def put(item: str | BaseException | None) -> None:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
 
         try:
-            self.answer = self._model.answer(
-                self._messages,
-                adapter=self._name,
-                sampling=self._sampling,
+            self.answer = self.model.answer(
+                self.messages,
+                adapter=self.name,
+                sampling=self.sampling,
                 on_text=put,
-                cancelled=lambda: self._stop.is_set() or self.closing.is_set(),
+                cancelled=lambda: self.stop.is_set() or self.closing.is_set(),
                 cut_history=False,
             )
             put(_stopping() if self.closing.is_set() and self.answer.finish == "cancelled" else None)
@@ -246,8 +237,7 @@ async def _events(
             async for piece in pieces:
                 yield event({"content": piece})
     except Exception as error:  # the status line is gone out already
-        body = _error_body(_public(error), "server_error", None, None)
-        yield f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+        yield f"data: {json.dumps(_public(error).body(), ensure_ascii=False)}\n\n"
         if not isinstance(error, (UserError, APIError)):
             raise
         return
@@ -296,9 +286,12 @@ def _stopping() -> APIError:
     return APIError("the server is being stopped", status=503, kind="server_error")
 
 
-def _public(error: Exception) -> str:
+def _public(error: Exception) -> APIError:
     """What a client may read of an error."""
-    return str(error) if isinstance(error, (UserError, APIError)) else "the server failed; see its output"
+    if isinstance(error, APIError):
+        return error
+    message = str(error) if isinstance(error, UserError) else "the server failed; see its output"
+    return APIError(message, status=500, kind="server_error")
 
 
 def _known(name: str, names: list[str]) -> str:
@@ -328,10 +321,5 @@ def _usage(answer: Answer) -> dict[str, int]:
     }
 
 
-def _error_body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
-    message = message.encode(errors="backslashreplace").decode()  # it may quote half a surrogate pair
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def _error(status: int, message: str, kind: str, param: str | None, code: str | None) -> JSONResponse:
-    return JSONResponse(_error_body(message, kind, param, code), status_code=status)
+def _answer(error: APIError) -> JSONResponse:
+    return JSONResponse(error.body(), status_code=error.status)

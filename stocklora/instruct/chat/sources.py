@@ -212,14 +212,3 @@ def check_trained_over(folder: Path, base: Path, any_base: bool = False) -> None
             f"{folder} was trained over {facts.get('name', short)}, and {base} is another model; give --base_model the "
             f"folder of {short}{hint}"
         )
-
-
-def quantization_note(sources: Sources, quantization: str) -> str:
-    """A line to print where adapters were trained over a base in another form than the one in use; else empty."""
-    for name, folder in sources.adapters.items():
-        trained = str(training_info(folder).get("quantization") or "none").replace("-", "")
-        if trained in ("4bit", "8bit") and trained != quantization:
-            return (
-                f"note: '{name}' was trained over {trained[0]}-bit weights; --load_in_{trained} uses it as it was then"
-            )
-    return ""

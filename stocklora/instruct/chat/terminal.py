@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from stocklora.cli.console import UserError, say
 from stocklora.instruct.chat.settings import CompareSettings, InferenceSettings
-from stocklora.instruct.chat.sources import BASE, find_sources, quantization_note
+from stocklora.instruct.chat.sources import BASE, find_sources
 from stocklora.instruct.chat.text_stream import printable, without_reasoning
 from stocklora.instruct.rows.formats import Message, joined
 from stocklora.runtime.files import write_json
@@ -245,8 +245,6 @@ def compare(settings: CompareSettings) -> None:
 
         for prompt in read_prompts(settings.cases_file):
             conversations.append((prompt.messages[-1].content, list(prompt.messages)))
-    if note := quantization_note(sources, settings.quantization):
-        say(note)
     from stocklora.instruct.chat.load import load_sources
     from stocklora.instruct.chat.model import Sampling
 

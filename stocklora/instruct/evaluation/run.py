@@ -19,7 +19,6 @@ from stocklora.instruct.chat.sources import (
     find_sources,
     is_adapter,
     last_part,
-    quantization_note,
     trained_base,
 )
 from stocklora.instruct.evaluation.bootstrap import Resampler
@@ -70,8 +69,6 @@ def evaluate(settings: EvaluateSettings) -> Path:
     say(f"scoring {len(held_out.records)} rows: {held_out.note}")
     if len(held_out.records) < held_out.available:
         say(f"(of {held_out.available}, each kind in its share)")
-    if note := quantization_note(sources, settings.quantization):
-        say(note)
     predictions, base_name = _predictions(settings, sources, held_out.records)
     results = summarize(held_out.records, predictions, settings.resamples, settings.seed)
     content = {
