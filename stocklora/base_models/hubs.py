@@ -16,8 +16,8 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,52 +139,49 @@ def fetch_from_huggingface(
     Raises:
         UserError: no network, no such model or revision, no access, disk full, wrong hash.
     """
-    from huggingface_hub import HfApi, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub import HfApi
     from huggingface_hub.utils import logging as hub_logging
 
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # what goes wrong is said once, by us
     try:
-        with readable_hub_errors(model, revision):
+        with readable_errors(lambda error: hub_fault(error, model, revision)):
             info = HfApi(endpoint=mirror).model_info(model, revision=revision, files_metadata=True, timeout=30)
+            commit = info.sha or revision or "main"
             remote = [
-                RemoteFile(
-                    item.rfilename, item.size, item.lfs.sha256 if item.lfs else None, None if item.lfs else item.blob_id
-                )
+                RemoteFile(item.rfilename, item.size, item.lfs.sha256 if item.lfs else None, item.blob_id)
                 for item in info.siblings or []
             ]
-            commit = info.sha or revision or "main"
             files = select_files(remote, model, trust_remote_code=trust_remote_code)
-            headers = build_hf_headers() | {"accept-encoding": "identity"}
-            urls = {file.path: hf_hub_url(model, file.path, revision=commit, endpoint=mirror) for file in files}
-            files = [file if file.size is not None else sized(file, urls[file.path], mirror) for file in files]
-            claim_folder(folder, {"source": "huggingface", "model": model, "commit": commit})
-            missing = [file for file in files if not (folder / file.path).is_file()]
-            ensure_free_space(folder, sum(bytes_to_go(folder / file.path, file) for file in missing))
-            say(
-                f"fetching {model} at {commit[:12]}: {len(files)} files, "
-                f"{gigabytes(sum(file.size or 0 for file in files))}"
-            )
-            for file in missing:
-                download(urls[file.path], folder / file.path, file, headers)
+            files = fetch_files(files, folder, model, commit, mirror)
         keep_only(folder, files)
     finally:
         hub_logging.set_verbosity(verbosity)
-    card = info.card_data
-    return {
-        "license": card.get("license") if card else None,
-        "revision": revision or "main",
-        "commit": commit,
-        "endpoint": mirror,
-    }
+    license_name = info.card_data.get("license") if info.card_data else None
+    return {"license": license_name, "revision": revision or "main", "commit": commit, "endpoint": mirror}
 
 
-def sized(file: RemoteFile, url: str, mirror: str | None) -> RemoteFile:
-    """``file`` with the size that a HEAD request tells, for mirrors whose listing leaves it out."""
-    from huggingface_hub import get_hf_file_metadata
+def fetch_files(
+    files: Sequence[RemoteFile], folder: Path, model: str, commit: str, mirror: str | None
+) -> list[RemoteFile]:
+    """Download what ``folder`` does not have yet of ``files``; returns them with the sizes that a mirror left out."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
 
-    return RemoteFile(file.path, get_hf_file_metadata(url, endpoint=mirror).size, file.sha256, file.git_oid)
+    urls = {file.path: hf_hub_url(model, file.path, revision=commit, endpoint=mirror) for file in files}
+    files = [
+        file if file.size is not None else replace(file, size=get_hf_file_metadata(url, endpoint=mirror).size)
+        for file, url in zip(files, urls.values(), strict=True)
+    ]
+    claim_folder(folder, {"source": "huggingface", "model": model, "commit": commit})
+    missing = [file for file in files if not (folder / file.path).is_file()]
+    ensure_free_space(folder, sum(bytes_to_go(folder / file.path, file) for file in missing))
+    total = sum(file.size or 0 for file in files)
+    say(f"fetching {model} at {commit[:12]}: {len(files)} files, {gigabytes(total)}")
+    headers = build_hf_headers() | {"accept-encoding": "identity"}
+    for file in missing:
+        download(urls[file.path], folder / file.path, file, headers)
+    return files
 
 
 def part_of(target: Path) -> Path:
@@ -206,13 +203,9 @@ def download(url: str, target: Path, file: RemoteFile, headers: dict[str, str]) 
         part.unlink()
     with part.open("ab") as stream:
         http_get(
-            url,
-            stream,
-            resume_size=part.stat().st_size,
-            headers=headers,
-            expected_size=file.size,
+            url, stream, resume_size=part.stat().st_size, headers=headers, expected_size=file.size,
             displayed_filename=file.path,
-        )
+        )  # fmt: skip
     expected, got = expected_hash(part, file)
     if expected != got:
         part.unlink()
@@ -230,62 +223,55 @@ def expected_hash(path: Path, file: RemoteFile) -> tuple[str | None, str | None]
     return None, None
 
 
-@contextlib.contextmanager
-def readable_hub_errors(model: str, revision: str | None) -> Iterator[None]:
-    """Turn what the hub library raises into one line that says what to do."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def hub_fault(error: Exception, model: str, revision: str | None) -> str | None:
+    """What an error of the hub library means and what to do, in one line; None for a fault of our own."""
+    from huggingface_hub import errors
 
+    detail = one_line(str(error))[:200]
     # The hub's HTTP library has changed its name twice; its base error is the first base of the hub's own.
-    transport_error: type[Exception] = HfHubHTTPError.__mro__[1]
-    gated = (
-        f"no access to {model}: it is gated or private; accept its terms on the hub's page, then set HF_TOKEN "
-        "to a token that may read it"
-    )
-    try:
-        yield
-    except GatedRepoError as error:
-        raise UserError(gated) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
+    transport_error: type[Exception] = errors.HfHubHTTPError.__mro__[1]
+    if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
+        return (
             f"no model '{model}' on this hub (names are ORG/NAME, such as Qwen/Qwen3-0.6B); if it is "
             "private or gated, set HF_TOKEN to a token that may read it"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{model} has no revision '{revision}'; leave --revision out for the main branch") from error
-    except HFValidationError as error:
-        raise UserError(f"'{model}' is not a model name: {error}") from error
-    except OfflineModeIsEnabled as error:
-        raise UserError("HF_HUB_OFFLINE is set: unset it to download") from error
-    except HfHubHTTPError as error:
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{model} has no revision '{revision}'; leave --revision out for the main branch"
+    if isinstance(error, errors.HFValidationError):
+        return f"'{model}' is not a model name: {error}"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set: unset it to download"
+    if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code if error.response is not None else 0
-        if status in (401, 403):
-            raise UserError(gated) from error
+        if isinstance(error, errors.GatedRepoError) or status in (401, 403):
+            return (
+                f"no access to {model}: it is gated or private; accept its terms on the hub's page, then set HF_TOKEN "
+                "to a token that may read it"
+            )
         if status == 404:
-            raise UserError(
-                f"the hub answered 404 for {model}: {one_line(str(error))[:200]}; check --mirror"
-            ) from error
-        raise UserError(f"the hub answered {status} for {model}; wait a little and {AGAIN}") from error
-    except transport_error as error:
-        raise UserError(unreachable(error)) from error
-    except ValueError as error:  # a login page of some network, or a mirror that is none
-        detail = one_line(str(error))[:200]
-        raise UserError(f"what answers is not a model hub ({detail}); check the network and --mirror") from error
-    except OSError as error:
-        raise UserError(
-            out_of_space(error) or f"the download of {model} broke off ({one_line(str(error))[:200]}); {AGAIN}"
-        ) from error
+            return f"the hub answered 404 for {model}: {detail}; check --mirror"
+        return f"the hub answered {status} for {model}; wait a little and {AGAIN}"
+    if isinstance(error, transport_error):
+        reason = f"{type(error).__name__}: {detail}"
+        return f"the model hub cannot be reached ({reason}); check the network and {AGAIN}; {ELSEWHERE}"
+    if isinstance(error, ValueError):  # a login page of some network, or a mirror that is none
+        return f"what answers is not a model hub ({detail}); check the network and --mirror"
+    if isinstance(error, OSError):
+        return out_of_space(error) or f"the download of {model} broke off ({detail}); {AGAIN}"
+    return None
 
 
-def unreachable(error: BaseException) -> str:
-    reason = f"{type(error).__name__}: {one_line(str(error))[:200]}"
-    return f"the model hub cannot be reached ({reason}); check the network and {AGAIN}; {ELSEWHERE}"
+@contextlib.contextmanager
+def readable_errors(explain: Callable[[Exception], str | None]) -> Iterator[None]:
+    """Turn errors of a hub's library into the lines that ``explain`` has for them; the others pass."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (message := explain(error)) is None:
+            raise
+        raise UserError(message) from error
 
 
 def out_of_space(error: BaseException) -> str | None:
@@ -315,7 +301,7 @@ def fetch_from_modelscope(
         ) from None
     endpoint = {"endpoint": mirror} if mirror else {}
     branch = revision or "master"
-    with quiet_unless_terminal(), readable_modelscope_errors(model, revision):
+    with quiet_unless_terminal(), readable_errors(lambda error: modelscope_fault(error, model, revision)):
         listing = hub_api(**endpoint).get_model_files(model, revision=branch, recursive=True)
         remote = [
             RemoteFile(item["Path"], item.get("Size"), item.get("Sha256"))
@@ -342,35 +328,27 @@ def fetch_from_modelscope(
     return {"license": None, "revision": branch, "endpoint": mirror}
 
 
-@contextlib.contextmanager
-def readable_modelscope_errors(model: str, revision: str | None) -> Iterator[None]:
-    """Turn what the ``modelscope`` package raises, by HTTP status where it has one, into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        chain: list[BaseException] = [error]
-        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-            chain.append(cause)
-        # A failed snapshot says only how many files failed; why stands with each file.
-        chain += [item for link in list(chain) for item in getattr(link, "failed_files", {}).values()]
-        statuses = [
-            getattr(link, "status_code", None) or getattr(getattr(link, "response", None), "status_code", None)
-            for link in chain
-        ]
-        status = next((value for value in statuses if value), None)
-        if any(out_of_space(link) for link in chain):
-            message = f"the disk is full; make room, then {AGAIN}"
-        elif status in (401, 403):
-            message = f"no access to {model} on ModelScope; set MODELSCOPE_API_TOKEN to a token that may read it"
-        elif status == 404:
-            asked = f" at revision '{revision}'" if revision else ""
-            message = f"no model '{model}'{asked} on ModelScope (names are ORG/NAME, such as Qwen/Qwen3-0.6B)"
-        else:
-            detail = one_line(str(chain[-1]) or str(error))[:200]
-            message = f"the download of {model} from ModelScope failed ({detail}); {AGAIN}"
-        raise UserError(message) from error
+def modelscope_fault(error: Exception, model: str, revision: str | None) -> str:
+    """What an error of the ``modelscope`` package means, by HTTP status where it has one, in one line."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    # A failed snapshot says only how many files failed; why stands with each file.
+    chain += [item for link in list(chain) for item in getattr(link, "failed_files", {}).values()]
+    statuses = [
+        getattr(link, "status_code", None) or getattr(getattr(link, "response", None), "status_code", None)
+        for link in chain
+    ]
+    status = next((value for value in statuses if value), None)
+    if full := next(filter(None, map(out_of_space, chain)), None):
+        return full
+    if status in (401, 403):
+        return f"no access to {model} on ModelScope; set MODELSCOPE_API_TOKEN to a token that may read it"
+    if status == 404:
+        asked = f" at revision '{revision}'" if revision else ""
+        return f"no model '{model}'{asked} on ModelScope (names are ORG/NAME, such as Qwen/Qwen3-0.6B)"
+    detail = one_line(str(chain[-1]) or str(error))[:200]
+    return f"the download of {model} from ModelScope failed ({detail}); {AGAIN}"
 
 
 @contextlib.contextmanager

