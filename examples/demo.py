@@ -33,13 +33,10 @@ def run(settings: DemoSettings) -> None:
     sources = find_sources(settings.base_model, [settings.model_path], settings.any_base)  # before seconds of imports
     from stocklora.instruct.chat.load import load_sources
     from stocklora.instruct.chat.model import Sampling
-    from stocklora.instruct.chat.terminal import QUESTIONS, ask_all, chat
+    from stocklora.instruct.chat.terminal import ask_questions, chat
 
-    model, sampling = load_sources(sources, settings), Sampling.of(settings)
-    if settings.mode == "batch":
-        ask_all(model, QUESTIONS, adapter=None, sampling=sampling)
-    else:
-        chat(model, adapter=None, sampling=sampling)
+    answer = ask_questions if settings.mode == "batch" else chat
+    answer(load_sources(sources, settings), None, Sampling.of(settings))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from rich.table import Table
 
 PROJECT = Path(__file__).resolve().parents[2]
 EXIT_USER_ERROR = 2
@@ -111,19 +112,23 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
     from rich.text import Text
 
     table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    on_terminal = sys.stdout.isatty()
+    folded = sys.stdout.isatty()
     for index, name in enumerate(header):
-        table.add_column(
-            Text(name), justify="left" if index == 0 else "right", no_wrap=not on_terminal, overflow="fold"
-        )
+        table.add_column(Text(name), justify="left" if index == 0 else "right", no_wrap=not folded, overflow="fold")
     for row in rows:
         # Text, not str: "[AAPL]" is a cell, not a style
         table.add_row(*[Text(str(cell)) for cell in row])
-    if on_terminal:
+    draw(table, max(160, Console(width=100_000).measure(table).maximum, len(title)))
+
+
+def draw(table: Table, width: int) -> None:
+    """Print a table as wide as the terminal; where the output is none, in ``width`` columns."""
+    from rich.console import Console
+
+    if sys.stdout.isatty():
         Console().print(table)
         return
-    needed = Console(width=100_000).measure(table).maximum
-    console = Console(width=max(160, needed, len(title)))
+    console = Console(width=width)
     with console.capture() as capture:
         console.print(table)
     # logs and copied text want no blanks at the ends of lines

@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
         UserError: the folder cannot be written, the disk is full, or ``path`` is a folder.
     """
     path = Path(path)
-    with _write_errors(path):
+    with write_errors(path):
         target = Path(os.path.realpath(path)) if path.is_symlink() else path
         is_special = target.exists() and not target.is_file()
         if target.is_dir():
@@ -58,7 +58,7 @@ def replacing(path: Path) -> Iterator[Path]:
             if _disk_is_full(temporary, error):
                 raise UserError(f"cannot write {path}: the disk is full; free some space") from error
             raise
-        with _write_errors(path):
+        with write_errors(path):
             if is_special:
                 with temporary.open("rb") as source, target.open("wb") as sink:
                     shutil.copyfileobj(source, sink)
@@ -72,7 +72,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write ``path`` into a ``UserError``."""
     try:
         yield
     except OSError as error:

@@ -391,9 +391,11 @@ def test_base_and_tuned_stand_side_by_side(chat_model, adapters, repo_root, in_f
 
 
 def test_a_terminal_is_not_told_what_to_do_by_an_answer(capsys) -> None:
-    from stocklora.instruct.chat.terminal import Pair, print_pair
+    from stocklora.instruct.chat.model import Answer
+    from stocklora.instruct.chat.terminal import print_answers
 
-    print_pair(Pair("a\x1b[2Jb", "c\x1b]0;t\x07d", "e\x9bf", (1.0, 1.0), (False, False)), "1/1", "base", "tuned")
+    said = {"base": "c\x1b]0;t\x07d", "tuned": "e\x9bf"}
+    print_answers("a\x1b[2Jb", {name: Answer(text, "stop", 1, 1, 1.0) for name, text in said.items()})
     out = capsys.readouterr().out
     assert {"\x1b", "\x07", "\x9b"}.isdisjoint(out)
     assert "a\ufffd[2Jb" in out

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stocklora.cli.console import UserError, progress, say, warn
 from stocklora.instruct.chat.model import Answer, ChatModel, Sampling
-from stocklora.instruct.chat.sources import TRAINING_INFO
+from stocklora.instruct.chat.sources import ADAPTER_WEIGHTS, TRAINING_INFO, first_file
 from stocklora.instruct.chat.text_stream import holds_no_character, without_reasoning
 from stocklora.instruct.rows.formats import Message, parse_row
-from stocklora.runtime.files import as_json_types, sha256_of
+from stocklora.runtime.files import as_json_types, sha256_of, write_errors
 
 PLACEHOLDER = "-"  # stands for the answer that a prompt does not have yet
 
@@ -141,8 +142,7 @@ def recipe(model: ChatModel, adapter: str | None, sampling: Sampling) -> dict[st
 def _trained_weights(model: ChatModel, adapter: str | None) -> str | None:
     """Tells one training from the next into the same folder: a digest of the adapter, or of a whole model's record."""
     folder = model.folders.get(model.adapter_or_base(adapter))
-    names = ("adapter_model.safetensors", "adapter_model.bin", TRAINING_INFO)
-    path = next((folder / name for name in names if (folder / name).is_file()), None) if folder else None
+    path = first_file(folder, *ADAPTER_WEIGHTS, TRAINING_INFO) if folder else None
     return sha256_of(path)[:16] if path else None
 
 
@@ -203,31 +203,22 @@ def answered(output: Path, made_by: Mapping[str, Any]) -> dict[str, tuple[Messag
     return asked
 
 
-class appending:
+@contextmanager
+def appending(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """A file to which whole JSON lines are added; ``with appending(path) as write: write(row)``."""
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("ab", buffering=0)  # one write a line
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Any:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = self.path.open("ab", buffering=0)  # one write a line
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from None
-        return self._write
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-
-    def _write(self, row: Mapping[str, Any]) -> None:
+    def write(row: Mapping[str, Any]) -> None:
         text = json.dumps(as_json_types(row), ensure_ascii=False, allow_nan=False)
         line = text.encode(errors="backslashreplace") + b"\n"  # half a surrogate pair stays the escape that it was
-        try:
-            self._stream.write(line)
-            os.fsync(self._stream.fileno())
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from None
+        with write_errors(path):
+            stream.write(line)
+            os.fsync(stream.fileno())
+
+    with stream:
+        yield write
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:

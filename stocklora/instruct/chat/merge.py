@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stocklora.base_models.folders import (
-    check_empty,
-    check_files,
-    copy_companions,
-    describe_model,
-    made_whole,
-)
+from stocklora.base_models.folders import check_empty, check_files, copy_companions, describe_model, made_whole
 from stocklora.cli.console import UserError, one_line, print_table, say
 from stocklora.instruct.chat.load import load_chat_model
-from stocklora.instruct.chat.model import ChatModel, Sampling
+from stocklora.instruct.chat.model import ChatModel
 from stocklora.instruct.chat.settings import InferenceSettings
 from stocklora.instruct.chat.sources import BASE, TRAINING_INFO, Sources, training_info
 from stocklora.instruct.chat.terminal import QUESTIONS
@@ -53,48 +49,75 @@ def merge_adapter(sources: Sources, settings: InferenceSettings) -> None:
     """
     out = settings.merge
     assert out is not None
+    name = _chosen(sources, settings)
+    check_empty(out, "--merge")
+    folder = sources.adapters[name]
+    load = partial(
+        load_chat_model, device=settings.device, dtype="float32", trust_remote_code=settings.trust_remote_code
+    )
+    chat = load(sources.base, {name: folder})
+    before, start = reading(chat, name), reading(chat, BASE)
+    stored = _stored_dtype(sources.base, settings)
+    merge_weights(chat, folder)
+    check_same(before.logits, logits_of(chat, name), torch.float32, f"{folder} cannot be merged; use it as it is")
+    size = _save(chat, name, sources, out, stored)
+    del chat
+    gc.collect()
+    say(f"merged: '{name}' into the unquantized {sources.base_name}, stored as {str(stored).removeprefix('torch.')}")
+    say(f"model: {out} ({size / 1e6:,.1f} MB)")
+    after = reading(load(out), BASE)
+    report(before, start, after)
+    check_same(before.logits, after.logits, stored, f"do not use {out}")
+
+
+def _chosen(sources: Sources, settings: InferenceSettings) -> str:
+    """The name of the adapter to merge."""
+    names = ", ".join(sources.adapters)
     if not sources.adapters:
         raise UserError(f"{sources.base} is a whole model already: there is nothing to merge")
     if settings.adapter is None and len(sources.adapters) > 1:
-        raise UserError(f"--merge takes one adapter; choose with --adapter: {', '.join(sources.adapters)}")
+        raise UserError(f"--merge takes one adapter; choose with --adapter: {names}")
     name = settings.adapter or next(iter(sources.adapters))
     if name not in sources.adapters:
-        raise UserError(f"no adapter '{name}' to merge; there are: {', '.join(sources.adapters)}")
-    check_empty(out, "--merge")
-    folder = sources.adapters[name]
+        raise UserError(f"no adapter '{name}' to merge; there are: {names}")
+    return name
 
-    def load(base: Path, adapters: dict[str, Path]) -> ChatModel:
-        return load_chat_model(base, adapters, "none", settings.device, "float32", settings.trust_remote_code)
 
-    chat = load(sources.base, {name: folder})
-    before = reading(chat, name)
-    start = reading(chat, BASE)
-    stored = _stored_dtype(sources.base, settings)
+def merge_weights(chat: ChatModel, folder: Path) -> None:
+    """Make of the only adapter and its base one plain model; ``folder`` is where the adapter came from."""
     untie(chat.model.get_base_model())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of weights that are no longer tied
-            merged = chat.model.merge_and_unload(safe_merge=True)  # refuses weights that are not finite
+            chat.model = chat.model.merge_and_unload(safe_merge=True)  # refuses weights that are not finite
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"cannot merge {folder}: {one_line(str(error))[:300]}") from None
-    chat.model = merged
-    check_same(before.logits, logits_of(chat, name), torch.float32, f"{folder} cannot be merged; use it as it is")
-    with made_whole(out) as unfinished:
+
+
+def _save(chat: ChatModel, name: str, sources: Sources, out: Path, stored: torch.dtype) -> int:
+    """Write the merged model and all that goes with it; its size in bytes."""
+    from transformers import GenerationConfig
+
+    with contextlib.suppress(OSError):
         # Not the empty settings with which we generate: what the base's maker recommends.
-        merged.generation_config = _generation_of(sources.base) or merged.generation_config
-        merged.to(stored).save_pretrained(unfinished)
+        chat.model.generation_config = GenerationConfig.from_pretrained(sources.base)
+    folder = sources.adapters[name]
+    record = {
+        **training_info(folder),
+        "base_model": {**describe_model(sources.base), "path": str(sources.base)},
+        "merged_from": {
+            "adapter": folder.name,
+            "sha256": sha256_of(next(folder.glob("adapter_model.*"))),
+            "stored_as": str(stored).removeprefix("torch."),
+        },
+    }
+    with made_whole(out) as unfinished:
+        chat.model.to(stored).save_pretrained(unfinished)
         chat.tokenizer(name).save_pretrained(unfinished)
         copy_companions(sources.base, unfinished)
-        write_json(unfinished / TRAINING_INFO, _record(folder, sources, str(stored).removeprefix("torch.")))
+        write_json(unfinished / TRAINING_INFO, record)
         check_files(unfinished, shown=out, command="python inference_lora.py --merge")
-        size = sum(path.stat().st_size for path in unfinished.iterdir())
-    del merged, chat
-    gc.collect()
-    say(f"merged: '{name}' into the unquantized {sources.base_name}, stored as {str(stored).removeprefix('torch.')}")
-    say(f"model: {out} ({size / 1e6:,.1f} MB)")
-    after = reading(load(out, {}), BASE)
-    report(before, start, after)
-    check_same(before.logits, after.logits, stored, f"do not use {out}")
+        return sum(path.stat().st_size for path in unfinished.iterdir())
 
 
 def untie(network: Any) -> None:
@@ -127,14 +150,8 @@ def reading(model: ChatModel, adapter: str) -> Reading:
     """Logits of every token of the built-in questions, and the greedy answers to them."""
     with model.using(adapter):
         logits = logits_of(model, adapter)
-    answers = [
-        answer.text
-        for text in QUESTIONS
-        for answer in [
-            model.answer([Message("user", text)], adapter=adapter, sampling=Sampling(max_new_tokens=VERIFY_TOKENS))
-        ]
-    ]
-    return Reading(logits, answers)
+    asked = [[Message("user", text)] for text in QUESTIONS]
+    return Reading(logits, [model.reply(it, adapter=adapter, max_new_tokens=VERIFY_TOKENS) for it in asked])
 
 
 @torch.inference_mode()
@@ -177,25 +194,4 @@ def _stored_dtype(base: Path, settings: InferenceSettings) -> torch.dtype:
 
     if settings.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
-    stored: Any = getattr(AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code), "dtype", None)
-    stored = getattr(torch, stored, None) if isinstance(stored, str) else stored
-    return stored if isinstance(stored, torch.dtype) else torch.float32
-
-
-def _generation_of(base: Path) -> Any:
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(base)
-    except OSError:
-        return None
-
-
-def _record(folder: Path, sources: Sources, dtype: str) -> dict[str, Any]:
-    """``training_info.json`` of the merged model: the adapter's, and where it came from."""
-    weights = next(iter(sorted(folder.glob("adapter_model.*"))))
-    return {
-        **training_info(folder),
-        "base_model": {**describe_model(sources.base), "path": str(sources.base)},
-        "merged_from": {"adapter": folder.name, "sha256": sha256_of(weights), "stored_as": dtype},
-    }
+    return AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code).dtype or torch.float32

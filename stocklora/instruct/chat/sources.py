@@ -13,6 +13,7 @@ from stocklora.base_models.folders import check_model_folder, check_weight_file,
 from stocklora.cli.console import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINING_INFO = "training_info.json"
 BASE = "none"  # the name under which the chat and the server know the base without an adapter
 BASE_NAMES = (BASE, "base")
@@ -105,14 +106,14 @@ def is_adapter(folder: Path) -> bool:
         UserError: a checkpoint's parent, or an adapter folder that was not written to its end.
     """
     if (folder / ADAPTER_CONFIG).is_file():
-        if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        weights = first_file(folder, *ADAPTER_WEIGHTS)
+        if weights is None:
             raise UserError(
                 f"{folder} has {ADAPTER_CONFIG} and no adapter_model.safetensors: it was not copied or written to its "
                 f"end; copy it again, or train again"
             )
         try:
-            if (folder / "adapter_model.safetensors").is_file():
-                check_weight_file(folder / "adapter_model.safetensors")
+            check_weight_file(weights)
         except (OSError, ValueError) as error:
             raise UserError(f"the adapter in {folder} is not whole: {error}; copy it again, or train again") from None
         return True
@@ -121,6 +122,11 @@ def is_adapter(folder: Path) -> bool:
         hint = f"; there is a checkpoint in it: {checkpoints[-1]}" if checkpoints else f"; train: {TRAIN_COMMAND}"
         raise UserError(f"{folder} holds neither an adapter ({ADAPTER_CONFIG}) nor a model (config.json){hint}")
     return False
+
+
+def first_file(folder: Path, *names: str) -> Path | None:
+    """The first of ``names`` that is a file in ``folder``."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def training_info(folder: Path) -> dict[str, Any]:

@@ -6,15 +6,12 @@ import contextlib
 import io
 import os
 import select
-import shutil
 import stat
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from stocklora.cli.console import UserError, say
+from stocklora.cli.console import UserError, draw, say
 from stocklora.instruct.chat.settings import CompareSettings, InferenceSettings
 from stocklora.instruct.chat.sources import BASE, find_sources
 from stocklora.instruct.chat.text_stream import printable, without_reasoning
@@ -53,38 +50,24 @@ def talk(model: ChatModel, settings: InferenceSettings, adapter: str | None, sam
         UserError: the prompt is empty.
     """
     if settings.chat:
-        chat(model, adapter=adapter, sampling=sampling, system=settings.system)
+        chat(model, adapter, sampling, settings.system)
         return
-    prompt = (read_stdin() or "") if settings.prompt == "-" else settings.prompt
+    prompt = piped_text() if settings.prompt is None else settings.prompt
     if prompt is None:
-        prompt = piped_text()
-    if prompt is None:
-        ask_all(model, QUESTIONS, adapter=adapter, sampling=sampling, system=settings.system)
+        ask_questions(model, adapter, sampling, settings.system)
         return
+    if settings.prompt == "-":
+        prompt = read_stdin()
     if not prompt.strip():
         raise UserError("the prompt is empty; give some text after --prompt")
-    ask(model, prompt, adapter=adapter, sampling=sampling, system=settings.system)
+    print_answer(model, [*opening(settings.system), Message("user", prompt)], adapter, sampling)
 
 
-def ask(
-    model: ChatModel, question: str, *, adapter: str | None, sampling: Sampling, system: str | None = None
-) -> Answer:
-    """Print the answer to one question as it comes."""
-    return print_answer(model, [*opening(system), Message("user", question)], adapter, sampling)
-
-
-def ask_all(
-    model: ChatModel,
-    questions: Sequence[str],
-    *,
-    adapter: str | None,
-    sampling: Sampling,
-    system: str | None = None,
-) -> None:
-    """Each question with its answer below it."""
-    for number, question in enumerate(questions, start=1):
-        say(f"{'' if number == 1 else chr(10)}[{number}/{len(questions)}] {question}")
-        ask(model, question, adapter=adapter, sampling=sampling, system=system)
+def ask_questions(model: ChatModel, adapter: str | None, sampling: Sampling, system: str | None = None) -> None:
+    """Each of ``QUESTIONS`` with its answer below it."""
+    for number, question in enumerate(QUESTIONS, start=1):
+        say(f"{'' if number == 1 else chr(10)}[{number}/{len(QUESTIONS)}] {question}")
+        print_answer(model, [*opening(system), Message("user", question)], adapter, sampling)
 
 
 def opening(system: str | None) -> list[Message]:
@@ -118,11 +101,8 @@ def print_answer(model: ChatModel, messages: Sequence[Message], adapter: str | N
     return answer
 
 
-def chat(model: ChatModel, *, adapter: str | None, sampling: Sampling, system: str | None = None) -> None:
-    """Talk until /exit or the end of the input.
-
-    An answer that is too long for the context, or interrupted, leaves the conversation as it was.
-    """
+def chat(model: ChatModel, adapter: str | None, sampling: Sampling, system: str | None = None) -> None:
+    """Talk until /exit or the end of the input. A question without an answer leaves the conversation as it was."""
     current = model.adapter_or_base(adapter)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # line editing and history, where there is one
@@ -137,38 +117,47 @@ def chat(model: ChatModel, *, adapter: str | None, sampling: Sampling, system: s
         except EOFError:
             say()
             return
-        if not line:
-            continue
-        if line.startswith("/"):
-            command, _, argument = line.partition(" ")
-            argument = argument.strip()
-            if command in ("/exit", "/quit"):
-                return
-            if command == "/reset":
-                history = opening(system)
-                say("The conversation begins anew.")
-            elif command == "/adapters":
-                say("\n".join(f"{'*' if name == current else ' '} {name}" for name in [*model.adapters, BASE]))
-            elif command == "/adapter":
-                try:
-                    if not argument:
-                        raise UserError(f"which one? {', '.join([*model.adapters, BASE])}")
-                    current = model.adapter_or_base(argument)
-                    say(f"From here on {described(model, current)} answers; the conversation goes on.")
-                except UserError as error:
-                    say(str(error))
-            else:
-                say(HELP if command == "/help" else f"No command {command}.\n{HELP}")
-            continue
-        question = Message("user", line)
+        command, _, argument = line.partition(" ")
+        if command in ("/exit", "/quit"):
+            return
+        if command == "/reset":
+            history = opening(system)
+            say("The conversation begins anew.")
+        elif line.startswith("/"):
+            current = _obey(command, argument.strip(), model, current)
+        elif line:
+            history += _ask(model, [*history, Message("user", line)], current, sampling)
+
+
+def _obey(command: str, argument: str, model: ChatModel, current: str) -> str:
+    """Do what a command says; the adapter that is in use after it."""
+    names = [*model.adapters, BASE]
+    if command == "/adapters":
+        say("\n".join(f"{'*' if name == current else ' '} {name}" for name in names))
+    elif command == "/adapter":
         try:
-            answer = print_answer(model, [*history, question], current, sampling)
+            if not argument:
+                raise UserError(f"which one? {', '.join(names)}")
+            current = model.adapter_or_base(argument)
+            say(f"From here on {described(model, current)} answers; the conversation goes on.")
         except UserError as error:
             say(str(error))
-        except KeyboardInterrupt:
-            say("\n(interrupted; the question is forgotten)")
-        else:
-            history += [question, Message("assistant", without_reasoning(answer.text))]
+    else:
+        say(HELP if command == "/help" else f"No command {command}.\n{HELP}")
+    return current
+
+
+def _ask(model: ChatModel, messages: Sequence[Message], adapter: str, sampling: Sampling) -> list[Message]:
+    """The question that ends ``messages``, and its answer; nothing where it was interrupted or cannot be answered."""
+    try:
+        answer = print_answer(model, messages, adapter, sampling)
+    except UserError as error:
+        say(str(error))
+    except KeyboardInterrupt:
+        say("\n(interrupted; the question is forgotten)")
+    else:
+        return [messages[-1], Message("assistant", without_reasoning(answer.text))]
+    return []
 
 
 def described(model: ChatModel, adapter: str) -> str:
@@ -210,17 +199,6 @@ def read_stdin() -> str:
 # ---------------------------------------------------------------------------------------------- base and tuned
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One case and both answers to it; ``cut`` tells of each whether it was cut at the token limit."""
-
-    case: str
-    base: str
-    tuned: str
-    seconds: tuple[float, float]
-    cut: tuple[bool, bool]
-
-
 def compare(settings: CompareSettings) -> None:
     """Answer every case with both models, print the answers beside each other, and write them where that is wanted.
 
@@ -237,74 +215,57 @@ def compare(settings: CompareSettings) -> None:
         raise UserError(
             f"{settings.adapter_path} is a whole model; to compare it with its base use training/evaluate.py"
         )
-    cases = settings.test_cases or ([] if settings.cases_file else list(DEFAULT_CASES))
+    conversations = _conversations(settings)
+    from stocklora.instruct.chat.load import load_sources
+    from stocklora.instruct.chat.model import Sampling
+
+    model = load_sources(sources, settings)
+    sampling, rows = Sampling.of(settings), []
+    for number, (case, messages) in enumerate(conversations, start=1):
+        base, tuned = (model.answer(messages, adapter=name, sampling=sampling) for name in (BASE, "tuned"))
+        answers = {f"base: {model.base_name}": base, f"tuned: {settings.adapter_path}": tuned}
+        print_answers(f"[{number}/{len(conversations)}] {case}", answers)
+        rows.append(
+            {
+                "case": case,
+                "base": without_reasoning(base.text),
+                "tuned": without_reasoning(tuned.text),
+                "base_seconds": round(base.seconds, 3),
+                "tuned_seconds": round(tuned.seconds, 3),
+            }
+        )
+    if settings.output is not None:
+        content = {"base_model": model.base_name, "adapter": str(settings.adapter_path), "answers": rows}
+        write_json(settings.output, content)
+        say(f"answers: {settings.output}")
+
+
+def _conversations(settings: CompareSettings) -> list[tuple[str, list[Message]]]:
+    """Each case, and the messages to ask it with."""
+    cases = settings.test_cases or ([] if settings.cases_file else DEFAULT_CASES)
     instruction = settings.instruction
     conversations = [(case, [Message("user", joined(instruction, case) if instruction else case)]) for case in cases]
     if settings.cases_file is not None:
         from stocklora.instruct.chat.batch import read_prompts
 
-        for prompt in read_prompts(settings.cases_file):
-            conversations.append((prompt.messages[-1].content, list(prompt.messages)))
-    from stocklora.instruct.chat.load import load_sources
-    from stocklora.instruct.chat.model import Sampling
-
-    model = load_sources(sources, settings)
-    sampling = Sampling.of(settings)
-    pairs = []
-    for number, (case, messages) in enumerate(conversations, start=1):
-        base, tuned = (model.answer(messages, adapter=name, sampling=sampling) for name in (BASE, "tuned"))
-        pairs.append(
-            Pair(
-                case,
-                without_reasoning(base.text),
-                without_reasoning(tuned.text),
-                (base.seconds, tuned.seconds),
-                (base.finish == "length", tuned.finish == "length"),
-            )
-        )
-        print_pair(
-            pairs[-1], f"{number}/{len(conversations)}", f"base: {model.base_name}", f"tuned: {settings.adapter_path}"
-        )
-    if settings.output is not None:
-        write_pairs(pairs, settings.output, model.base_name, settings)
-        say(f"answers: {settings.output}")
+        prompts = read_prompts(settings.cases_file)
+        conversations += [(prompt.messages[-1].content, list(prompt.messages)) for prompt in prompts]
+    return conversations
 
 
-def print_pair(pair: Pair, number: str, base: str, tuned: str) -> None:
-    """Two columns, as wide as the terminal; words wrap, nothing is cut."""
+def print_answers(title: str, answers: Mapping[str, Answer]) -> None:
+    """A column for each name, as wide as the terminal; words wrap, nothing is cut."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    case, *answers = map(printable, (pair.case, pair.base, pair.tuned))
-    on_terminal = sys.stdout.isatty()
-    width = shutil.get_terminal_size((PAGE_WIDTH, 24)).columns if on_terminal else PAGE_WIDTH
-    table = Table(
-        title=Text(f"[{number}] {case}"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, width=width
-    )
-    for name, seconds in zip((base, tuned), pair.seconds, strict=True):
-        table.add_column(Text(f"{name} ({seconds:.1f} s)"), ratio=1, overflow="fold")
-    shown = [text + (" … (cut)" if cut else "") for text, cut in zip(answers, pair.cut, strict=True)]
-    table.add_row(*[Text(text or "(nothing)") for text in shown])
-    console = Console(width=width)
-    if on_terminal:
-        console.print(table)
-        return
-    with console.capture() as capture:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in capture.get().splitlines()), flush=True)
-
-
-def write_pairs(pairs: Sequence[Pair], path: Path, base_name: str, settings: CompareSettings) -> None:
-    rows = [
-        {
-            "case": pair.case,
-            "base": pair.base,
-            "tuned": pair.tuned,
-            "base_seconds": round(pair.seconds[0], 3),
-            "tuned_seconds": round(pair.seconds[1], 3),
-        }
-        for pair in pairs
+    table = Table(title=Text(printable(title)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+    for name, answer in answers.items():
+        table.add_column(Text(f"{name} ({answer.seconds:.1f} s)"), ratio=1, overflow="fold")
+    said = [
+        printable(without_reasoning(answer.text)) + (" … (cut)" if answer.finish == "length" else "")
+        for answer in answers.values()
     ]
-    write_json(path, {"base_model": base_name, "adapter": str(settings.adapter_path), "answers": rows})
+    table.add_row(*[Text(text or "(nothing)") for text in said])
+    draw(table, PAGE_WIDTH)
+    say()
