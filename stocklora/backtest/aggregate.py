@@ -10,7 +10,6 @@ ticker-day as evidence of its own would make luck look like skill.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,15 +27,15 @@ from stocklora.backtest.results import (
     DailySeries,
     TickerForecasts,
     WorstDay,
+    standard_error,
 )
 from stocklora.backtest.verdicts import verdict
-from stocklora.metrics.scores import BASIS_POINTS, pinball_loss
+from stocklora.metrics.scores import BASIS_POINTS, inside_interval, level_index, median_index, pinball_loss
 from stocklora.metrics.significance import (
     crps_from_quantiles,
     diebold_mariano,
     directional_skill,
     holm,
-    long_run_variance,
     pit,
     relative_mean_interval,
 )
@@ -46,6 +45,11 @@ WORST_DAYS = 10
 FAN_ORIGINS = 60
 NO_MOVE = 1e-12  # a forecast this near the last close has no direction, as in metrics.score
 SAME_BP = 1e-9  # losses nearer to each other differ by rounding alone
+# column of metrics.csv -> the measure whose mean it is
+MEAN_COLUMNS = {
+    "MAE": "abs_error", "MAPE": "percent_error", "MAE_bp": "abs_error_bp", "Pinball_bp": "pinball_bp",
+    "CRPS_bp": "crps_bp",
+}  # fmt: skip
 
 
 @dataclass
@@ -64,25 +68,24 @@ class _Sums:
 
     def add(self, other: _Sums) -> None:
         merged = np.union1d(self.dates, other.dates)
-        if len(merged) > len(self.dates):
-            at = np.searchsorted(merged, self.dates)
-            self.counts = _spread(self.counts, at, len(merged))
-            self.of = {name: _spread(values, at, len(merged)) for name, values in self.of.items()}
-            self.dates = merged
-        at = np.searchsorted(merged, other.dates)  # no date twice, so += adds them all
-        self.counts[at] += other.counts
-        for name, values in other.of.items():
-            self.of[name][at] += values
 
-    def mean(self, name: str, model: int, step: int) -> float:
+        def both(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+            added = np.zeros((len(merged), *mine.shape[1:]), dtype=mine.dtype)
+            added[np.searchsorted(merged, self.dates)] = mine
+            added[np.searchsorted(merged, other.dates)] += theirs  # no date twice, so += adds them all
+            return added
+
+        self.counts = both(self.counts, other.counts)
+        self.of = {name: both(values, other.of[name]) for name, values in self.of.items()}
+        self.dates = merged
+
+    def at(self, name: str, model: int, step: int) -> np.ndarray:
+        """(days,) of one model and day ahead."""
+        return self.of[name][:, model, step]
+
+    def total(self, name: str, model: int, step: int) -> float:
         """Over all ticker-days."""
-        return float(self.of[name][:, model, step].sum() / self.counts.sum())
-
-
-def _spread(values: np.ndarray, at: np.ndarray, length: int) -> np.ndarray:
-    spread = np.zeros((length, *values.shape[1:]), dtype=values.dtype)
-    spread[at] = values
-    return spread
+        return float(self.at(name, model, step).sum())
 
 
 class Aggregate:
@@ -109,21 +112,14 @@ class Aggregate:
             raise ValueError(f"levels must increase: {self.levels.tolist()}")
         self.show = show
         self.loss_reference = LOSS_REFERENCE if LOSS_REFERENCE in self.models else REFERENCE
-        self._median = self._index_of(0.5)
-        self._ends = [(self._index_of((1.0 - share) / 2.0), self._index_of((1.0 + share) / 2.0)) for share in INTERVALS]
+        for share in (0.0, *INTERVALS):  # a level that is not there is missed here, not with the first ticker
+            level_index(self.levels, (1.0 - share) / 2.0)
+            level_index(self.levels, (1.0 + share) / 2.0)
         self._sums: _Sums | None = None
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._pit = np.zeros((len(self.models), horizon, PIT_BINS), dtype=np.int64)
-        # (loss, -order of arrival, day): of two equal losses the earlier stays
-        self._worst: list[list[tuple[float, int, WorstDay]]] = [[] for _ in self.models]
-        self._arrivals = 0
+        self._worst: dict[str, list[WorstDay]] = {model: [] for model in self.models}
         self._fan: TickerForecasts | None = None
-
-    def _index_of(self, level: float) -> int:
-        near = int(np.argmin(np.abs(self.levels - level)))
-        if abs(self.levels[near] - level) > 1e-6:
-            raise ValueError(f"no quantile at level {level:.3f} among {self.levels.tolist()}")
-        return near
 
     def add(self, forecasts: TickerForecasts) -> None:
         """Add one ticker.
@@ -169,13 +165,9 @@ class Aggregate:
         self._adjust(by_ticker)
         pooled = self._metric_rows(ALL_TICKERS, self._sums)
         for row in pooled:
-            peers = [
-                (other["MASE"], other["Origins"])
-                for other in by_ticker
-                if (other["Model"], other["Day"]) == (row["Model"], row["Day"]) and math.isfinite(other["MASE"])
-            ]
+            peers = [peer for peer in _family(by_ticker, row["Model"], row["Day"]) if math.isfinite(peer["MASE"])]
             if peers:
-                row["MASE"] = sum(mase * origins for mase, origins in peers) / sum(origins for _, origins in peers)
+                row["MASE"] = sum(p["MASE"] * p["Origins"] for p in peers) / sum(p["Origins"] for p in peers)
         return BacktestResult(
             models=tuple(self.models),
             tickers=tuple(self._rows),
@@ -186,10 +178,7 @@ class Aggregate:
             daily=self._daily(self._sums),
             pit={model: self._pit[index].copy() for index, model in enumerate(self.models)},
             fan=self._fan,
-            worst={
-                model: tuple(day for _, _, day in sorted(heap, key=lambda entry: entry[:2], reverse=True))
-                for model, heap in zip(self.models, self._worst, strict=True)
-            },
+            worst={model: tuple(days) for model, days in self._worst.items()},
             verdicts=tuple(self._verdict(model, pooled, self._sums) for model in self.models[1:]),
             facts=tuple(facts),
             notes=notes,
@@ -202,7 +191,7 @@ class Aggregate:
             quantiles: (n, models, horizon, levels).
         """
         returns = np.broadcast_to(forecasts.returns[:, None, :], quantiles.shape[:-1])
-        median = quantiles[..., self._median]
+        median = quantiles[..., median_index(self.levels)]
         last_close = forecasts.last_close[:, None, None]
         close = last_close * np.exp(returns)
         error = last_close * np.exp(median) - close
@@ -222,48 +211,41 @@ class Aggregate:
             "rises": (returns > 0.0).astype(float),
             "falls": (returns < 0.0).astype(float),
         }
-        for share, (low, high) in zip(INTERVALS, self._ends, strict=True):
-            inside = (returns >= quantiles[..., low]) & (returns <= quantiles[..., high])
-            measures[_inside(share)] = inside.astype(float)
+        for share in INTERVALS:
+            measures[_inside(share)] = inside_interval(returns, quantiles, self.levels, share).astype(float)
         return measures
 
     def _metric_rows(self, ticker: str, sums: _Sums) -> list[dict[str, Any]]:
         """Rows of metrics.csv but for MASE and Holm's adjustment, models and then days ahead in order."""
-        reference, loss_reference = self.models.index(REFERENCE), self.models.index(self.loss_reference)
-        rows = []
-        for index, model in enumerate(self.models):
-            for step in range(self.horizon):
-                row: dict[str, Any] = {**dict.fromkeys(METRIC_COLUMNS, math.nan), "Model": model, "Ticker": ticker}
-                row.update({"Day": step + 1, "Origins": int(sums.counts.sum())})
-                for column, name in (
-                    ("MAE", "abs_error"), ("MAPE", "percent_error"), ("MAE_bp", "abs_error_bp"),
-                    ("Pinball_bp", "pinball_bp"), ("CRPS_bp", "crps_bp"),
-                ):  # fmt: skip
-                    row[column] = sums.mean(name, index, step)
-                row["RMSE"] = math.sqrt(sums.mean("squared_error", index, step))
-                for share in INTERVALS:
-                    row[f"Coverage_{100 * share:.0f}"] = 100.0 * sums.mean(_inside(share), index, step)
-                row.update(self._direction(sums, index, step))
-                row["Relative_MAE"], row["DM"], row["DM_p"] = _compare(sums, "abs_error_bp", index, reference, step)
-                row["Relative_MAE_Low"], row["Relative_MAE_High"] = (
-                    (1.0, 1.0)
-                    if index == reference
-                    else relative_mean_interval(
-                        sums.of["abs_error_bp"][:, index, step],
-                        sums.of["abs_error_bp"][:, reference, step],
-                        least_block_days=step + 1,
-                    )
-                )
-                row["Relative_Pinball"], row["DM_Pinball"], row["DM_Pinball_p"] = _compare(
-                    sums, "pinball_bp", index, loss_reference, step
-                )
-                rows.append(row)
-        return rows
+        return [
+            self._row(ticker, sums, index, step) for index in range(len(self.models)) for step in range(self.horizon)
+        ]
+
+    def _row(self, ticker: str, sums: _Sums, index: int, step: int) -> dict[str, Any]:
+        origins = int(sums.counts.sum())
+        row: dict[str, Any] = dict.fromkeys(METRIC_COLUMNS, math.nan)
+        row |= {"Model": self.models[index], "Ticker": ticker, "Day": step + 1, "Origins": origins}
+        for column, name in MEAN_COLUMNS.items():
+            row[column] = sums.total(name, index, step) / origins
+        for share in INTERVALS:
+            row[f"Coverage_{100 * share:.0f}"] = 100.0 * sums.total(_inside(share), index, step) / origins
+        row["RMSE"] = math.sqrt(sums.total("squared_error", index, step) / origins)
+        row |= self._direction(sums, index, step)
+        row["Relative_MAE"], row["DM"], row["DM_p"] = _compare(sums, "abs_error_bp", index, 0, step)
+        row["Relative_Pinball"], row["DM_Pinball"], row["DM_Pinball_p"] = _compare(
+            sums, "pinball_bp", index, self.models.index(self.loss_reference), step
+        )
+        errors, walk = (sums.at("abs_error_bp", model, step) for model in (index, 0))
+        row["Relative_MAE_Low"], row["Relative_MAE_High"] = (
+            (1.0, 1.0) if index == 0 else relative_mean_interval(errors, walk, least_block_days=step + 1)
+        )
+        return row
 
     def _direction(self, sums: _Sums, index: int, step: int) -> dict[str, float]:
-        moves, product = sums.of["moves"][:, index, step], sums.of["sign_product"][:, index, step]
-        rises, falls = (float(sums.of[name][:, index, step].sum()) for name in ("rises", "falls"))
-        expected, came = (sums.of[name][:, index, step] for name in ("forecast_sign", "return_sign"))
+        moves, expected, came, product = (
+            sums.at(name, index, step) for name in ("moves", "forecast_sign", "return_sign", "sign_product")
+        )
+        rises, falls = (sums.total(name, index, step) for name in ("rises", "falls"))
         total = float(moves.sum())
         right = (total + float(product.sum())) / 2.0  # whole numbers, so that a constant guess equals the majority
         return {
@@ -276,7 +258,7 @@ class Aggregate:
         """Holm's adjustment across tickers, for each model and day ahead."""
         for model in self.models:
             for day in range(1, self.horizon + 1):
-                family = [row for row in by_ticker if (row["Model"], row["Day"]) == (model, day)]
+                family = _family(by_ticker, model, day)
                 for column in ("DM_p", "DM_Pinball_p"):
                     adjusted = holm(np.array([row[column] for row in family]))
                     for row, value in zip(family, adjusted, strict=True):
@@ -287,63 +269,56 @@ class Aggregate:
             np.broadcast_to(forecasts.returns[:, None, :], quantiles.shape[:-1]), quantiles, self.levels
         )  # (n, models, horizon)
         bins = np.minimum((transformed * PIT_BINS).astype(int), PIT_BINS - 1)
-        for index in range(len(self.models)):
-            for step in range(self.horizon):
-                self._pit[index, step] += np.bincount(bins[:, index, step], minlength=PIT_BINS)
+        _, models, steps = np.indices(bins.shape)
+        np.add.at(self._pit, (models, steps, bins), 1)
 
     def _keep_worst(self, forecasts: TickerForecasts, losses: np.ndarray) -> None:
         """
         Args:
             losses: (n, models) one-day quantile losses, basis points.
         """
-        low, high = self._ends[INTERVALS.index(0.90)]
+        shown = [level_index(self.levels, level) for level in (0.05, 0.5, 0.95)]
         for index, model in enumerate(self.models):
-            heap = self._worst[index]
-            for at in np.argsort(-losses[:, index], kind="stable")[:WORST_DAYS]:
-                self._arrivals += 1
-                one_day = BASIS_POINTS * forecasts.quantiles[model][at, 0]
-                day = WorstDay(
+            days = [
+                WorstDay(
                     ticker=forecasts.ticker,
                     origin=forecasts.origins[at],
                     date=forecasts.targets[at, 0],
-                    forecast_bp=(float(one_day[low]), float(one_day[self._median]), float(one_day[high])),
+                    forecast_bp=tuple((BASIS_POINTS * forecasts.quantiles[model][at, 0, shown]).tolist()),
                     came_bp=BASIS_POINTS * float(forecasts.returns[at, 0]),
                     pinball_bp=float(losses[at, index]),
                 )
-                heapq.heappush(heap, (day.pinball_bp, -self._arrivals, day))
-                if len(heap) > WORST_DAYS:
-                    heapq.heappop(heap)
+                for at in np.argsort(-losses[:, index], kind="stable")[:WORST_DAYS]
+            ]
+            # A sort keeps the order of equal losses: the earlier stays.
+            worst_first = sorted(self._worst[model] + days, key=lambda day: -day.pinball_bp)
+            self._worst[model] = worst_first[:WORST_DAYS]
 
     def _daily(self, sums: _Sums) -> DailySeries:
-        def means(name: str, model: int) -> np.ndarray:
-            mean: np.ndarray = sums.of[name][:, model] / sums.counts[:, None]
-            return mean
-
-        models = list(enumerate(self.models))
+        errors = sums.of["abs_error_bp"] / sums.counts[:, None, None]
+        inside = np.stack([sums.of[_inside(share)] / sums.counts[:, None, None] for share in INTERVALS], axis=-1)
         return DailySeries(
             dates=sums.dates.copy(),
             counts=sums.counts.copy(),
-            abs_error_bp={model: means("abs_error_bp", index) for index, model in models},
-            pinball_bp={model: means("pinball_bp", index) for index, model in models},
-            inside={
-                model: np.stack([means(_inside(share), index) for share in INTERVALS], axis=-1)
-                for index, model in models
-            },
+            abs_error_bp={model: errors[:, index] for index, model in enumerate(self.models)},
+            inside={model: inside[:, index] for index, model in enumerate(self.models)},
         )
 
     def _verdict(self, model: str, pooled: Sequence[Mapping[str, Any]], sums: _Sums) -> str:
         index = self.models.index(model)
         rows = [dict(row) for row in pooled if row["Model"] == model]
         for step, row in enumerate(rows):
-            difference = sums.of["abs_error_bp"][:, index, step] - sums.of["abs_error_bp"][:, 0, step]
+            difference = sums.at("abs_error_bp", index, step) - sums.at("abs_error_bp", 0, step)
             row["Same"] = bool((np.abs(difference) < SAME_BP * sums.counts).all())
-            rises, falls = (float(sums.of[name][:, index, step].sum()) for name in ("rises", "falls"))
-            row["Majority"] = "up" if rises >= falls else "down"
-            misses = sums.of[_inside(0.80)][:, index, step] - sums.counts * row["Coverage_80"] / 100.0
-            variance = long_run_variance(misses, step) * len(misses)
-            row["Coverage_Error"] = 100.0 * math.sqrt(variance) / float(sums.counts.sum())
+            row["Majority"] = "up" if sums.total("rises", index, step) >= sums.total("falls", index, step) else "down"
+            shares = sums.at(_inside(0.80), index, step) / sums.counts
+            row["Coverage_Error"] = 100.0 * standard_error(shares, sums.counts, step + 1)
         whose = "EWMA's" if self.loss_reference == LOSS_REFERENCE else "the last close's"
         return verdict(model, rows, None if model == self.loss_reference else whose)
+
+
+def _family(rows: Sequence[dict[str, Any]], model: str, day: int) -> list[dict[str, Any]]:
+    return [row for row in rows if (row["Model"], row["Day"]) == (model, day)]
 
 
 def _inside(share: float) -> str:
@@ -354,7 +329,7 @@ def _compare(sums: _Sums, name: str, index: int, against: int, step: int) -> tup
     """A model's mean loss over another's, and the Diebold-Mariano test on the series of means by date."""
     if index == against:
         return 1.0, math.nan, math.nan
-    losses, others = sums.of[name][:, index, step], sums.of[name][:, against, step]
+    losses, others = sums.at(name, index, step), sums.at(name, against, step)
     difference = (losses - others) / sums.counts
     difference[np.abs(difference) < SAME_BP] = 0.0
     total = float(others.sum())

@@ -6,14 +6,14 @@ ahead, ``levels`` quantiles. Returns are log returns; ``_bp`` is basis points.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from stocklora.metrics.significance import long_run_variance
 from stocklora.runtime.files import replacing
@@ -38,7 +38,6 @@ METRIC_COLUMNS = (
     "DM", "DM_p", "DM_p_Holm",  # absolute error of the log return against REFERENCE's
     "DM_Pinball", "DM_Pinball_p", "DM_Pinball_p_Holm",  # quantile loss against the rival's
 )  # fmt: skip
-DIGITS = 6  # significant, in metrics.csv
 
 
 @dataclass(frozen=True)
@@ -99,16 +98,9 @@ class TickerForecasts:
 
     def last(self, count: int, models: Sequence[str]) -> TickerForecasts:
         """Copies of the last ``count`` origins, so that the rest of the arrays can go."""
-        rows = slice(-count, None)
-        return TickerForecasts(
-            ticker=self.ticker,
-            origins=self.origins[rows].copy(),
-            targets=self.targets[rows].copy(),
-            last_close=self.last_close[rows].copy(),
-            returns=self.returns[rows].copy(),
-            quantiles={model: self.quantiles[model][rows].copy() for model in models},
-            naive_mae=self.naive_mae.copy(),
-        )
+        fields = {name: getattr(self, name)[-count:].copy() for name in ("origins", "targets", "last_close", "returns")}
+        quantiles = {model: self.quantiles[model][-count:].copy() for model in models}
+        return replace(self, **fields, quantiles=quantiles, naive_mae=self.naive_mae.copy())
 
 
 @dataclass(frozen=True)
@@ -118,14 +110,13 @@ class DailySeries:
     Attributes:
         dates: (days,) datetime64[D] origins.
         counts: (days,) tickers forecast.
-        abs_error_bp, pinball_bp: model -> (days, horizon).
+        abs_error_bp: model -> (days, horizon).
         inside: model -> (days, horizon, 3), shares inside the 50, 80 and 90% interval.
     """
 
     dates: np.ndarray
     counts: np.ndarray
     abs_error_bp: Mapping[str, np.ndarray]
-    pinball_bp: Mapping[str, np.ndarray]
     inside: Mapping[str, np.ndarray]
 
 
@@ -221,14 +212,6 @@ def write_metrics(path: Path, result: BacktestResult) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(METRIC_COLUMNS)
-        for row in (*result.pooled, *result.by_ticker):
-            writer.writerow([_cell(row[column]) for column in METRIC_COLUMNS])
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.{DIGITS}g}"
-    return str(value)
+    table = pd.DataFrame([*result.pooled, *result.by_ticker], columns=METRIC_COLUMNS)
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")

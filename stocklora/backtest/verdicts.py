@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 SIGNIFICANCE = 0.05
 COVERAGE_TOLERANCE = 2.0  # percentage points
 SUSPICIOUS_RATIO = 0.97  # a Relative_MAE; no public model gets below it on daily prices
@@ -135,17 +137,12 @@ def _at(group: _Rows, rows: _Rows) -> str:
 
 def _days(group: _Rows) -> str:
     """``1 day``, ``1 and 3 days``, ``1 to 3 and 5 days``."""
-    runs: list[list[int]] = []
-    for row in group:
-        if runs and row["Day"] == runs[-1][-1] + 1:
-            runs[-1].append(row["Day"])
-        else:
-            runs.append([row["Day"]])
-    parts = []
-    for run in runs:
+    days = [row["Day"] for row in group]
+    parts: list[str] = []
+    for run in np.split(days, np.flatnonzero(np.diff(days) != 1) + 1):
         parts += [f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(day) for day in run]
     text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-    return f"{text} {'day' if [row['Day'] for row in group] == [1] else 'days'}"
+    return f"{text} {'day' if days == [1] else 'days'}"
 
 
 def _digits(group: _Rows, columns: Sequence[str]) -> str:

@@ -74,21 +74,31 @@ def median_index(levels: np.ndarray) -> int:
     return int(np.argmin(np.abs(np.asarray(levels) - 0.5)))
 
 
-def coverage(returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarray, share: float) -> float:
-    """Percent of returns inside the central interval that should hold ``share`` of them.
+def level_index(levels: np.ndarray, level: float) -> int:
+    """Where a level stands among the levels.
+
+    Raises:
+        ValueError: it does not.
+    """
+    near = int(np.argmin(np.abs(np.asarray(levels) - level)))
+    if abs(levels[near] - level) > 1e-6:
+        raise ValueError(f"no quantile at level {level:.3f} among {np.asarray(levels).tolist()}")
+    return near
+
+
+def inside_interval(returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarray, share: float) -> np.ndarray:
+    """(...) whether each return is inside the central interval that should hold ``share`` of them.
 
     Raises:
         ValueError: the two levels at its ends are not among ``levels``.
     """
-    levels = np.asarray(levels)
-    ends = []
-    for level in ((1.0 - share) / 2.0, (1.0 + share) / 2.0):
-        near = int(np.argmin(np.abs(levels - level)))
-        if abs(levels[near] - level) > 1e-6:
-            raise ValueError(f"no quantile at level {level:.3f} among {levels.tolist()}")
-        ends.append(near)
-    inside = (returns >= quantiles[..., ends[0]]) & (returns <= quantiles[..., ends[1]])
-    return 100.0 * float(inside.mean())
+    low, high = (quantiles[..., level_index(levels, end)] for end in ((1.0 - share) / 2.0, (1.0 + share) / 2.0))
+    return np.asarray((returns >= low) & (returns <= high))
+
+
+def coverage(returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarray, share: float) -> float:
+    """Percent of returns inside that interval."""
+    return 100.0 * float(inside_interval(returns, quantiles, levels, share).mean())
 
 
 def score(last_close: np.ndarray, returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarray) -> Scores:

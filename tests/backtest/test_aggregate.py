@@ -248,7 +248,6 @@ def test_daily_series_are_means_over_the_tickers_of_a_date(result, table):
     assert (daily.dates == one.bp.mean().index.to_numpy().astype("datetime64[D]")).all()
     np.testing.assert_array_equal(daily.counts, one.size())
     np.testing.assert_allclose(daily.abs_error_bp["noisy"][:, 1], one.bp.mean())
-    np.testing.assert_allclose(daily.pinball_bp["noisy"][:, 1], one.pinball.mean())
     np.testing.assert_allclose(daily.inside["noisy"][:, 1], one[["in50", "in80", "in90"]].mean())
 
 

@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from stocklora.backtest.report.style import as_float, formatted, iso_date, name_of
 from stocklora.backtest.results import PIT_BINS, BacktestResult
-from stocklora.metrics.scores import INTERVAL_COLUMNS, median_index
+from stocklora.metrics.scores import INTERVAL_COLUMNS, level_index, median_index
 from stocklora.plots.forecasts import BANDS
 from stocklora.plots.style import DOWN, GRID, INK, MODEL, MUTED, WALK
 
@@ -330,7 +330,7 @@ def pit_chart(edges: np.ndarray, heights: np.ndarray, band: np.ndarray, top: flo
 def quantile_named(result: BacktestResult, forecast: np.ndarray, name: str) -> np.ndarray:
     """(rows, levels) -> (rows,), the quantile that ``predictions.csv`` calls ``name``."""
     wanted = next(level for level, column in INTERVAL_COLUMNS.items() if column == name)
-    return forecast[:, int(np.argmin(np.abs(np.asarray(result.levels) - wanted)))]
+    return forecast[:, level_index(result.levels, wanted)]
 
 
 def fan_chart(result: BacktestResult, rows: np.ndarray, forecast: np.ndarray, came: np.ndarray, label: str) -> str:

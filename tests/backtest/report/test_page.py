@@ -178,7 +178,6 @@ def simulated(
         parts[0].origins,
         np.full(days, tickers),
         {model: BASIS_POINTS * np.abs(table[..., MIDDLE] - returns).mean(axis=0) for model, table in tables.items()},
-        {model: loss.mean(axis=0) for model, loss in losses.items()},
         inside,
     )
     last = slice(max(0, days - 60), None)
