@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stocklora.cli.console import UserError
-from stocklora.cli.settings import DEVICES, DTYPES, check_horizon, check_positive, setting
+from stocklora.cli.settings import DEVICES, DTYPES, check_horizon, check_positive, check_range, setting
 
 BACKTEST_MODELS = (
     "naive", "drift", "ewma", "har", "harx", "simple", "llm", "autoarima", "autoets", "autotheta", "garch", "fracast",
@@ -79,8 +79,7 @@ class BacktestSettings:
     def __post_init__(self) -> None:
         check_positive(self, "train_days", "window_size", "horizon", "leakage_cuts")
         check_horizon(self.horizon)
-        if self.window_size < 2:
-            raise UserError(f"--window_size must be at least 2, got {self.window_size}")
+        check_range(self, window_size=(2, None))
         if "llm" in self.models and not self.lora_weights:
             raise UserError("--models llm needs --lora_weights FILE; train one with: python train_lora.py --data FILE")
         if self.lora_weights and "llm" not in self.models:

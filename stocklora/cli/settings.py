@@ -19,7 +19,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from stocklora.cli.console import EXIT_USER_ERROR, UserError, one_line, run_script
 
@@ -291,27 +291,15 @@ def element_type(settings_class: type, field: dataclasses.Field[Any]) -> Any:
     return kind
 
 
-class RunSettings(Protocol):
-    """What ``check_run`` reads."""
-
-    @property
-    def window_size(self) -> int: ...
-
-    @property
-    def epochs(self) -> int: ...
-
-
-def check_run(settings: RunSettings) -> None:
+def check_run(settings: Any) -> None:
     """The limits that every training script's settings share.
 
     Raises:
         UserError: naming the flag.
     """
-    window_size, epochs = settings.window_size, settings.epochs
-    if window_size < 2:
-        raise UserError(f"--window_size must be at least 2, got {window_size}")
-    if epochs < 0:
-        raise UserError(f"--epochs must be 0 or more, got {epochs}")
+    check_range(settings, window_size=(2, None))
+    if settings.epochs < 0:
+        raise UserError(f"--epochs must be 0 or more, got {settings.epochs}")
     for name in ("validation_fraction", "test_fraction"):
         if not 0.0 < getattr(settings, name) < 0.5:
             raise UserError(f"--{name} must be between 0 and 0.5, got {getattr(settings, name)}")
@@ -329,6 +317,15 @@ def check_positive(settings: object, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} must be above 0, got {value}")
+
+
+def check_range(settings: object, **limits: tuple[float, float | None]) -> None:
+    """Raise a UserError that names the first setting that is given and not from its least to its most (None: any)."""
+    for name, (least, most) in limits.items():
+        value = getattr(settings, name)
+        if value is not None and not (least <= value and (most is None or value <= most)):
+            wanted = f"at least {least}" if most is None else f"from {least} to {most}"
+            raise UserError(f"--{name} must be {wanted}, got {value}")
 
 
 def check_installed(packages: Mapping[str, str], purpose: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stocklora.cli.console import UserError
-from stocklora.cli.settings import DEVICES, DTYPES, setting
+from stocklora.cli.settings import DEVICES, DTYPES, check_positive, check_range, setting
 
 DEMO_MODES = ("interactive", "batch")
 LANGUAGES = ("auto", "zh", "en")
@@ -53,16 +53,10 @@ class AnswerSettings:
         Raises:
             UserError: naming the flag.
         """
-        if self.max_new_tokens < 1:
-            raise UserError(f"--max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0.0 <= self.temperature <= 2.0:
-            raise UserError(f"--temperature must be from 0 to 2, got {self.temperature}")
+        check_range(self, max_new_tokens=(1, None), temperature=(0, 2), seed=(0, 2**32 - 1))
+        check_positive(self, "repetition_penalty")
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"--top_p must be above 0 and at most 1, got {self.top_p}")
-        if not self.repetition_penalty > 0.0:
-            raise UserError(f"--repetition_penalty must be above 0, got {self.repetition_penalty}")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed must be from 0 to {2**32 - 1}, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -121,10 +115,7 @@ class InferenceSettings(AnswerSettings, LoadSettings):
             raise UserError(f"{' and '.join(modes)} exclude each other; give one of them")
         if self.output is not None and self.batch is None:
             raise UserError("--output is where --batch FILE writes its answers; give that too, or leave it out")
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size must be at least 1, got {self.batch_size}")
-        if not 0 <= self.port <= 65535:
-            raise UserError(f"--port must be from 0 to 65535, got {self.port}")
+        check_range(self, batch_size=(1, None), port=(0, 65535))
         if self.merge is not None and self.quantization != "none":
             raise UserError(
                 "--merge goes into the unquantized base, whatever the adapter was trained over: leave out "
@@ -191,10 +182,7 @@ class EvaluateSettings(AnswerSettings, LoadSettings):
             UserError: naming the flag.
         """
         self.check_answers()
-        for name, least in (("num_samples", 1), ("batch_size", 1), ("resamples", 100)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name} must be at least {least}, got {value}")
+        check_range(self, num_samples=(1, None), batch_size=(1, None), resamples=(100, None))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,7 @@ def held_out_rows(settings: EvaluateSettings) -> HeldOut:
         UserError: training data that is gone or was changed since, or no rows.
     """
     info = training_info(settings.model_path)
-    if settings.data:
-        found = _of_files(settings, info)
-    else:
-        found = _of_training(settings, info)
+    found = _of_files(settings, info) if settings.data else _of_training(settings, info)
     if not found.records:
         raise UserError(f"no rows to score: {found.note} is empty; give --data FILE, or another --split")
     if settings.num_samples is None or settings.num_samples >= len(found.records):
@@ -52,8 +49,7 @@ def held_out_rows(settings: EvaluateSettings) -> HeldOut:
     kinds = [str(record.meta.get("kind", "")) for record in found.records]
     # By their text, so that the same rows are chosen whatever their order in the file.
     order = {index: prompt_key(record)[::-1] for index, record in enumerate(found.records)}
-    chosen = [found.records[index] for index in spread(kinds, order, settings.num_samples)]
-    return HeldOut(chosen, found.files, found.split, found.note, found.available)
+    return replace(found, records=[found.records[index] for index in spread(kinds, order, settings.num_samples)])
 
 
 def _of_files(settings: EvaluateSettings, info: dict[str, Any]) -> HeldOut:

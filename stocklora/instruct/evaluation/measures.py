@@ -10,6 +10,7 @@ from stocklora.instruct.chat.text_stream import without_reasoning
 from stocklora.instruct.rows.formats import SENTIMENTS, Record
 
 if TYPE_CHECKING:
+    from stocklora.instruct.chat.model import Answer
     from stocklora.instruct.evaluation.bootstrap import Resampler
 
 
@@ -21,13 +22,10 @@ class Prediction:
     """One model's answer to one row, and its scores.
 
     Attributes:
-        seconds: of its batch, divided by its rows. batch: the rows of one number were answered at once; None: alone.
+        batch: the rows of one number were answered at once; None: alone.
     """
 
-    text: str
-    finish: str
-    new_tokens: int
-    seconds: float
+    answer: Answer
     scores: Scores
     batch: int | None = None
 
@@ -97,15 +95,17 @@ MEASURES = (
     ),
     Measure(
         "generation_time_s", "seconds an answer", "s", -1,
-        lambda draws, predictions, _: draws.ratio([item.seconds for item in predictions]),
+        lambda draws, predictions, _: draws.ratio([item.answer.seconds for item in predictions]),
     ),
     Measure(
         "generated_tokens", "tokens an answer", "tokens", 0,
-        lambda draws, predictions, _: draws.ratio([item.new_tokens for item in predictions]),
+        lambda draws, predictions, _: draws.ratio([item.answer.new_tokens for item in predictions]),
     ),
     Measure(
         "answer_characters", "characters an answer", "characters", 0,
-        lambda draws, predictions, _: draws.ratio([len(without_reasoning(item.text)) for item in predictions]),
+        lambda draws, predictions, _: draws.ratio(
+            [len(without_reasoning(item.answer.text)) for item in predictions]
+        ),
     ),
 )  # fmt: skip
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from stocklora.cli.console import UserError, say, warn
 from stocklora.instruct.chat.settings import PlotSettings
 from stocklora.instruct.chat.sources import TRAINING_INFO, last_part, training_info
 from stocklora.instruct.evaluation.measures import BASE_SYSTEM, MEASURES, TUNED_SYSTEM, number, shown
+from stocklora.instruct.evaluation.run import FORMAT, RESULTS
 from stocklora.plots.curves import draw_learning_rate, draw_losses, logged, read_training_log
 from stocklora.plots.style import (
     GRID,
@@ -34,7 +34,7 @@ from stocklora.plots.style import (
     set_title,
 )
 
-LOG, RESULTS = "training_log.jsonl", "evaluation_results.json"
+LOG = "training_log.jsonl"
 PICTURES = {name: f"plot_{name}.png" for name in ("loss", "learning_rate", "scores", "generation")}
 ENGLISH, CHINESE = 0, 1
 WORDS = {
@@ -83,10 +83,6 @@ class Words:
     def __call__(self, name: str) -> str:
         return WORDS[name][self.language]
 
-    def of_file(self, text: str) -> str:
-        """Text that is not ours, such as a model's name, without what cannot be drawn."""
-        return self.font.drawable(text)
-
 
 def choose_words(language: str, font: Path | None = None) -> Words:
     """Chinese where a font has it, else English and a line that says so.
@@ -129,8 +125,13 @@ def plot_results(settings: PlotSettings) -> list[Path]:
         say(f"labels in Chinese, drawn with {words.font.name}")
     target = settings.output_dir or folder
     about = _about(folder)
+    options: Any = {
+        "font.family": families(words.font),
+        "axes.unicode_minus": not words.font.lacks("\u2212"),
+        "text.parse_math": False,  # a $ in a model's name is a $
+    }
     paths = []
-    with _drawing_with(words):
+    with matplotlib.rc_context(options), quiet_fonts():
         if logged(log, "loss") or logged(log, "eval_loss"):
             paths.append(_plot_loss(log, words, about, target / PICTURES["loss"]))
         if logged(log, "learning_rate"):
@@ -149,16 +150,26 @@ def read_results(path: Path) -> Mapping[str, Any] | None:
     """What ``training/evaluate.py`` wrote, or None where it wrote nothing.
 
     Raises:
-        UserError: it is something else.
+        UserError: it is something else, or of another version.
     """
-    from stocklora.instruct.evaluation.run import check_results
-
     if not path.is_file():
         return None
     try:
-        return check_results(read_json(path), path)
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; run training/evaluate.py again") from None
+    if not isinstance(content, Mapping) or content.get("format") != FORMAT or not _is_whole(content):
+        raise UserError(f"{path} is not what training/evaluate.py of this version writes; run it again")
+    return content
+
+
+def _is_whole(content: Mapping[str, Any]) -> bool:
+    """Whether the tables are there, with every measure of every model."""
+    if not all(isinstance(content.get(name), Mapping) for name in ("data", "systems", "difference", "expected")):
+        return False
+    names = {measure.name for measure in MEASURES}
+    tables = list(content["systems"].values())
+    return TUNED_SYSTEM in content["systems"] and all(isinstance(it, Mapping) and set(it) >= names for it in tables)
 
 
 def _about(folder: Path) -> str:
@@ -175,23 +186,14 @@ def _about(folder: Path) -> str:
     return ", ".join(str(part) for part in parts if part)
 
 
-@contextmanager
-def _drawing_with(words: Words) -> Iterator[None]:
-    options: Any = {
-        "font.family": families(words.font),
-        "axes.unicode_minus": not words.font.lacks("\u2212"),
-        "text.parse_math": False,  # a $ in a model's name is a $
-    }
-    with matplotlib.rc_context(options), quiet_fonts():
-        yield
-
-
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
 def _plot_loss(log: Sequence[Mapping[str, Any]], words: Words, about: str, path: Path) -> Path:
     figure, axis = new_figure(1, 5.0)
-    set_title(axis, words("loss"), words.of_file(" · ".join(part for part in (about, words("loss_note")) if part)))
+    set_title(
+        axis, words("loss"), words.font.drawable(" · ".join(part for part in (about, words("loss_note")) if part))
+    )
     draw_losses(axis, log, words("train"), words("validation"), words("lowest"))
     set_step_axis(axis, words("step"), [entry["step"] for entry in log])
     axis.set_ylabel(words("nats"), color=MUTED)
@@ -201,7 +203,7 @@ def _plot_loss(log: Sequence[Mapping[str, Any]], words: Words, about: str, path:
 
 def _plot_learning_rate(log: Sequence[Mapping[str, Any]], words: Words, about: str, path: Path) -> Path:
     figure, axis = new_figure(1, 3.6)
-    set_title(axis, words("learning_rate"), words.of_file(about))
+    set_title(axis, words("learning_rate"), words.font.drawable(about))
     draw_learning_rate(axis, log, MODEL)
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
@@ -232,7 +234,7 @@ def _plot_scores(results: Mapping[str, Any], words: Words, path: Path) -> Path:
         points = [(100 * entry["value"], place + shifts[name]) for place, entry in entries if entry]
         label = words(name)
         if name == BASE_SYSTEM:
-            label = words("base_name").format(name=words.of_file(last_part(str(results["base_model"]))))
+            label = words("base_name").format(name=words.font.drawable(last_part(str(results["base_model"]))))
         axis.scatter(*zip(*points, strict=True), s=42, color=color, zorder=3, label=label, clip_on=False)
     axis.set_yticks(range(len(measures)), [words(m.name) for m in measures], color=INK, fontsize=10)
     axis.set_ylim(len(measures) - 0.5, -0.5)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from stocklora.cli.console import UserError, print_table, progress, say, warn
+from stocklora.cli.console import print_table, progress, say, warn
 from stocklora.cli.settings import SCORES, check_installed
 from stocklora.instruct.chat.settings import EvaluateSettings
 from stocklora.instruct.chat.sources import (
@@ -21,8 +21,8 @@ from stocklora.instruct.chat.sources import (
     last_part,
     trained_base,
 )
-from stocklora.instruct.evaluation.bootstrap import Resampler
-from stocklora.instruct.evaluation.held_out import held_out_rows
+from stocklora.instruct.evaluation.bootstrap import Estimate, Resampler
+from stocklora.instruct.evaluation.held_out import HeldOut, held_out_rows
 from stocklora.instruct.evaluation.measures import (
     BASE_SYSTEM,
     MEASURES,
@@ -34,8 +34,8 @@ from stocklora.instruct.evaluation.measures import (
 )
 from stocklora.instruct.evaluation.scoring import score
 from stocklora.instruct.rows.formats import SENTIMENTS, Record
-from stocklora.runtime.files import as_json_types, write_json, write_text
-from stocklora.runtime.machine import versions_of
+from stocklora.runtime.files import as_json_types, check_writable, write_json, write_text
+from stocklora.runtime.machine import machine_facts, versions_of
 
 RESULTS, PREDICTIONS = "evaluation_results.json", "evaluation_predictions.jsonl"
 LIBRARIES = ("torch", "transformers", "peft", "sacrebleu", "rouge-chinese")
@@ -56,22 +56,30 @@ def evaluate(settings: EvaluateSettings) -> Path:
     Raises:
         UserError: no model, no rows, or rows that do not fit the model.
     """
-    from stocklora.runtime.files import check_writable
-
     check_installed(SCORES, "scoring")
     folder = settings.output_dir or settings.model_path
     if settings.output_dir or settings.model_path.is_dir():
         check_writable(folder, "--output_dir" if settings.output_dir else "--model_path")
-    tuned = [str(settings.model_path)]
     base = settings.base_model if settings.model_path.is_dir() and is_adapter(settings.model_path) else None
-    sources = find_sources(base, tuned, settings.any_base)
+    sources = find_sources(base, [str(settings.model_path)], settings.any_base)
     held_out = held_out_rows(settings)
     say(f"scoring {len(held_out.records)} rows: {held_out.note}")
     if len(held_out.records) < held_out.available:
         say(f"(of {held_out.available}, each kind in its share)")
     predictions, base_name = _predictions(settings, sources, held_out.records)
     results = summarize(held_out.records, predictions, settings.resamples, settings.seed)
-    content = {
+    content = {**_conditions(settings, base_name, held_out), **results}
+    rows = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in answer_rows(held_out.records, predictions)]
+    write_text(folder / PREDICTIONS, "".join(f"{row}\n" for row in rows))
+    write_json(folder / RESULTS, content)
+    print_results(content)
+    say(f"results: {folder / RESULTS}; answers: {folder / PREDICTIONS}")
+    return folder / RESULTS
+
+
+def _conditions(settings: EvaluateSettings, base_name: str | None, held_out: HeldOut) -> dict[str, Any]:
+    """What was scored, on which rows, how and where."""
+    return {
         "format": FORMAT,
         "model_path": str(settings.model_path),
         "base_model": base_name,
@@ -81,7 +89,6 @@ def evaluate(settings: EvaluateSettings) -> Path:
             "rows": len(held_out.records),
             "of": held_out.available,
         },
-        **results,
         "settings": {
             name: getattr(settings, name)
             for name in ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed", "batch_size",
@@ -90,19 +97,8 @@ def evaluate(settings: EvaluateSettings) -> Path:
         "intervals": "95% bootstrap, exact where all rows agree; rows of one event are drawn together",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions_of(*LIBRARIES),
-        "machine": _machine(),
+        "machine": machine_facts(),
     }  # fmt: skip
-    write_text(
-        folder / PREDICTIONS,
-        "".join(
-            json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-            for row in prediction_rows(held_out.records, predictions)
-        ),
-    )
-    write_json(folder / RESULTS, content)
-    print_results(content)
-    say(f"results: {folder / RESULTS}; answers: {folder / PREDICTIONS}")
-    return folder / RESULTS
 
 
 def _predictions(
@@ -120,8 +116,7 @@ def _predictions(
         return predictions, sources.base_name
     base = settings.base_model or _base_of_whole(settings.model_path)
     if base is not None and not settings.tuned_only:
-        base_sources = find_sources(base, [])
-        model = load_sources(base_sources, settings)
+        model = load_sources(find_sources(base, []), settings)
         predictions[BASE_SYSTEM] = predict(model, BASE, records, settings, "base")
         del model
         gc.collect()
@@ -142,35 +137,24 @@ def predict(
     model: Any, adapter: str, records: Sequence[Record], settings: EvaluateSettings, name: str
 ) -> list[Prediction]:
     """Answers to ``records`` in their order; computed in batches of like length, so that little is padding."""
-    from stocklora.instruct.chat.model import Answer, Sampling
+    from stocklora.instruct.chat.model import Sampling
 
-    sampling = Sampling.of(settings)
+    sampling, labels = Sampling.of(settings), label_sets(records)
     lengths = [sum(len(message.content) for message in record.prompt) for record in records]
     order = sorted(range(len(records)), key=lambda index: lengths[index])
-    answers: dict[int, Answer] = {}
-    batches: dict[int, int] = {}
+    predictions: dict[int, Prediction] = {}
     with progress() as bar:
         task = bar.add_task(f"answers, {name}", total=len(records))
         for start in range(0, len(order), settings.batch_size):
             part = order[start : start + settings.batch_size]
             found = model.answers([records[index].prompt for index in part], adapter=adapter, sampling=sampling)
-            answers.update(zip(part, found, strict=True))
-            batches.update(dict.fromkeys(part, start))
+            for index, answer in zip(part, found, strict=True):
+                scores = score(records[index], answer.text, answer.finish, labels[kind_of(records[index])])
+                predictions[index] = Prediction(answer, scores, start)
             bar.advance(task, len(part))
-    if any(answer.dropped_messages for answer in answers.values()):
+    if any(item.answer.dropped_messages for item in predictions.values()):
         warn("some conversations were longer than the model's context; their oldest turns were left out")
-    labels = label_sets(records)
-    return [
-        Prediction(
-            answers[index].text,
-            answers[index].finish,
-            answers[index].new_tokens,
-            answers[index].seconds,
-            score(record, answers[index].text, answers[index].finish, labels[kind_of(record)]),
-            batches[index],
-        )
-        for index, record in enumerate(records)
-    ]
+    return [predictions[index] for index in range(len(records))]
 
 
 def label_sets(records: Sequence[Record]) -> dict[str, list[str]]:
@@ -208,20 +192,16 @@ def summarize(
     difference: dict[str, Any] = {}
     for measure in MEASURES:
         draws = by_batch if measure.name == "generation_time_s" else by_event
-        values = {name: measure.values(draws, items, records) for name, items in predictions.items()}
-        used = {
-            name: [measure.applies(item, record) for item, record in zip(items, records, strict=True)]
-            for name, items in predictions.items()
-        }
-        for name in predictions:
-            estimate = draws.estimate(values[name], used[name], (0.0, 1.0) if measure.unit == "%" else None)
-            systems[name][measure.name] = estimate.as_dict() if estimate else None
+        is_share = measure.unit == "%"
+        values, used = {}, {}
+        for name, items in predictions.items():
+            values[name] = measure.values(draws, items, records)
+            used[name] = [measure.applies(item, record) for item, record in zip(items, records, strict=True)]
+            estimate = draws.estimate(values[name], used[name], (0.0, 1.0) if is_share else None)
+            systems[name][measure.name] = _plain(estimate)
         if BASE_SYSTEM in values and TUNED_SYSTEM in values:
-            fewer = min(used.values(), key=sum)
-            estimate = draws.estimate(
-                values[TUNED_SYSTEM] - values[BASE_SYSTEM], fewer, (-1.0, 1.0) if measure.unit == "%" else None
-            )
-            difference[measure.name] = estimate.as_dict() if estimate else None
+            gap, fewer = values[TUNED_SYSTEM] - values[BASE_SYSTEM], min(used.values(), key=sum)
+            difference[measure.name] = _plain(draws.estimate(gap, fewer, (-1.0, 1.0) if is_share else None))
     tuned = systems[list(predictions)[-1]]
     return {
         "summary": {
@@ -235,6 +215,10 @@ def summarize(
         "by_kind": _by_kind(records, predictions),
         "expected": _of_expected(records, by_event),
     }
+
+
+def _plain(estimate: Estimate | None) -> dict[str, Any] | None:
+    return asdict(estimate) if estimate else None
 
 
 def _by_kind(records: Sequence[Record], predictions: Mapping[str, Sequence[Prediction]]) -> dict[str, Any]:
@@ -270,7 +254,7 @@ def _group(record: Record, index: int) -> Hashable:
     return ("row", index) if event in (None, "") else ("event", str(event))
 
 
-def prediction_rows(records: Sequence[Record], predictions: Mapping[str, Sequence[Prediction]]) -> list[dict[str, Any]]:
+def answer_rows(records: Sequence[Record], predictions: Mapping[str, Sequence[Prediction]]) -> list[dict[str, Any]]:
     """A row for each record: where it stands, what was asked and expected, what each model said and scored."""
     rows = []
     for index, record in enumerate(records):
@@ -279,42 +263,16 @@ def prediction_rows(records: Sequence[Record], predictions: Mapping[str, Sequenc
         row["prompt"] = [{"role": m.role, "content": m.content} for m in record.prompt]
         row["expected"] = record.answer
         for name, items in predictions.items():
-            item = items[index]
+            answer = items[index].answer
             row[name] = {
-                "answer": item.text,
-                "finish": item.finish,
-                "new_tokens": item.new_tokens,
-                "seconds": round(item.seconds, 4),
-                "scores": asdict(item.scores),
+                "answer": answer.text,
+                "finish": answer.finish,
+                "new_tokens": answer.new_tokens,
+                "seconds": round(answer.seconds, 4),
+                "scores": asdict(items[index].scores),
             }
         rows.append(as_json_types(row))
     return rows
-
-
-def _machine() -> dict[str, Any]:
-    from stocklora.runtime.machine import machine_facts
-
-    return machine_facts()
-
-
-def check_results(content: Any, path: Path) -> Mapping[str, Any]:
-    """The content of a results file, if it is one.
-
-    Raises:
-        UserError: it is something else, or of another version.
-    """
-    if not isinstance(content, Mapping) or content.get("format") != FORMAT or not _is_whole(content):
-        raise UserError(f"{path} is not what training/evaluate.py of this version writes; run it again")
-    return content
-
-
-def _is_whole(content: Mapping[str, Any]) -> bool:
-    """Whether the tables are there, with every measure of every model."""
-    if not all(isinstance(content.get(name), Mapping) for name in ("data", "systems", "difference", "expected")):
-        return False
-    names = {measure.name for measure in MEASURES}
-    tables = list(content["systems"].values())
-    return TUNED_SYSTEM in content["systems"] and all(isinstance(it, Mapping) and set(it) >= names for it in tables)
 
 
 # -------------------------------------------------------------------------------------------------------- tables

@@ -12,7 +12,7 @@ from typing import Any
 
 from stocklora.cli.settings import parse_json
 from stocklora.instruct.chat.text_stream import UNFINISHED, without_reasoning
-from stocklora.instruct.evaluation.measures import SENTIMENTS, Scores
+from stocklora.instruct.evaluation.measures import SENTIMENTS, Scores, wanted_label
 from stocklora.instruct.rows.formats import Record
 
 # What models say that were not taught our words; a base model is not to lose for its choice of words.
@@ -48,24 +48,20 @@ def score(record: Record, text: str, finish: str, labels: Sequence[str] = SENTIM
     """
     text = without_reasoning(text)
     expected = record.answer.strip()
-    wanted_label, wanted_fields = record.meta.get("label"), record.meta.get("fields")
+    wanted, fields = wanted_label(record), record.meta.get("fields")
     question = "\n".join(message.content for message in record.prompt)
-    label: str | None = None
-    if isinstance(wanted_label, str):
-        label = predicted_label(text, labels, question, cut=finish != "stop")
-    shares: tuple[float, float, float] | None = None
-    if isinstance(wanted_fields, Mapping) and wanted_fields:
-        shares = json_scores(text, wanted_fields)
+    label = None if wanted is None else predicted_label(text, labels, question, cut=finish != "stop")
+    shares = json_scores(text, fields) if isinstance(fields, Mapping) and fields else (None, None, None)
     said, asked = numbers_in(text), numbers_in(question)
     return Scores(
         success=float(bool(text) and finish == "stop"),
         chrf=chrf(text, expected),
         rouge_l=rouge_l(text, expected),
         label=label,
-        label_correct=float(label == wanted_label) if isinstance(wanted_label, str) else None,
-        json_valid=shares[0] if shares else None,
-        field_accuracy=shares[1] if shares else None,
-        fields_exact=shares[2] if shares else None,
+        label_correct=None if wanted is None else float(label == wanted),
+        json_valid=shares[0],
+        field_accuracy=shares[1],
+        fields_exact=shares[2],
         numbers=len(said),
         numbers_supported=sum(number in asked or (number[0], True) in asked for number in said),
     )

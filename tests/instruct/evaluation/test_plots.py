@@ -14,6 +14,7 @@ from PIL import Image
 from source_tree import RunScript
 
 from stocklora.cli.console import UserError
+from stocklora.instruct.chat.model import Answer
 from stocklora.instruct.chat.settings import PlotSettings
 from stocklora.instruct.evaluation import plots
 from stocklora.instruct.evaluation.measures import MEASURES, Prediction
@@ -38,7 +39,10 @@ def results(systems: tuple[str, ...] = ("base", "tuned")) -> dict[str, Any]:
     ]
     said = {"base": ["利空", "利好", "", "?", "x", "y"], "tuned": ["情绪：利好"] * 5 + ["4.4%"]}
     predictions = {
-        name: [Prediction(t, "stop", 5, 0.2, score(row, t, "stop")) for row, t in zip(rows, said[name], strict=True)]
+        name: [
+            Prediction(Answer(text, "stop", 1, 5, 0.2), score(row, text, "stop"))
+            for row, text in zip(rows, said[name], strict=True)
+        ]
         for name in systems
     }
     content = summarize(rows, predictions, resamples=100)

@@ -16,6 +16,7 @@ from source_tree import RunScript
 
 from stocklora.cli.console import UserError
 from stocklora.cli.settings import check_installed
+from stocklora.instruct.chat.model import Answer
 from stocklora.instruct.chat.settings import EvaluateSettings
 from stocklora.instruct.evaluation.bootstrap import Resampler, spread
 from stocklora.instruct.evaluation.held_out import held_out_rows
@@ -302,8 +303,11 @@ def test_only_groups_with_rows_that_count_make_an_interval() -> None:
 
 def test_rows_that_were_answered_at_once_have_one_time() -> None:
     rows = [record(f"快讯{i}", "答") for i in range(8)]
-    one = [replace(prediction(row, "答"), seconds=0.5, batch=0) for row in rows]
-    two = [replace(item, seconds=0.5 + index // 4, batch=index // 4) for index, item in enumerate(one)]
+    one = [replace(prediction(row, "答"), batch=0) for row in rows]
+    two = [
+        replace(item, answer=replace(item.answer, seconds=0.5 + index // 4), batch=index // 4)
+        for index, item in enumerate(one)
+    ]
     time = summarize(rows, {"base": one, "tuned": one}, 200)
     assert time["systems"]["tuned"]["generation_time_s"]["low"] is None
     assert time["difference"]["generation_time_s"]["low"] is None
@@ -320,7 +324,7 @@ def test_a_sample_keeps_the_shares_of_kinds() -> None:
 
 
 def prediction(row: Record, text: str, finish: str = "stop") -> Prediction:
-    return Prediction(text, finish, len(text), 0.5, score(row, text, finish))
+    return Prediction(Answer(text, finish, 1, len(text), 0.5), score(row, text, finish))
 
 
 def test_the_summary_puts_base_and_tuned_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
