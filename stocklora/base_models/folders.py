@@ -16,6 +16,7 @@ from typing import Any
 
 from stocklora.base_models.pypi import MODEL_ID
 from stocklora.cli.console import UserError
+from stocklora.runtime.files import write_errors
 
 MANIFEST_NAME = "stocklora_source.json"
 INCOMPLETE = ".incomplete"
@@ -243,13 +244,12 @@ def made_whole(folder: Path) -> Iterator[Path]:
     """
     unfinished = folder.with_name(folder.name + INCOMPLETE)
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        if folder.is_dir():
-            folder.rmdir()  # an empty one, as was checked
-        unfinished.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+        with write_errors(folder):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            if folder.is_dir():
+                folder.rmdir()  # an empty one, as was checked
+            unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -6,7 +6,6 @@ read-only ``dict[str, DataFrame]`` whose values are loaded when asked for and fo
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import gzip
 import io
@@ -23,7 +22,7 @@ import pandas as pd
 from stocklora.cli.console import UserError
 from stocklora.prices.csv_columns import PRICE_COLUMNS
 from stocklora.prices.tables import each_ticker, log_returns_ahead, read_table
-from stocklora.runtime.files import write_json
+from stocklora.runtime.files import write_errors, write_json
 
 LARGE_FILE_BYTES = 8 * 2**20  # unpacked; a larger table of several tickers is split before it is read
 ROWS_HELD = 50_000  # rows of text in memory while a large table is split
@@ -105,12 +104,14 @@ def spool(paths: Sequence[Path], folder: Path, only: Sequence[str] = ()) -> Pric
     Raises:
         UserError: as ``read_prices``; a ticker of ``only`` that no file has; a folder that cannot be written.
     """
-    with _writing(folder):
+    with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     _clear(folder)
     try:
-        with _pieces_in(folder) as pieces:
-            names = _spool(paths, folder, pieces, only)
+        with write_errors(folder):
+            pieces = tempfile.TemporaryDirectory(prefix=".pieces-", dir=folder)
+        with pieces as name:  # gone afterwards, come what may
+            names = _spool(paths, folder, Path(name), only)
         write_json(folder / INDEX_NAME, names)  # last: half a store is no store
     except BaseException:
         _clear(folder)
@@ -136,31 +137,14 @@ def _spool(paths: Sequence[Path], folder: Path, pieces: Path, only: Sequence[str
 
 def _clear(folder: Path) -> None:
     """Remove a store, or what a failure left of one."""
-    with _writing(folder):
+    with write_errors(folder):
         for path in (folder / INDEX_NAME, *folder.glob("[0-9][0-9][0-9][0-9][0-9]*.npz")):
             path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def _pieces_in(folder: Path) -> Iterator[Path]:
-    """A folder for the pieces of large tables that is gone afterwards, come what may."""
-    with _writing(folder):
-        made = tempfile.TemporaryDirectory(prefix=".pieces-", dir=folder)
-    with made as name:
-        yield Path(name)
-
-
 def _write(path: Path, frame: pd.DataFrame) -> None:
     dates = frame.index.to_numpy().astype("datetime64[D]")
-    with _writing(path.parent):
+    with write_errors(path.parent):
         np.savez(path, dates=dates, values=frame[list(PRICE_COLUMNS)].to_numpy(dtype=np.float64))
 
 
@@ -227,7 +211,7 @@ def _split(path: Path, meta: Mapping[str, object] | None, column: int, folder: P
     unwritten = 0
 
     def flush() -> None:
-        with _writing(folder.parent):
+        with write_errors(folder.parent):
             for piece, rows in pieces.values():
                 if rows:
                     with piece.open("a", newline="", encoding="utf-8") as stream:

@@ -165,19 +165,30 @@ def read_table(path: Path, meta: Mapping[str, Any] | None = None) -> dict[str, p
 
 def check_bars(path: Path, numbers: Mapping[str, np.ndarray], lines: np.ndarray) -> None:
     """High is the highest and low the lowest of a bar, up to ``BAR_TOLERANCE``."""
-    opens, high, low, close = (numbers[name] for name in QUOTES)
-    for index in np.flatnonzero(high < low * (1 - BAR_TOLERANCE)):
-        raise UserError(
-            f"{at(path, lines[index], 'High')}: high {high[index]:g} is below low {low[index]:g}; "
-            "correct or delete that line"
-        )
-    for name, value in (("Open", opens), ("Close", close)):
-        outside = (value > high * (1 + BAR_TOLERANCE)) | (value < low * (1 - BAR_TOLERANCE))
-        for index in np.flatnonzero(outside):
-            raise UserError(
-                f"{at(path, lines[index], name)}: {name.lower()} {value[index]:g} is outside the day's range "
-                f"{low[index]:g} to {high[index]:g}; correct or delete that line"
-            )
+    high, low = numbers["High"], numbers["Low"]
+    for name, faults in bar_faults(numbers).items():
+        for index in np.flatnonzero(faults):
+            what = f"{name.lower()} {numbers[name][index]:g} is "
+            if name == "High":
+                what += f"below low {low[index]:g}"
+            else:
+                what += f"outside the day's range {low[index]:g} to {high[index]:g}"
+            raise UserError(f"{at(path, lines[index], name)}: {what}; correct or delete that line")
+
+
+def bar_faults(bars: Mapping[str, Any] | pd.DataFrame) -> dict[str, np.ndarray]:
+    """Where a bar's high is below its low, or its open or close outside them, beyond rounding.
+
+    Args:
+        bars: columns of (days,) prices.
+
+    Returns:
+        (days,) masks by the column that is at fault: ``High``, ``Open`` and ``Close``.
+    """
+    price = {name: np.asarray(bars[name]) for name in QUOTES}
+    highest, lowest = price["High"] * (1 + BAR_TOLERANCE), price["Low"] * (1 - BAR_TOLERANCE)
+    outside = {name: (price[name] > highest) | (price[name] < lowest) for name in ("Open", "Close")}
+    return {"High": price["High"] < lowest, **outside}
 
 
 def check_order(path: Path, ticker: str, dates: np.ndarray, lines: np.ndarray) -> None:
@@ -221,20 +232,9 @@ def validated(frame: pd.DataFrame, ticker: str) -> pd.DataFrame:
     values = frame.to_numpy()
     if not np.isfinite(values).all() or (values[:, :4] <= 0).any() or (values[:, 4] < 0).any():
         raise ValueError(f"{ticker}: prices must be finite and positive, volumes finite and not negative")
-    if bar_faults(frame).any():
+    if any(faults.any() for faults in bar_faults(frame).values()):
         raise ValueError(f"{ticker}: a bar's high is not its highest or its low not its lowest price")
     return frame
-
-
-def bar_faults(frame: pd.DataFrame) -> np.ndarray:
-    """Mask of bars whose high or low does not hold the other prices, beyond rounding."""
-    body = frame[["Open", "Close"]].to_numpy()
-    high, low = frame["High"].to_numpy(), frame["Low"].to_numpy()
-    return (
-        (high < low * (1 - BAR_TOLERANCE))
-        | (body > high[:, None] * (1 + BAR_TOLERANCE)).any(axis=1)
-        | (body < low[:, None] * (1 - BAR_TOLERANCE)).any(axis=1)
-    )
 
 
 def write_prices(frames: Mapping[str, pd.DataFrame], path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from stocklora.cli.console import UserError
 from stocklora.prices.calendar import sessions_between
-from stocklora.prices.sources.request import Answer, Request, SourceError, clean_bars
+from stocklora.prices.sources.request import Answer, Request, SourceError, clean_bars, period_start
 
 ZONE = "Asia/Shanghai"
 CLOSE = dt.timedelta(hours=15, minutes=5)  # the session ends at 15:00, its numbers settle a little later
@@ -78,8 +78,6 @@ class AkshareSource:
 
     def span(self, request: Request, today: pd.Timestamp) -> tuple[pd.Timestamp, pd.Timestamp]:
         """First and last day to ask for, both included."""
-        from stocklora.prices.sources.request import period_start
-
         last = pd.Timestamp(request.end) - pd.Timedelta(days=1) if request.end else today.normalize()
         if request.start is not None:
             return pd.Timestamp(request.start), last
@@ -99,9 +97,7 @@ class AkshareSource:
         end = {"1d": last, "1wk": last + pd.offsets.Week(weekday=6, n=0), "1mo": last + pd.offsets.MonthEnd(n=0)}
         bar_end = end[request.interval]
         unfinished = bar_end >= open_from and len(sessions_between("600519.SS", open_from, bar_end)) > 0
-        frame, dropped = clean_bars(frame.iloc[:-1] if unfinished else frame)
-        if unfinished:
-            dropped["unfinished"] = 1
+        frame, dropped = clean_bars(frame, unfinished)
         if frame.empty:
             raise SourceError("empty", "akshare gave no finished day with a price in that range")
         over = today.normalize() + (pd.Timedelta(days=1) if day_is_over else CLOSE)

@@ -42,6 +42,7 @@ from stocklora.runtime.files import BUNDLED_PRICES, bundled_folder
 
 CACHE_VARIABLE = "STOCKLORA_CACHE"
 CACHE_FORMAT = 1  # raise when the meaning of an entry changes
+KEPT = ("timezone", "currency", "dropped", "splits")  # of an answer, beside its bars and times
 AT_ONCE = 4  # requests in flight
 LONGEST_WAIT_S = 120.0
 NETWORK_RETRIES = 1  # a name that does not resolve will not resolve in ten seconds either
@@ -93,28 +94,22 @@ class NothingCame(UserError):
     """No ticker came; ``failures`` has each one's reason."""
 
     def __init__(self, failures: Mapping[str, SourceError]) -> None:
-        super().__init__(nothing_came(failures))
+        first, error = next(iter(failures.items()))
+        others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        kinds = {failure.kind for failure in failures.values()}
+        advice = ""
+        if kinds & {"network", "rate", "server", "refused"}:
+            advice = "; nothing was written; try later, or use the bundled prices: --source sample"
+        elif kinds == {"empty"}:
+            advice = "; nothing was written; ask for other days with --period or --start"
+        super().__init__(f"{first}{others}: {error}{advice}")
         self.failures = {ticker: str(error) for ticker, error in failures.items()}
-
-
-def nothing_came(failures: Mapping[str, SourceError]) -> str:
-    """Why no ticker came, in one line, and what to do about it."""
-    first, error = next(iter(failures.items()))
-    others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-    kinds = {failure.kind for failure in failures.values()}
-    advice = ""
-    if kinds & {"network", "rate", "server", "refused"}:
-        advice = "; nothing was written; try later, or use the bundled prices: --source sample"
-    elif kinds == {"empty"}:
-        advice = "; nothing was written; ask for other days with --period or --start"
-    return f"{first}{others}: {error}{advice}"
 
 
 def beginning_of_meta(
     settings: DownloadSettings, answers: Mapping[str, Answer], failures: Mapping[str, SourceError]
 ) -> dict[str, Any]:
     """What is known about fetched prices, for their sidecar. ``time`` is that of the oldest answer."""
-    dropped: dict[str, dict[str, int]] = {t: a.dropped for t, a in answers.items() if a.dropped}
     meta: dict[str, Any] = {
         "source": settings.source,
         "origins": dict.fromkeys(answers, SOURCE_NAMES[settings.source]),
@@ -126,15 +121,13 @@ def beginning_of_meta(
     }
     if settings.source == "yahoo":
         meta["auto_adjust"] = settings.adjust == "all"
-    if any(answer.splits for answer in answers.values()):
-        meta["splits"] = {ticker: answer.splits for ticker, answer in answers.items() if answer.splits}
-    if dropped:
-        meta["dropped"] = dropped
-    if any(answer.cached for answer in answers.values()):
-        meta["from_cache"] = [ticker for ticker, answer in answers.items() if answer.cached]
-    if failures:
-        meta["failed"] = {ticker: str(error) for ticker, error in failures.items()}
-    return meta
+    of_some: dict[str, Any] = {
+        "splits": {ticker: answer.splits for ticker, answer in answers.items() if answer.splits},
+        "dropped": {ticker: answer.dropped for ticker, answer in answers.items() if answer.dropped},
+        "from_cache": [ticker for ticker, answer in answers.items() if answer.cached],
+        "failed": {ticker: str(error) for ticker, error in failures.items()},
+    }
+    return meta | {name: value for name, value in of_some.items() if value}
 
 
 class Patience:
@@ -146,11 +139,6 @@ class Patience:
         self.lock = threading.Lock()
         self.not_before = 0.0
         self.broken: SourceError | None = None
-
-    def wait_turn(self) -> None:
-        """Sleep while everyone is to wait."""
-        while (left := self.not_before - time.monotonic()) > 0:
-            time.sleep(min(left, 0.5))
 
     def hold(self, seconds: float) -> None:
         """Make everyone wait for so many seconds from now."""
@@ -167,7 +155,8 @@ class Patience:
         """Ask until there is an answer, a reason that asking again cannot change, or no patience left."""
         attempt = 0
         while True:
-            self.wait_turn()
+            while (left := self.not_before - time.monotonic()) > 0:
+                time.sleep(min(left, 0.5))
             if self.broken is not None:
                 raise SourceError(self.broken.kind, f"not tried, since: {self.broken}")
             try:
@@ -264,7 +253,7 @@ class PriceCache:
             frames = read_table(path, meta)
             if list(frames) != [ticker] or len(frames[ticker]) != meta["rows"]:
                 return None
-            kept = {name: meta[name] for name in ("timezone", "currency", "dropped", "splits")}
+            kept = {name: meta[name] for name in KEPT}
             return Answer(frames[ticker], fetched, **kept, fresh_until=until, cached=True)
         except (UserError, KeyError, TypeError, ValueError, OSError):
             return None
@@ -279,10 +268,7 @@ class PriceCache:
             "interval": request.interval,
             "time": answer.time.isoformat(),
             "fresh_until": answer.fresh_until.isoformat(),
-            "timezone": answer.timezone,
-            "currency": answer.currency,
-            "dropped": answer.dropped,
-            "splits": answer.splits,
+            **{name: getattr(answer, name) for name in KEPT},
         }
         with contextlib.suppress(UserError, OSError):
             write_prices({ticker: answer.frame}, self.path(source, ticker, request), meta)
@@ -300,8 +286,6 @@ class PriceCache:
 
 def bundled_prices() -> dict[str, pd.DataFrame]:
     """Every bundled day, one frame a ticker."""
-    from stocklora.prices.tables import read_table
-
     return read_table(bundled_folder() / BUNDLED_PRICES)
 
 
@@ -315,8 +299,6 @@ def sample_prices(
     Raises:
         UserError: a ticker or range that the bundle does not hold; an unreadable period.
     """
-    from stocklora.prices.tables import read_meta
-
     bundled = bundled_prices()
     origins = (read_meta(bundled_folder() / BUNDLED_PRICES) or {}).get("origins", {})
     symbols = [one.upper() for one in ([ticker] if isinstance(ticker, str) else ticker)]
@@ -340,8 +322,6 @@ def days_of(frame: pd.DataFrame) -> str:
 
 def within(frame: pd.DataFrame, period: str, start: str | None, end: str | None) -> pd.DataFrame:
     """The rows from ``start`` (or one ``period`` back) up to, not including, ``end``."""
-    import pandas as pd
-
     if end is not None:
         frame = frame[frame.index < pd.Timestamp(end)]
     if start is not None:

@@ -69,9 +69,10 @@ class Source(Protocol):
     def fetch(self, ticker: str, request: Request) -> Answer: ...
 
 
-def clean_bars(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
+def clean_bars(frame: pd.DataFrame, unfinished: bool = False) -> tuple[pd.DataFrame, dict[str, int]]:
     """Bars fit for a table, and how many were left out or mended and why.
 
+    ``unfinished``: the last bar, where it has trading in it still, as the caller knows.
     ``empty``: a price is missing. ``broken``: a price is not positive, or high is below low. Both are
     dropped. ``widened``: open or close lay outside the bar, whose high or low then moves to hold it.
     """
@@ -80,6 +81,7 @@ def clean_bars(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
     from stocklora.prices.csv_columns import PRICE_COLUMNS
     from stocklora.prices.tables import QUOTES, bar_faults
 
+    frame = frame.iloc[: len(frame) - unfinished]
     frame = frame[PRICE_COLUMNS].astype("float64").replace([np.inf, -np.inf], np.nan)
     frame["Volume"] = frame["Volume"].fillna(0.0).clip(lower=0.0)
     counts = {}
@@ -87,11 +89,12 @@ def clean_bars(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
     frame, counts["empty"] = frame[~empty], int(empty.sum())
     broken = (frame[QUOTES] <= 0).any(axis=1) | (frame["High"] < frame["Low"])
     frame, counts["broken"] = frame[~broken].copy(), int(broken.sum())
-    counts["widened"] = int(bar_faults(frame).sum())
+    counts["widened"] = int(np.any(list(bar_faults(frame).values()), axis=0).sum())
     frame["High"] = frame[QUOTES].max(axis=1)
     frame["Low"] = frame[QUOTES].min(axis=1)
     twice = frame.index.duplicated(keep="last")
     frame, counts["duplicate"] = frame[~twice].sort_index(), int(twice.sum())
+    counts["unfinished"] = int(unfinished)
     return frame.rename_axis(index="Date", columns=None), {reason: n for reason, n in counts.items() if n}
 
 

@@ -26,7 +26,7 @@ import pandas as pd
 
 from stocklora.cli.console import one_line
 from stocklora.prices.calendar import SETTLING, Clock, session_close, sessions_between, utc_now
-from stocklora.prices.sources.request import Answer, Request, SourceError, clean_bars
+from stocklora.prices.sources.request import Answer, Request, SourceError, clean_bars, period_start
 
 RELAY_VARIABLE = "STOCKLORA_YAHOO_URL"
 FACTS = ("exchangeTimezoneName", "currency", "currentTradingPeriod")
@@ -119,12 +119,9 @@ class YahooSource:
             return {**options, "period": request.period}
         start = request.start
         if start is None and request.end is not None and request.period != "max":
-            from stocklora.prices.sources.request import period_start
-
             start = (period_start(request.period, pd.Timestamp(request.end)) + pd.Timedelta(days=1)).date()
-        if start is None:
-            return {**options, "period": "max", **({"end": str(end)} if end else {})}
-        return {**options, "start": str(start), **({"end": str(end)} if end else {})}
+        begin = {"period": "max"} if start is None else {"start": str(start)}
+        return options | begin | ({"end": str(end)} if end else {})
 
     def reason(self, ticker: str, error: Exception | None) -> SourceError:
         """Name a failure by what the chart endpoint last said, since yfinance's exceptions do not tell apart."""
@@ -163,11 +160,7 @@ class YahooSource:
                 raw = raw[raw.index < pd.Timestamp(request.end)]
         today, over, fresh_until = state_of_today(ticker, session_end(facts), zone, now)
         unfinished = len(raw) > 0 and is_unfinished(ticker, raw.index[-1], request.interval, today, over)
-        if unfinished:
-            raw = raw.iloc[:-1]
-        frame, dropped = clean_bars(raw)
-        if unfinished:
-            dropped["unfinished"] = 1
+        frame, dropped = clean_bars(raw, unfinished)
         if frame.empty:
             raise SourceError("empty", "Yahoo gave no finished day with a price in that range")
         currency = facts.get("currency")
