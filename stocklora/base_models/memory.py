@@ -8,16 +8,62 @@ square of the sequence's length, since its kernels do not.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from stocklora.cli.console import warn
 
 FLOAT_BYTES = 4
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256  # a code, and the scale of 64 of them, itself a code of 8 bits
 INT8_BYTES = 1.0
 PROGRAM_MB = 700.0  # Python, torch and transformers, measured; a graphics card holds none of it
 WARN_AT = 0.95  # of the free memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory that a run is expected to take, MB, on the device that trains.
+
+    Attributes:
+        trainable: numbers that train.
+        state_mb: gradients, Adam's two moments, and on a CPU a forecaster's copies of the best epoch.
+        activations_mb: but for the output head. head_mb: tiles of the output head's scores.
+    """
+
+    trainable: int
+    weights_mb: float
+    state_mb: float
+    activations_mb: float
+    program_mb: float
+    head_mb: float = 0.0
+
+    @property
+    def total_mb(self) -> float:
+        return self.weights_mb + self.state_mb + self.activations_mb + self.head_mb + self.program_mb
+
+
+def memory_title(tokens: int, on_cpu: bool) -> str:
+    """The heading of a table of ``Memory``."""
+    where = "memory" if on_cpu else "memory of the graphics card"
+    return f"Expected {where}, MB, at {tokens:,} tokens a pass"
+
+
+def warn_if_short(needed_mb: float, device: torch.device, advice: Callable[[float], str]) -> None:
+    """A warning where a run is not expected to fit.
+
+    Args:
+        advice: what would, by the free MB.
+    """
+    free = free_memory_mb(device)
+    if free is not None and needed_mb > WARN_AT * free:
+        warn(
+            f"this run is expected to take {needed_mb:,.0f} MB, and about {free:,.0f} MB are free: it may end "
+            f"half-way{advice(free)}"
+        )
 
 
 def inner_size(config: Any) -> int:

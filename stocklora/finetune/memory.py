@@ -14,20 +14,10 @@ import torch
 
 from llm_model import padded_tokens
 from lora import LoRAError, find_targets, linear_layers
+from stocklora.base_models import memory as sizes
 from stocklora.base_models.loading import backbone_config, first_layers
-from stocklora.base_models.memory import (
-    FLOAT_BYTES,
-    INT8_BYTES,
-    NF4_BYTES,
-    PROGRAM_MB,
-    WARN_AT,
-    backward_bytes,
-    bytes_a_token,
-    free_memory_mb,
-    inner_size,
-    optimizer_bytes,
-)
-from stocklora.cli.console import UserError, print_table, say, warn
+from stocklora.base_models.memory import FLOAT_BYTES, Memory
+from stocklora.cli.console import UserError, print_table, say
 from stocklora.dataset.prepare import Example
 from stocklora.finetune.settings import TrainLoraSettings
 
@@ -75,26 +65,6 @@ class Setup:
     head: int
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Memory of one way to train, MB, on the device that trains.
-
-    Attributes:
-        state_mb: gradients, Adam's moments, and on a CPU the copies of the best epoch.
-        activations_mb: of training or of a forecast, whichever takes more.
-    """
-
-    trainable: int
-    weights_mb: float
-    state_mb: float
-    activations_mb: float
-    program_mb: float
-
-    @property
-    def total_mb(self) -> float:
-        return self.weights_mb + self.state_mb + self.activations_mb + self.program_mb
-
-
 def shape_of(settings: TrainLoraSettings, config: Any = None) -> ModelShape:
     """The base model's sizes; no weight is read or made.
 
@@ -125,7 +95,9 @@ def shape_of(settings: TrainLoraSettings, config: Any = None) -> ModelShape:
         rows, columns = layer.weight.shape  # type: ignore[union-attr, misc]
         linear[name] = (int(columns), int(rows)) if type(layer).__name__ == "Conv1D" else (int(rows), int(columns))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return ModelShape(hidden, inner_size(config), int(config.num_hidden_layers), parameters, linear, tuple(targets))
+    return ModelShape(
+        hidden, sizes.inner_size(config), int(config.num_hidden_layers), parameters, linear, tuple(targets)
+    )
 
 
 def setup_of(
@@ -142,8 +114,8 @@ def setup_of(
     )  # fmt: skip
 
 
-def cost_of(shape: ModelShape, setup: Setup) -> Cost:
-    """The memory that ``setup`` takes."""
+def cost_of(shape: ModelShape, setup: Setup) -> Memory:
+    """The memory that ``setup`` takes, in training or in a forecast, whichever takes more."""
     adapted = [shape.linear[name] for name in shape.targets]
     trainable = setup.head
     if setup.method == "full":
@@ -151,10 +123,10 @@ def cost_of(shape: ModelShape, setup: Setup) -> Cost:
     elif setup.method != "head":
         trainable += sum(setup.rank * (rows + columns) + rows * setup.dora for rows, columns in adapted)
     # Gradient and two moments; the state of the start and that of the best epoch, which lie in the machine's memory.
-    state = optimizer_bytes(trainable) + (2 * trainable * FLOAT_BYTES if setup.on_cpu else 0)
+    state = sizes.optimizer_bytes(trainable) + (2 * trainable * FLOAT_BYTES if setup.on_cpu else 0)
     transient = _activations(shape, setup, adapted)
-    program = PROGRAM_MB if setup.on_cpu else 0.0
-    return Cost(trainable, _weights(shape, setup) / 1e6, state / 1e6, transient / 1e6, program)
+    program = sizes.PROGRAM_MB if setup.on_cpu else 0.0
+    return Memory(trainable, _weights(shape, setup) / 1e6, state / 1e6, transient / 1e6, program)
 
 
 def _weights(shape: ModelShape, setup: Setup) -> float:
@@ -162,7 +134,7 @@ def _weights(shape: ModelShape, setup: Setup) -> float:
     linear, others = shape.linear_parameters, shape.parameters - shape.linear_parameters
     if setup.method == "full":
         return shape.parameters * FLOAT_BYTES
-    each = {"none": float(setup.width), "8bit": INT8_BYTES, "4bit": NF4_BYTES}[setup.quantization]
+    each = {"none": float(setup.width), "8bit": sizes.INT8_BYTES, "4bit": sizes.NF4_BYTES}[setup.quantization]
     adapters = 0
     if setup.method != "head":
         adapters = sum(setup.rank * sum(shape.linear[name]) for name in shape.targets) * FLOAT_BYTES
@@ -178,7 +150,7 @@ def _activations(shape: ModelShape, setup: Setup, adapted: Sequence[tuple[int, i
     unpacked = 2.0 * largest * setup.width if setup.quantization != "none" else 0.0
     if setup.method == "head":
         return passing * setup.longest + unpacked
-    a_token = bytes_a_token(shape.hidden, shape.inner, setup.width, setup.method == "full")
+    a_token = sizes.bytes_a_token(shape.hidden, shape.inner, setup.width, setup.method == "full")
     if setup.method == "full" and low:
         unpacked = float(shape.linear_parameters * setup.width)
     if setup.method == "peft" and low:  # PEFT turns the input of each adapter to float32 and keeps that
@@ -188,7 +160,7 @@ def _activations(shape: ModelShape, setup: Setup, adapted: Sequence[tuple[int, i
         unpacked += sum(rows * columns for rows, columns in adapted) * FLOAT_BYTES
     elif setup.dora:
         unpacked += 2.0 * largest * FLOAT_BYTES
-    training = backward_bytes(setup.tokens, a_token, shape.hidden, shape.layers, setup.width, setup.checkpointing)
+    training = sizes.backward_bytes(setup.tokens, a_token, shape.hidden, shape.layers, setup.width, setup.checkpointing)
     return max(training, passing * max(FORECAST_TOKENS, setup.longest)) + unpacked
 
 
@@ -215,10 +187,8 @@ def print_plan(shape: ModelShape, setup: Setup) -> None:
         cells = (cost.weights_mb, cost.state_mb, cost.activations_mb, cost.program_mb, cost.total_mb)
         mark = "this run: " if way == setup else ""
         rows.append([mark + flags_of(way), f"{cost.trainable:,}", *(f"{cell:,.0f}" for cell in cells)])
-    where = "memory" if setup.on_cpu else "memory of the graphics card"
-    title = f"Expected {where}, MB, at {setup.tokens:,} tokens a pass"
     header = ["", "trainable", "weights", "gradients, optimizer", "activations", "program", "total"]
-    print_table(title, header, rows)
+    print_table(sizes.memory_title(setup.tokens, setup.on_cpu), header, rows)
 
 
 def flags_of(setup: Setup) -> str:
@@ -228,12 +198,7 @@ def flags_of(setup: Setup) -> str:
 
 def warn_if_too_large(shape: ModelShape, setup: Setup, device: torch.device) -> None:
     """Before anything large is read: a warning where this run is not expected to fit, and what would."""
-    cost, free = cost_of(shape, setup), free_memory_mb(device)
-    if free is not None and cost.total_mb > WARN_AT * free:
-        warn(
-            f"this run is expected to take {cost.total_mb:,.0f} MB, and about {free:,.0f} MB are free: it may end "
-            f"half-way. {advice(shape, setup, free)}"
-        )
+    sizes.warn_if_short(cost_of(shape, setup).total_mb, device, lambda free: f". {advice(shape, setup, free)}")
 
 
 def advice(shape: ModelShape, setup: Setup, free_mb: float) -> str:
@@ -252,7 +217,7 @@ def advice(shape: ModelShape, setup: Setup, free_mb: float) -> str:
         ]
     for way in ways:
         cost = cost_of(shape, way)
-        if cost.total_mb <= WARN_AT * free_mb:
+        if cost.total_mb <= sizes.WARN_AT * free_mb:
             alone = " --max_tokens_per_batch 1" if way.tokens < setup.tokens else ""
             return f"Expected to fit, with {cost.total_mb:,.0f} MB: {flags_of(way)}{alone}"
     return "Use a smaller base model, --backbone_layers, or a shorter --max_tokens_per_sequence"

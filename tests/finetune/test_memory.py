@@ -69,22 +69,22 @@ def test_a_run_that_will_not_fit_is_warned_of_with_one_that_does(tiny_model, pri
     shape = dataclasses.replace(shape, hidden=4096, inner=11008, layers=32)  # a 7B's activations
     setup = setup_of(settings, shape, examples, torch.bfloat16, CPU)
     needed = cost_of(shape, setup).total_mb
-    monkeypatch.setattr("stocklora.finetune.memory.free_memory_mb", lambda device: 2 * needed)
+    monkeypatch.setattr("stocklora.base_models.memory.free_memory_mb", lambda device: 2 * needed)
     warn_if_too_large(shape, setup, CPU)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("stocklora.finetune.memory.free_memory_mb", lambda device: 0.6 * needed)
+    monkeypatch.setattr("stocklora.base_models.memory.free_memory_mb", lambda device: 0.6 * needed)
     warn_if_too_large(shape, setup, CPU)
     words = capsys.readouterr().err
     assert f"is expected to take {needed:,.0f} MB, and about {0.6 * needed:,.0f} MB are free" in words
     assert "Expected to fit, with" in words
     assert "--max_tokens_per_batch 1" in words
-    monkeypatch.setattr("stocklora.finetune.memory.free_memory_mb", lambda device: 10.0)
+    monkeypatch.setattr("stocklora.base_models.memory.free_memory_mb", lambda device: 10.0)
     warn_if_too_large(shape, setup, CPU)
     assert "Use a smaller base model" in capsys.readouterr().err
 
 
 def test_training_shows_the_plan_and_warns(tiny_model, prices, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("stocklora.finetune.memory.free_memory_mb", lambda device: 500.0)
+    monkeypatch.setattr("stocklora.base_models.memory.free_memory_mb", lambda device: 500.0)
     settings = TrainLoraSettings(
         model_path=tiny_model, window_size=20, epochs=0, device="cpu", scale="ewma", save_dir=tmp_path, method="peft",
         quantization="4bit",

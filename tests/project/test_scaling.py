@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from stocklora.finetune.memory import Cost, ModelShape, Setup, cost_of, shape_of
+from stocklora.base_models.memory import Memory
+from stocklora.finetune.memory import ModelShape, Setup, cost_of, shape_of
 from stocklora.finetune.settings import TrainLoraSettings
 
 LLAMA = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32}
@@ -58,7 +59,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelShape]:
 
 def cost(
     shape: ModelShape, flags: str = "", batch: int = 1, width: int = 2, longest: int = LONGEST, on_cpu: bool = False
-) -> Cost:
+) -> Memory:
     method = re.search(r"--method (\w+)", flags)
     quantization = re.search(r"--quantization (\w+)", flags)
     return cost_of(shape, Setup(

@@ -17,22 +17,13 @@ from typing import Any
 
 import torch
 
-from stocklora.base_models.memory import (
-    FLOAT_BYTES,
-    INT8_BYTES,
-    NF4_BYTES,
-    PROGRAM_MB,
-    WARN_AT,
-    backward_bytes,
-    bytes_a_token,
-    free_memory_mb,
-    inner_size,
-    optimizer_bytes,
-)
+from stocklora.base_models import memory as sizes
+from stocklora.base_models.memory import FLOAT_BYTES, Memory
 from stocklora.cli.console import print_table, say, warn
 from stocklora.instruct.rows.chat_template import IGNORED, end_token_id
 from stocklora.instruct.sft.data import EncodedRow, InstructionData
 from stocklora.instruct.sft.settings import SftSettings
+from stocklora.instruct.sft.setup import Prepared
 
 HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768  # TRL computes the output head in tiles of so many tokens and tokens' scores
 MOST_SCORES = 3 * HEAD_TOKENS * HEAD_COLUMNS  # more than a pass on a CPU has at once; see trainer.AnswerTrainer
@@ -69,38 +60,22 @@ def count_tokens(rows: Sequence[EncodedRow]) -> TokenCounts:
     )
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Memory that a run is expected to take, MB, on the device that trains.
-
-    Attributes:
-        state_mb: gradients and Adam's two moments, float32. head_mb: tiles of the output head's scores.
-    """
-
-    weights_mb: float
-    state_mb: float
-    activations_mb: float
-    head_mb: float
-    program_mb: float
-
-    @property
-    def total_mb(self) -> float:
-        return self.weights_mb + self.state_mb + self.activations_mb + self.head_mb + self.program_mb
-
-
-def expected_memory(model: Any, settings: SftSettings, load: PassLoad, dtype: torch.dtype, on_cpu: bool) -> Memory:
+def expected_memory(prepared: Prepared, load: PassLoad) -> Memory:
     """Arithmetic on the model's sizes, see ``base_models/memory.py``.
 
     Args:
-        model: with its adapters on.
         load: what the largest forward and backward pass holds.
-        dtype: that the pass computes in.
     """
-    state = optimizer_bytes(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
-    activations = _activation_bytes(model, settings, load.tokens, dtype.itemsize)
-    head = _head_bytes(model, load, dtype.itemsize, on_cpu)
-    program = PROGRAM_MB + SPARE_MB if on_cpu else 0.0
-    return Memory(_weight_bytes(model) / 1e6, state / 1e6, activations / 1e6, head / 1e6, program)
+    model, width, on_cpu = prepared.model, prepared.dtype.itemsize, prepared.device.type == "cpu"
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Memory(
+        trainable,
+        weights_mb=_weight_bytes(model) / 1e6,
+        state_mb=sizes.optimizer_bytes(trainable) / 1e6,
+        activations_mb=_activation_bytes(model, prepared.settings, load.tokens, width) / 1e6,
+        program_mb=sizes.PROGRAM_MB + SPARE_MB if on_cpu else 0.0,
+        head_mb=_head_bytes(model, load, width, on_cpu) / 1e6,
+    )
 
 
 def _weight_bytes(model: Any) -> float:
@@ -110,9 +85,9 @@ def _weight_bytes(model: Any) -> float:
         each = float(parameter.element_size())
         total += parameter.numel() * each
         if _is_4bit(parameter):  # two codes in a byte, and their scales
-            total += 2 * parameter.numel() * (NF4_BYTES - 0.5)
+            total += 2 * parameter.numel() * (sizes.NF4_BYTES - 0.5)
         elif type(parameter).__name__ == "Int8Params":
-            total += parameter.numel() * (INT8_BYTES - each)
+            total += parameter.numel() * (sizes.INT8_BYTES - each)
     return total
 
 
@@ -121,13 +96,13 @@ def _activation_bytes(model: Any, settings: SftSettings, tokens: int, width: int
     config = model.config.get_text_config()
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
     full, low = settings.method == "full", width < FLOAT_BYTES
-    a_token = bytes_a_token(hidden, inner_size(config), width, full)
+    a_token = sizes.bytes_a_token(hidden, sizes.inner_size(config), width, full)
     adapted_inputs = sum(weight.shape[1] for name, weight in model.named_parameters() if ".lora_A." in name)
     if not full and adapted_inputs:
         # Each adapter keeps its input, and with dropout a mask and what it let through.
         copies = 1 + (settings.lora_dropout > 0) * 1.25
         a_token += copies * adapted_inputs * (FLOAT_BYTES if low else width) / layers
-    activations = backward_bytes(tokens, a_token, hidden, layers, width, settings.gradient_checkpointing)
+    activations = sizes.backward_bytes(tokens, a_token, hidden, layers, width, settings.gradient_checkpointing)
     linear = [
         _numbers(weight)
         for name, weight in model.named_parameters()
@@ -164,61 +139,54 @@ class PassLoad:
     scored: int
 
 
-def load_of_a_pass(settings: SftSettings, data: InstructionData, packed_length: int | None) -> PassLoad:
-    counts, rows = count_tokens(data.train), min(settings.batch_size, len(data.train))
-    if packed_length is not None:
-        supervised = round(counts.share * packed_length)
-        return PassLoad(packed_length * rows, supervised * rows, min(packed_length, supervised * rows) * rows)
-    most = max((row.encoded.supervised for row in data.train), default=0)
-    return PassLoad(counts.longest * rows, most * rows, min(counts.longest, most * rows) * rows)
+def load_of_a_pass(settings: SftSettings, rows: Sequence[EncodedRow], counts: TokenCounts) -> PassLoad:
+    together = min(settings.batch_size, len(rows))
+    if settings.packing:
+        longest, most = settings.max_length, round(counts.share * settings.max_length)
+    else:
+        longest, most = counts.longest, max((row.encoded.supervised for row in rows), default=0)
+    return PassLoad(longest * together, most * together, min(longest, most * together) * together)
 
 
 def matched_modules(model: Any) -> Counter[str]:
     """How many layers carry an adapter, by the last part of their names."""
     found: Counter[str] = Counter()
     for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and len(getattr(module, "lora_A", ())):
+        if len(getattr(module, "lora_A", ())):
             found[name.rpartition(".")[2]] += 1
     return found
 
 
-def print_preflight(
-    model: Any,
-    tokenizer: Any,
-    data: InstructionData,
-    settings: SftSettings,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    steps: int,
-    sequences: int,
-) -> dict[str, Any]:
+def print_preflight(prepared: Prepared, *, steps: int, sequences: int) -> dict[str, Any]:
     """Print the page; the same facts are returned, for training_info.json.
 
     Args:
-        model: with its adapters on.
-        dtype: that a pass computes in.
         steps: that the run will take at most.
         sequences: that an epoch has, which are fewer than rows when packed.
     """
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(_numbers(parameter) for parameter in model.parameters())
-    modules = matched_modules(model)
+    settings, data, tokenizer = prepared.settings, prepared.data, prepared.tokenizer
+    total = sum(_numbers(parameter) for parameter in prepared.model.parameters())
+    modules = matched_modules(prepared.model)
     counts = {name: count_tokens(rows) for name, rows in data.parts.items()}
-    load = load_of_a_pass(settings, data, settings.max_length if settings.packing else None)
-    memory = expected_memory(model, settings, load, dtype, device.type == "cpu")
+    load = load_of_a_pass(settings, data.train, counts["train"])
+    memory = expected_memory(prepared, load)
+    trainable = memory.trainable
     say()
     say("Pre-flight")
     _print_fact("model", f"{settings.model_path} ({total:,} parameters)")
     quantized = f", {settings.quantization} weights" if settings.quantization != "none" else ""
-    _print_fact("method", f"{settings.method}{quantized}, {str(dtype).removeprefix('torch.')} on {device}")
+    _print_fact(
+        "method", f"{settings.method}{quantized}, {str(prepared.dtype).removeprefix('torch.')} on {prepared.device}"
+    )
     if modules:
         _print_fact("adapted layers", f"{sum(modules.values())}: " + ", ".join(f"{k} x{n}" for k, n in modules.items()))
     _print_fact("trainable", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)")
-    _print_fact("tokens", f"end {_end_token(tokenizer)}, padding {tokenizer.pad_token}")
+    _print_fact(
+        "tokens", f"end {tokenizer.convert_ids_to_tokens(end_token_id(tokenizer))}, padding {tokenizer.pad_token}"
+    )
     _print_steps(data, settings, steps, sequences)
     _print_token_counts(counts, data, settings)
-    _print_memory(memory, load, device)
+    _print_memory(memory, load, prepared.device)
     _warn_of_disk(settings, trainable)
     print_example(tokenizer, data.train[0])
     return {
@@ -229,10 +197,6 @@ def print_preflight(
         "expected_memory_mb": round(memory.total_mb),
         "tokens": {name: c.__dict__ | {"share_supervised": round(c.share, 4)} for name, c in counts.items()},
     }
-
-
-def _end_token(tokenizer: Any) -> str:
-    return str(tokenizer.convert_ids_to_tokens(end_token_id(tokenizer)))
 
 
 def _print_steps(data: InstructionData, settings: SftSettings, steps: int, sequences: int) -> None:
@@ -269,21 +233,16 @@ def _print_token_counts(counts: Mapping[str, TokenCounts], data: InstructionData
 
 def _print_memory(memory: Memory, load: PassLoad, device: torch.device) -> None:
     """The table of expected memory, and a warning where less is free."""
-    where = "memory" if device.type == "cpu" else "memory of the graphics card"
     print_table(
-        f"Expected {where}, MB, at {load.tokens:,} tokens a pass",
+        sizes.memory_title(load.tokens, device.type == "cpu"),
         ("weights", "gradients, optimizer", "activations", "output head", "program", "total"),
         [[f"{part:,.0f}" for part in (memory.weights_mb, memory.state_mb, memory.activations_mb, memory.head_mb,
                                       memory.program_mb, memory.total_mb)]],
     )  # fmt: skip
-    free = free_memory_mb(device)
     # This process holds the weights already, and on a CPU they count as free for it.
     needed = memory.total_mb - (memory.weights_mb if device.type != "cpu" else 0.0)
-    if free is not None and needed > WARN_AT * free:
-        warn(
-            f"this run is expected to take {needed:,.0f} MB, and about {free:,.0f} MB are free: it may end "
-            f"half-way; try --batch_size 1, --gradient_checkpointing, --use_qlora or a smaller --max_length"
-        )
+    advice = "; try --batch_size 1, --gradient_checkpointing, --use_qlora or a smaller --max_length"
+    sizes.warn_if_short(needed, device, lambda free: advice)
 
 
 def print_example(tokenizer: Any, row: EncodedRow) -> None:
@@ -337,7 +296,7 @@ def _warn_of_disk(settings: SftSettings, trainable: int) -> None:
     folder = next(path for path in [settings.output_dir.absolute(), *settings.output_dir.absolute().parents]
                   if Path(path).exists())  # fmt: skip
     free = shutil.disk_usage(folder).free
-    if needed > WARN_AT * free:
+    if needed > sizes.WARN_AT * free:
         warn(
             f"{settings.save_total_limit + 1} checkpoints take about {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB "
             f"of the disk are free; lower --save_total_limit or free some space"

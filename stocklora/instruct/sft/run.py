@@ -166,10 +166,7 @@ def _train(resolved: Resolved[Any], checkpoint: Path | None, script: str, argume
     facts = run_facts(prepared)
     if checkpoint is not None:
         check_same_run(checkpoint, facts)
-    page = print_preflight(
-        prepared.model, prepared.tokenizer, data, settings, dtype=prepared.dtype, device=prepared.device, steps=steps,
-        sequences=len(train_set),
-    )  # fmt: skip
+    page = print_preflight(prepared, steps=steps, sequences=len(train_set))
     if settings.preflight_only:
         return 0
     if checkpoint is not None:
