@@ -63,15 +63,7 @@ def run(settings: InferenceSettings) -> None:
     elif settings.batch is not None:
         from stocklora.instruct.chat.batch import run_batch
 
-        run_batch(
-            model,
-            settings.batch,
-            settings.output or settings.batch.with_name(f"{settings.batch.stem}.answers.jsonl"),
-            adapter=adapter,
-            sampling=sampling,
-            batch_size=settings.batch_size,
-            system=settings.system,
-        )
+        run_batch(model, settings, adapter, sampling)
     else:
         from stocklora.instruct.chat.terminal import talk
 

@@ -27,6 +27,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_track(settings: QuickStartSettings) -> None:
+    from stocklora.base_models.folders import check_model_folder
+
+    if settings.model_path is not None:
+        check_model_folder(settings.model_path)  # before anything is made
     if settings.track == "prices":
         run_prices_track(settings)
         return

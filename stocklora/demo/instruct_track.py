@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stocklora.cli.console import UserError, say
-from stocklora.demo.prices_track import QuickStartSettings, base_model, check_given_model
+from stocklora.demo.prices_track import QuickStartSettings, base_model
 
 # Short questions of two kinds, with answers of a fixed form: what a model of 135 M weights learns in minutes.
 KINDS = ("sentiment", "extraction")
@@ -28,7 +28,6 @@ def run_instruct_track(settings: QuickStartSettings) -> None:
     """The whole story; pictures, scores and the adapter lie in ``settings.output_dir / "instruct"``."""
     started = time.perf_counter()
     folder = settings.output_dir / "instruct"
-    check_given_model(settings)
     say("[1/5] Instructions, made of the bundled news and the price moves measured after them")
     data = make_rows(folder / "instructions.jsonl", settings)
 
@@ -40,10 +39,12 @@ def run_instruct_track(settings: QuickStartSettings) -> None:
     train(data, model_path, adapter, settings)
 
     say("[4/5] Is it better than its base? Held-out rows, later in time than those it was trained on")
-    results = score(adapter, settings)
+    from stocklora.instruct.chat.settings import EvaluateSettings, PlotSettings
     from stocklora.instruct.evaluation.plots import plot_results
-    from stocklora.instruct.chat.settings import PlotSettings
+    from stocklora.instruct.evaluation.run import evaluate
 
+    tokens = FAST_ANSWER_TOKENS if settings.fast else ANSWER_TOKENS
+    results = evaluate(EvaluateSettings(model_path=adapter, max_new_tokens=tokens, device=settings.device))
     pictures = plot_results(PlotSettings(model_path=adapter, output_dir=folder))
 
     say("[5/5] An answer of each")
@@ -91,19 +92,6 @@ def train(data: Path, model_path: Path, adapter: Path, settings: QuickStartSetti
         flags += [f"--{name}"] if value is True else [f"--{name}", str(value[0] if name == "data_path" else value)]
     if run_training(Resolved(SftSettings(**chosen), sources), "fine_tune_qwen.py", flags):
         raise UserError("training was stopped before its end; go on as said above, or start quick_start.py anew")
-
-
-def score(adapter: Path, settings: QuickStartSettings) -> Path:
-    from stocklora.instruct.evaluation.run import evaluate
-    from stocklora.instruct.chat.settings import EvaluateSettings
-
-    return evaluate(
-        EvaluateSettings(
-            model_path=adapter,
-            max_new_tokens=FAST_ANSWER_TOKENS if settings.fast else ANSWER_TOKENS,
-            device=settings.device,
-        )
-    )
 
 
 def show_answers(adapter: Path) -> None:

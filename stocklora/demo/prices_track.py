@@ -48,7 +48,6 @@ def run_prices_track(settings: QuickStartSettings) -> None:
     """The whole story; the forecast, charts and weights lie in ``settings.output_dir``."""
     started = time.perf_counter()
     folder = settings.output_dir
-    check_given_model(settings)
     say("[1/5] Prices: two years of AAPL from the bundled sample")
     frame = write_demo_prices(folder / "sample_test.csv")
     say("[2/5] Base model")
@@ -67,18 +66,6 @@ def run_prices_track(settings: QuickStartSettings) -> None:
     say()
     say("An error near the last close's is what an honest model of daily prices shows; two years of one ticker")
     say("teach little. Next: several tickers (python download.py --ticker AAPL MSFT IBM --period 10y), see README.md")
-
-
-def check_given_model(settings: QuickStartSettings) -> None:
-    """A wrong ``--model_path`` is found before anything is made.
-
-    Raises:
-        UserError: the folder holds no model.
-    """
-    from stocklora.base_models.folders import check_model_folder
-
-    if settings.model_path is not None:
-        check_model_folder(settings.model_path)
 
 
 def write_demo_prices(path: Path) -> pd.DataFrame:

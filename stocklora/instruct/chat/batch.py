@@ -13,6 +13,7 @@ from typing import Any
 
 from stocklora.cli.console import UserError, progress, say, warn
 from stocklora.instruct.chat.model import Answer, ChatModel, Sampling
+from stocklora.instruct.chat.settings import InferenceSettings
 from stocklora.instruct.chat.sources import ADAPTER_WEIGHTS, TRAINING_INFO, first_file
 from stocklora.instruct.chat.text_stream import holds_no_character, without_reasoning
 from stocklora.instruct.rows.formats import Message, parse_row
@@ -71,17 +72,8 @@ def read_prompts(path: Path, system: str | None = None) -> list[Prompt]:
     return prompts
 
 
-def run_batch(
-    model: ChatModel,
-    source: Path,
-    output: Path,
-    *,
-    adapter: str | None,
-    sampling: Sampling,
-    batch_size: int,
-    system: str | None = None,
-) -> int:
-    """Answer what ``output`` has no answer to yet; how many answers were added.
+def run_batch(model: ChatModel, settings: InferenceSettings, adapter: str | None, sampling: Sampling) -> None:
+    """Answer what of ``--batch`` has no answer in ``--output`` yet.
 
     Each answer is written the moment it is there, in one piece, so that a run can be killed and started again.
 
@@ -89,9 +81,12 @@ def run_batch(
         UserError: unreadable input, a prompt that does not fit the model, or an output that another model, other
             settings or other prompts made.
     """
+    source = settings.batch
+    assert source is not None
+    output = settings.output or source.with_name(f"{source.stem}.answers.jsonl")
     if output.exists() and output.resolve() == source.resolve():
         raise UserError(f"--output {output} is the file of prompts; give another name")
-    prompts = read_prompts(source, system)
+    prompts = read_prompts(source, settings.system)
     made_by = recipe(model, adapter, sampling)
     done = answered(output, made_by)
     for prompt in prompts:
@@ -111,8 +106,8 @@ def run_batch(
     cut = 0
     with progress() as bar, appending(output) as write:
         task = bar.add_task("answers", total=len(todo))
-        for start in range(0, len(todo), batch_size):
-            part = todo[start : start + batch_size]
+        for start in range(0, len(todo), settings.batch_size):
+            part = todo[start : start + settings.batch_size]
             answers = model.answers([prompt.messages for prompt in part], adapter=adapter, sampling=sampling)
             for prompt, answer in zip(part, answers, strict=True):
                 write(answer_row(prompt, answer, made_by))
@@ -121,7 +116,6 @@ def run_batch(
     if cut:
         warn(f"{cut} of {len(todo)} answers were cut at --max_new_tokens {sampling.max_new_tokens}")
     say(f"{len(todo)} answers -> {output}")
-    return len(todo)
 
 
 def recipe(model: ChatModel, adapter: str | None, sampling: Sampling) -> dict[str, Any]:

@@ -103,14 +103,8 @@ class InferenceSettings(AnswerSettings, LoadSettings):
             UserError: naming the flags.
         """
         self.check_answers()
-        given = {
-            "--chat": self.chat,
-            "--prompt": self.prompt is not None,
-            "--batch": self.batch is not None,
-            "--merge": self.merge is not None,
-            "--serve": self.serve,
-        }
-        modes = [flag for flag, is_given in given.items() if is_given]
+        names = ("chat", "prompt", "batch", "merge", "serve")
+        modes = [f"--{name}" for name in names if getattr(self, name) not in (None, False)]
         if len(modes) > 1:
             raise UserError(f"{' and '.join(modes)} exclude each other; give one of them")
         if self.output is not None and self.batch is None:

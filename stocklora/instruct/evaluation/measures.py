@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from stocklora.instruct.chat.text_stream import without_reasoning
@@ -52,8 +53,9 @@ class Measure:
 
 
 def _mean(name: str) -> Values:
-    """Mean of a field of ``Scores`` over the rows that have it."""
-    return lambda draws, predictions, _: draws.ratio([getattr(item.scores, name) for item in predictions])
+    """Mean of a field, such as ``scores.chrf``, over the rows that have it."""
+    field = attrgetter(name)
+    return lambda draws, predictions, _: draws.ratio([field(item) for item in predictions])
 
 
 def _has(name: str) -> Callable[[Prediction, Record], bool]:
@@ -61,10 +63,12 @@ def _has(name: str) -> Callable[[Prediction, Record], bool]:
 
 
 MEASURES = (
-    Measure("success_rate", "answers that end by themselves", "%", 1, _mean("success")),
-    Measure("chrf", "likeness to the expected answer, chrF", "%", 1, _mean("chrf")),
-    Measure("rouge_l", "likeness, ROUGE-L over characters", "%", 1, _mean("rouge_l")),
-    Measure("label_accuracy", "label right, all kinds of rows", "%", 1, _mean("label_correct"), _has("label_correct")),
+    Measure("success_rate", "answers that end by themselves", "%", 1, _mean("scores.success")),
+    Measure("chrf", "likeness to the expected answer, chrF", "%", 1, _mean("scores.chrf")),
+    Measure("rouge_l", "likeness, ROUGE-L over characters", "%", 1, _mean("scores.rouge_l")),
+    Measure(
+        "label_accuracy", "label right, all kinds of rows", "%", 1, _mean("scores.label_correct"), _has("label_correct")
+    ),
     Measure(
         "sentiment_accuracy", "sentiment label right", "%", 1,
         lambda draws, predictions, records: draws.ratio(
@@ -83,9 +87,9 @@ MEASURES = (
         ),
         lambda _, record: is_sentiment(record),
     ),
-    Measure("json_valid", "JSON object and nothing else", "%", 1, _mean("json_valid"), _has("json_valid")),
-    Measure("field_accuracy", "JSON fields right", "%", 1, _mean("field_accuracy"), _has("field_accuracy")),
-    Measure("fields_exact", "all JSON fields right", "%", 1, _mean("fields_exact"), _has("fields_exact")),
+    Measure("json_valid", "JSON object and nothing else", "%", 1, _mean("scores.json_valid"), _has("json_valid")),
+    Measure("field_accuracy", "JSON fields right", "%", 1, _mean("scores.field_accuracy"), _has("field_accuracy")),
+    Measure("fields_exact", "all JSON fields right", "%", 1, _mean("scores.fields_exact"), _has("fields_exact")),
     Measure(
         "numbers_supported", "numbers that stand in the question", "%", 1,
         lambda draws, predictions, _: draws.ratio(
@@ -93,14 +97,8 @@ MEASURES = (
         ),
         lambda prediction, _: prediction.scores.numbers > 0,
     ),
-    Measure(
-        "generation_time_s", "seconds an answer", "s", -1,
-        lambda draws, predictions, _: draws.ratio([item.answer.seconds for item in predictions]),
-    ),
-    Measure(
-        "generated_tokens", "tokens an answer", "tokens", 0,
-        lambda draws, predictions, _: draws.ratio([item.answer.new_tokens for item in predictions]),
-    ),
+    Measure("generation_time_s", "seconds an answer", "s", -1, _mean("answer.seconds")),
+    Measure("generated_tokens", "tokens an answer", "tokens", 0, _mean("answer.new_tokens")),
     Measure(
         "answer_characters", "characters an answer", "characters", 0,
         lambda draws, predictions, _: draws.ratio(
