@@ -7,12 +7,11 @@ for bit. What looks ahead, by a centred window, a scaler fitted on everything or
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,6 +23,7 @@ from stocklora.cli.console import UserError, progress, say, warn
 from stocklora.dataset.indicators import INDICATORS, indicator_table
 from stocklora.dataset.prepare import prepare
 from stocklora.dataset.prompts import returns_lines
+from stocklora.dataset.windows import calendar_of
 from stocklora.metrics.calibration import fit_calibration
 from stocklora.prices.store import spool
 from stocklora.volatility.market import markets_of
@@ -104,27 +104,19 @@ def find_leaks(
 
 def _same(one: np.ndarray, other: np.ndarray) -> bool:
     """Equal to the last bit; a NaN equals a NaN."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if one.dtype.kind == "f":
-        return bool(np.array_equal(one, other, equal_nan=True))
-    return bool(np.array_equal(one, other))
+    return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
 
 
-def observer(
-    models: Sequence[Model], plan: Plan, tickers: Sequence[str]
-) -> Callable[[Mapping[str, pd.DataFrame], pd.Timestamp], Observations]:
+def observe(
+    models: Sequence[Model], plan: Plan, tickers: Sequence[str], prices: Mapping[str, pd.DataFrame], cut: pd.Timestamp
+) -> Observations:
     """What a backtest says at a cut: forecasts of every model, what was fitted, and what training would see."""
-
-    def observe(prices: Mapping[str, pd.DataFrame], cut: pd.Timestamp) -> Observations:
-        with np.errstate(all="ignore"):  # emptied rows make NaNs, after the cut
-            return {
-                **_forecasts(models, plan, tickers, prices, cut),
-                **_training(plan, prices, cut),
-                **_inputs(tickers, prices, cut),
-            }
-
-    return observe
+    with np.errstate(all="ignore"):  # emptied rows make NaNs, after the cut
+        return (
+            _forecasts(models, plan, tickers, prices, cut)
+            | _training(plan, prices, cut)
+            | _inputs(tickers, prices, cut)
+        )
 
 
 def _forecasts(
@@ -151,8 +143,8 @@ def _forecasts(
 
 def _training(plan: Plan, prices: Mapping[str, pd.DataFrame], cut: pd.Timestamp) -> Observations:
     """What ``train_lora.py`` would fit, with test days that begin shortly before the cut."""
-    dates = sorted(set().union(*[frame.index for frame in prices.values()]))
-    dates = [date for date in dates if date <= cut]
+    dates = calendar_of(prices)
+    dates = dates[dates <= cut]
     test_from = dates[-min(len(dates), 3 * plan.horizon + 10)]
     validation_from = dates[int(0.8 * len(dates))]
     long_enough = {
@@ -201,11 +193,8 @@ def check_backtest(settings: BacktestSettings) -> int:
     Raises:
         UserError: as a backtest with these settings.
     """
-    folder = Path(tempfile.mkdtemp(prefix="leakage-"))
-    try:
-        prices = dict(spool(settings.data, folder, settings.tickers).items())
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="leakage-", ignore_cleanup_errors=True) as folder:
+        prices = dict(spool(settings.data, Path(folder), settings.tickers).items())
     if len(prices) > MOST_TICKERS:
         names = np.random.default_rng(settings.seed).choice(list(prices), MOST_TICKERS, replace=False)
         warn(f"{len(prices)} tickers: checking {MOST_TICKERS} of them, {', '.join(sorted(names))}")
@@ -214,10 +203,10 @@ def check_backtest(settings: BacktestSettings) -> int:
         warn("--refit: the weights given are checked, not those that a refit would train")
     models, plan, _ = prepare_run(replace(settings, refit="never"), prices)
     cuts = choose_leakage_cuts(prices, plan, settings.leakage_cuts, settings.seed)
-    observe = observer(models, plan, list(prices))
+    known_at = partial(observe, models, plan, list(prices))
     with progress() as bar:
         task = bar.add_task("leakage", total=len(cuts) * (1 + len(MUTATIONS)))
-        leaks, compared = find_leaks(observe, prices, cuts, settings.seed, lambda: bar.advance(task))
+        leaks, compared = find_leaks(known_at, prices, cuts, settings.seed, lambda: bar.advance(task))
     days = ", ".join(f"{cut:%Y-%m-%d}" for cut in cuts)
     say(f"{compared:,} numbers compared: {len(prices)} tickers, futures changed after {days} in {len(MUTATIONS)} ways")
     if not leaks:
@@ -232,9 +221,9 @@ def check_backtest(settings: BacktestSettings) -> int:
 
 def choose_leakage_cuts(prices: Mapping[str, pd.DataFrame], plan: Plan, count: int, seed: int) -> list[pd.Timestamp]:
     """Random days between the first fit and the last day that leaves some future to change."""
-    days: Any = sorted(set().union(*[frame.index for frame in prices.values()]))
-    known = [day for day in days if plan.cuts[0] <= day <= plan.end][: -2 * plan.horizon]
-    if not known:
+    days = calendar_of(prices)
+    known = days[(days >= plan.cuts[0]) & (days <= plan.end)][: -2 * plan.horizon]
+    if not len(known):
         raise UserError("too few days after --from to change any future; give an earlier --from")
     draw = np.random.default_rng(seed)
     return sorted(known[place] for place in draw.choice(len(known), min(count, len(known)), replace=False))

@@ -7,6 +7,7 @@ were published is an upper bound.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,11 +25,10 @@ from stocklora.backtest.walk_forward import (
     Plan,
     Simple,
     choose_cuts,
-    default_start,
     models_compared,
 )
 from stocklora.cli.console import UserError
-from stocklora.dataset.windows import as_date
+from stocklora.dataset.windows import as_date, calendar_of
 from stocklora.metrics.scores import QUANTILE_LEVELS
 
 # beginning of the name, without the owner, in lower case -> (date, whether the makers state it)
@@ -75,18 +75,9 @@ def prepare_run(
         raise UserError(
             f"--show {settings.show}: no such ticker in the files; they have {', '.join(list(prices)[:20])}"
         )
-    calendar = calendar_of(prices)
     ensemble = load_ensemble(settings) if "llm" in settings.models else None
-    plan = choose_plan(settings, calendar, ensemble)
+    plan = choose_plan(settings, calendar_of(prices), ensemble)
     return build_models(settings, plan, ensemble, is_main), plan, ensemble
-
-
-def calendar_of(prices: Mapping[str, pd.DataFrame]) -> pd.DatetimeIndex:
-    """Every date that any ticker has."""
-    dates: set[np.datetime64] = set()
-    for frame in prices.values():
-        dates.update(frame.index.to_numpy())
-    return pd.DatetimeIndex(sorted(dates))
 
 
 def load_ensemble(settings: BacktestSettings) -> Any:
@@ -126,8 +117,11 @@ def choose_plan(settings: BacktestSettings, calendar: pd.DatetimeIndex, ensemble
         unseen_from = max(pd.Timestamp(content.training["data"]["test_from"]) for content in ensemble.weights)
     if settings.start is not None:
         first = as_date(settings.start, "--from")
-    else:
-        first = unseen_from if unseen_from is not None else default_start(calendar[window_size:])
+    elif unseen_from is not None:
+        first = unseen_from
+    else:  # the last 30% of the days that have a window behind them
+        days = max(0, len(calendar) - window_size)
+        first = calendar[math.ceil(0.7 * days) - days - 1]
     if unseen_from is not None and first < unseen_from and settings.refit == "never":
         raise UserError(
             f"--from {first:%Y-%m-%d}: the weights were trained and calibrated on days before {unseen_from:%Y-%m-%d}, "

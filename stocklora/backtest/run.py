@@ -189,15 +189,12 @@ def print_and_write_report(settings: BacktestSettings, result: BacktestResult) -
     write_report(settings.output_dir / "report.html", result)
     rows = []
     for model in result.models:
-        own = [row for row in result.pooled if row["Model"] == model]
-
-        def mean(column: str, own: list[Mapping[str, Any]] = own) -> float:
-            return float(np.mean([row[column] for row in own]))
-
+        own = pd.DataFrame([row for row in result.pooled if row["Model"] == model])
+        mean = own.mean(numeric_only=True, skipna=False)
         rows.append((
-            name_of(model), f"{mean('MAE'):.4g}", f"{mean('Relative_MAE'):.4f}", f"{mean('MASE'):.3f}",
-            "-" if mean("Direction") != mean("Direction") else f"{mean('Direction'):.1f}",
-            f"{mean('Pinball_bp'):.2f}", f"{mean('Coverage_80'):.1f}",
+            name_of(model), f"{mean.MAE:.4g}", f"{mean.Relative_MAE:.4f}", f"{mean.MASE:.3f}",
+            "-" if np.isnan(mean.Direction) else f"{mean.Direction:.1f}",
+            f"{mean.Pinball_bp:.2f}", f"{mean.Coverage_80:.1f}",
         ))  # fmt: skip
     say()
     header = ("model", "MAE", "of last close", "MASE", "direction %", "pinball bp", "80% covers %")

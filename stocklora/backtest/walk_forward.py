@@ -7,7 +7,6 @@ an embargo, and forecasts from every day until the next cut.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,14 +105,13 @@ class Baselines:
             self._markets[kind] = scale.markets_of(prices)
 
     def quantiles(self, ticker: str, frame: pd.DataFrame, origins: range) -> Mapping[str, np.ndarray]:
-        rows = list(origins)
         result = {}
         for name in self.names:
             baseline = self.fitted[name]
             if baseline.scale is None:
-                scale = np.ones((len(rows), len(baseline.location)))
+                scale = np.ones((len(origins), len(baseline.location)))
             else:
-                scale = baseline.scale.at(frame, self._markets[name].of(ticker))[rows]
+                scale = baseline.scale.at(frame, self._markets[name].of(ticker))[list(origins)]
             result[name] = baseline.quantiles(scale)
         return result
 
@@ -165,11 +163,10 @@ class Simple:
         if plan.horizon > HORIZON:
             raise UserError(f"--models simple forecasts {HORIZON} days; lower --horizon or leave it out")
         known = training_prices(prices, plan, cut)
+        # The latest date that leaves a test part of one origin: training wants one, and nothing of it is used.
+        last = max(frame.index[-1 - HORIZON] for frame in known.values())
         settings = TrainSettings(
-            window_size=self.window_size,
-            seed=self.seed,
-            device=self.device,
-            test_from=f"{one_test_day(known, HORIZON):%Y-%m-%d}",
+            window_size=self.window_size, seed=self.seed, device=self.device, test_from=f"{last:%Y-%m-%d}"
         )
         self.forecaster = fit_simple(known, settings, quiet=True).forecaster
 
@@ -199,11 +196,6 @@ def training_prices(
     if not result:
         raise UserError(f"no ticker has days enough before {cut:%Y-%m-%d} to train on; give a later --from")
     return result
-
-
-def one_test_day(prices: Mapping[str, pd.DataFrame], horizon: int) -> pd.Timestamp:
-    """The latest date that leaves a test part of one origin: training wants one, and nothing of it is used."""
-    return max(frame.index[-1 - horizon] for frame in prices.values())
 
 
 class LanguageModel:
@@ -323,8 +315,3 @@ def choose_cuts(
     if not refit.isdigit() or int(refit) < 1:
         raise UserError(f"--refit {refit}: give never, yearly, or a number of trading days such as 60")
     return tuple(days[:: int(refit)])
-
-
-def default_start(calendar: pd.DatetimeIndex) -> pd.Timestamp:
-    """Without a word from the user the last 30% of the days are scored."""
-    return calendar[math.ceil(0.7 * len(calendar)) - 1]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from stocklora.cli.console import UserError
@@ -44,6 +45,12 @@ class SplitDates:
     test: pd.Timestamp
 
 
+def calendar_of(prices: Mapping[str, pd.DataFrame], skipped: int = 0) -> pd.DatetimeIndex:
+    """Every date that any ticker has after its first ``skipped`` rows."""
+    dates = [frame.index.to_numpy()[skipped:] for frame in prices.values()]
+    return pd.DatetimeIndex(np.unique(np.concatenate(dates)))
+
+
 def choose_split_dates(
     prices: Mapping[str, pd.DataFrame],
     window_size: int,
@@ -65,7 +72,7 @@ def choose_split_dates(
     Raises:
         UserError: dates out of order, outside the data, or too few days for three parts.
     """
-    calendar = pd.DatetimeIndex(sorted(set().union(*[frame.index[window_size:] for frame in prices.values()])))
+    calendar = calendar_of(prices, window_size)
     least = 4 * (horizon + 1)
     if len(calendar) < least:
         longest = max(len(frame) for frame in prices.values())

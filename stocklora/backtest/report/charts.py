@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from stocklora.backtest.report.style import as_float, formatted, iso_date, name_of
 from stocklora.backtest.results import PIT_BINS, BacktestResult
-from stocklora.metrics.scores import INTERVAL_COLUMNS, level_index, median_index
+from stocklora.metrics.scores import INTERVAL_COLUMNS, level_index
 from stocklora.plots.forecasts import BANDS
 from stocklora.plots.style import DOWN, GRID, INK, MODEL, MUTED, WALK
 
@@ -327,23 +327,23 @@ def pit_chart(edges: np.ndarray, heights: np.ndarray, band: np.ndarray, top: flo
     return _svg(figure, f"pit-{model}", label)
 
 
-def quantile_named(result: BacktestResult, forecast: np.ndarray, name: str) -> np.ndarray:
-    """(rows, levels) -> (rows,), the quantile that ``predictions.csv`` calls ``name``."""
-    wanted = next(level for level, column in INTERVAL_COLUMNS.items() if column == name)
-    return forecast[:, level_index(result.levels, wanted)]
+def fan_chart(result: BacktestResult, forecast: np.ndarray, came: np.ndarray, label: str) -> str:
+    """Intervals as bars, a day apart.
 
-
-def fan_chart(result: BacktestResult, rows: np.ndarray, forecast: np.ndarray, came: np.ndarray, label: str) -> str:
-    """Intervals as bars, a day apart, as ``report.plot_backtest`` draws them."""
+    Args:
+        result: whose ``fan`` the days are.
+        forecast: (n, levels) closes.
+        came: (n,) closes.
+        label: the chart in words.
+    """
     figure, axis = _axes(1080.0, 380.0, 52.0, 8.0, 8.0, 24.0)
-    at = np.arange(len(rows))
-    column = {name: quantile_named(result, forecast, name) for name in INTERVAL_COLUMNS.values()}
+    at = np.arange(len(came))
+    column = {name: forecast[:, level_index(result.levels, level)] for level, name in INTERVAL_COLUMNS.items()}
     for lower, upper, alpha, _ in BANDS:
         axis.bar(at, column[upper] - column[lower], bottom=column[lower], width=0.92, color=MODEL, alpha=alpha,
                  linewidth=0)  # fmt: skip
-    median = forecast[:, median_index(result.levels)]
     axis.add_collection(LineCollection(
-        [[(x - 0.46, y), (x + 0.46, y)] for x, y in zip(at, median, strict=True)], colors=MODEL, linewidths=1.4
+        [[(x - 0.46, y), (x + 0.46, y)] for x, y in zip(at, column["P50"], strict=True)], colors=MODEL, linewidths=1.4
     ))  # fmt: skip
     inside = (came >= column["P10"]) & (came <= column["P90"])
     axis.plot(at, came, color=INK, linewidth=0.8, alpha=0.45)
@@ -353,11 +353,10 @@ def fan_chart(result: BacktestResult, rows: np.ndarray, forecast: np.ndarray, ca
     low, high = float(ends.min()), float(ends.max())
     room = 0.04 * (high - low) or 0.01 * high
     axis.set_ylim(low - room, high + room)
-    step = max(1, math.ceil(len(rows) / 8))
-    shown = list(range(len(rows) - 1, -1, -step))[::-1]
-    axis.set_xticks(shown, [iso_date(result.fan.targets[rows[index], 0]) for index in shown])
-    axis.set_xlim(-0.9, max(len(rows), 8) - 0.1)
-    axis.get_xticklabels()[-1].set_horizontalalignment("right" if len(rows) > 8 else "center")
+    shown = range(len(came) - 1, -1, -math.ceil(len(came) / 8))[::-1]
+    axis.set_xticks(shown, [iso_date(result.fan.targets[index, 0]) for index in shown])
+    axis.set_xlim(-0.9, max(len(came), 8) - 0.1)
+    axis.get_xticklabels()[-1].set_horizontalalignment("right" if len(came) > 8 else "center")
     axis.grid(axis="y", color=GRID, linewidth=0.8)
     axis.yaxis.set_major_locator(MaxNLocator(6))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.{_tick_decimals(axis)}f}"))

@@ -29,10 +29,10 @@ from stocklora.backtest.results import (
     rolling,
     standard_error,
 )
+from stocklora.metrics.scores import inside_interval
 from stocklora.plots.forecasts import BANDS
 from stocklora.runtime.files import write_text
 
-FAN_DAYS = 60
 MIDDLE = INTERVALS.index(0.80)
 
 
@@ -49,13 +49,9 @@ def write_report(path: Path, result: BacktestResult) -> None:
     write_text(path, report_html(result))
 
 
+@matplotlib.rc_context(charts.RC)
 def report_html(result: BacktestResult) -> str:
     """The page as text; a pure function of ``result``."""
-    with matplotlib.rc_context(charts.RC):
-        return _page(result)
-
-
-def _page(result: BacktestResult) -> str:
     focus = focus_of(result.models)
     sections = [
         ("verdict", "Verdict", "Verdict", _verdicts(result, focus)),
@@ -63,12 +59,13 @@ def _page(result: BacktestResult) -> str:
         ("error", "Error", "Error relative to the last close", _relative_errors(result, focus)),
         ("calibration", "Calibration", "Do the intervals hold what they promise?", _calibration(result, focus)),
         ("time", "Over time", "Over time", _over_time(result, focus)),
-        ("fan", "Last days", f"The last {len(_fan_rows(result))} days of {result.fan.ticker}", _fan(result, focus)),
+        ("fan", "Last days", f"The last {len(result.fan.origins)} days of {result.fan.ticker}", _fan(result, focus)),
         ("worst", "Worst days", "The worst days", _worst(result, focus)),
         ("tickers", "Tickers", "Ticker by ticker", _tickers(result, focus)),
         ("reading", "How to read this", "How to read this", reading_guide()),
     ]
-    title = f"Backtest of {_tickers_in_words(result)} beside the random walk"
+    tickers = str(result.tickers[0]) if len(result.tickers) == 1 else f"{len(result.tickers):,} tickers"
+    title = f"Backtest of {tickers} beside the random walk"
     links = "".join(f'<a href="#{key}">{escape(short)}</a>' for key, short, _, _ in sections)
     body = "".join(
         f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{escape(heading)}</h2>{content}'
@@ -91,10 +88,6 @@ def focus_of(models: Sequence[str]) -> str:
 
 
 # --- sections --------------------------------------------------------------------------------------------------
-
-
-def _tickers_in_words(result: BacktestResult) -> str:
-    return str(result.tickers[0]) if len(result.tickers) == 1 else f"{len(result.tickers):,} tickers"
 
 
 def _what_was_run(result: BacktestResult) -> str:
@@ -167,16 +160,13 @@ def _relative_errors(result: BacktestResult, focus: str) -> str:
     models = [model for model in result.models if model != REFERENCE]
     if not models:
         return '<p class="empty">Only the last close was scored: its error relative to itself is 1.</p>'
-    days = range(1, result.horizon + 1)
-    points = {
-        day: [
-            (model, [charts.Whisker.of(row, "Relative_MAE")]) for model, row in _by_day(result, day) if model in models
-        ]
-        for day in days
-    }
-    limits = charts.forest_limits([row for rows in points.values() for row in rows], 1.0, 0.004)
+    points = [
+        [(model, [charts.Whisker.of(row, "Relative_MAE")]) for model, row in _by_day(result, day) if model in models]
+        for day in range(1, result.horizon + 1)
+    ]
+    limits = charts.forest_limits([row for rows in points for row in rows], 1.0, 0.004)
     panels = []
-    for day, rows in points.items():
+    for day, rows in enumerate(points, start=1):
         texts = [f"{name_of(model)} {formatted(line[0].value, 4)}" for model, line in rows]
         label = f"{days_ahead(day)}, mean absolute error relative to the last close: {', '.join(texts)}"
         panels.append((days_ahead(day), charts.forest(rows, 1.0, limits, focus, f"error-{day}", label, decimals=4)))
@@ -192,16 +182,13 @@ def _calibration(result: BacktestResult, focus: str) -> str:
     panels = []
     for at, (key, share) in enumerate(zip(COVERAGE_KEYS, INTERVALS, strict=True)):
         nominal = 100.0 * share
-        rows: list[tuple[str, list[charts.Whisker]]] = [(model, []) for model in result.models]
+        points: dict[str, list[charts.Whisker]] = {model: [] for model in result.models}
         for day in range(1, result.horizon + 1):
-            scored = dict(_by_day(result, day))
-            for model, line in rows:
-                if model not in scored:
-                    continue
-                value = as_float(scored[model].get(key))
-                inside = result.daily.inside[model][:, day - 1, at]
+            for model, row in _by_day(result, day):
+                value, inside = as_float(row.get(key)), result.daily.inside[model][:, day - 1, at]
                 half = CHANCE * 100.0 * standard_error(inside, result.daily.counts, day)
-                line.append(charts.Whisker(value, value - half, value + half))
+                points[model].append(charts.Whisker(value, value - half, value + half))
+        rows = list(points.items())
         texts = [f"{name_of(model)} {'/'.join(formatted(point.value, 1) for point in line)}" for model, line in rows]
         label = f"Coverage of the {nominal:.0f}% interval, percent, by day ahead: {'; '.join(texts)}"
         limits = charts.forest_limits(rows, nominal, 3.0)
@@ -256,19 +243,12 @@ def _over_time(result: BacktestResult, focus: str) -> str:
 def _rolling_errors(result: BacktestResult, focus: str, window: int) -> str:
     """Each model's error over the last close's, over ``window`` days; nothing where only the last close was scored."""
     daily, counts = result.daily, np.asarray(result.daily.counts, dtype=float)
-    reference = rolling(daily.abs_error_bp[REFERENCE][:, 0], counts, window)
-    errors = {
-        model: np.divide(
-            rolling(daily.abs_error_bp[model][:, 0], counts, window),
-            reference,
-            out=np.full(len(reference), np.nan),
-            where=reference > 0,
-        )
-        for model in result.models
-        if model != REFERENCE
-    }
-    if not errors:
+    means = {model: rolling(daily.abs_error_bp[model][:, 0], counts, window) for model in result.models}
+    walk = means.pop(REFERENCE)
+    if not means:
         return ""
+    walk[walk == 0] = np.nan
+    errors = {model: values / walk for model, values in means.items()}
     same = [model for model, values in errors.items() if charts.reach_of(values, 1.0) < 1e-9]
     drawn = {model: values for model, values in errors.items() if model not in same}
     names = "; ".join(escape(name_of(model)) for model in same)
@@ -323,21 +303,14 @@ def _range_in_words(values: np.ndarray, decimals: int) -> str:
     return f"between {low} and {high}, at the end {last}"
 
 
-def _fan_rows(result: BacktestResult) -> np.ndarray:
-    return np.arange(len(result.fan.origins))[-FAN_DAYS:]
-
-
 def _fan(result: BacktestResult, focus: str) -> str:
-    rows = _fan_rows(result)
     fan = result.fan
-    came = fan.last_close[rows] * np.exp(fan.returns[rows, 0])
-    forecast = fan.last_close[rows, None] * np.exp(fan.quantiles[focus][rows, 0])
-    low, high = (charts.quantile_named(result, forecast, name) for name in ("P10", "P90"))
-    inside = int(np.sum((came >= low) & (came <= high)))
-    dates = fan.targets[rows, 0]
+    came = fan.last_close * np.exp(fan.returns[:, 0])
+    forecast = fan.last_close[:, None] * np.exp(fan.quantiles[focus][:, 0])
+    inside = f"{int(inside_interval(came, forecast, result.levels, 0.80).sum())} of {len(came)}"
     label = (
-        f"{fan.ticker}: closes from {iso_date(dates[0])} to {iso_date(dates[-1])} and the intervals the "
-        f"{name_of(focus)} forecast the day before; {inside} of {len(rows)} closes inside the 80% interval"
+        f"{fan.ticker}: closes from {iso_date(fan.targets[0, 0])} to {iso_date(fan.targets[-1, 0])} and the intervals "
+        f"the {name_of(focus)} forecast the day before; {inside} closes inside the 80% interval"
     )
     shown = 1.0
     legend = []
@@ -350,10 +323,10 @@ def _fan(result: BacktestResult, focus: str) -> str:
         '<li><i class="missed"></i>close outside 80%</li>',
     ]
     caption = (
-        f"One-day-ahead intervals of the {name_of(focus)} and the closes that came: {inside} of {len(rows)} "
+        f"One-day-ahead intervals of the {name_of(focus)} and the closes that came: {inside} "
         f"inside the 80% interval. Each day's forecast was made at the close before it."
     )
-    picture = charts.fan_chart(result, rows, forecast, came, label)
+    picture = charts.fan_chart(result, forecast, came, label)
     return (
         '<figure class="wide"><div class="scroll" role="region" aria-label="Intervals and closes" tabindex="0">'
         f"{picture}</div>"

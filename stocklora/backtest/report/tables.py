@@ -172,16 +172,11 @@ def score_table(caption: str, rows: Sequence[tuple[str, Mapping[str, Any]]], foc
         focus: the model whose row stands out.
     """
     numbers = [row for _, row in rows]
-    cells = _score_rows(GROUPS, numbers, mark_best=True)
-    body = "".join(
-        f'<tr{_row_class(model, focus)}><th scope="row">{escape(name_of(model))}</th>{line}</tr>'
-        for (model, _), line in zip(rows, cells, strict=True)
-    )
+    body = ""
+    for (model, _), line in zip(rows, _score_rows(GROUPS, numbers, mark_best=True), strict=True):
+        kind = _class("reference" if model == REFERENCE else "focus" if model == focus else "")
+        body += f'<tr{kind}><th scope="row">{escape(name_of(model))}</th>{line}</tr>'
     return _table(caption, _score_head(GROUPS, numbers, "Forecast"), body, "scores")
-
-
-def _row_class(model: str, focus: str) -> str:
-    return _class("reference" if model == REFERENCE else "focus" if model == focus else "")
 
 
 def _class(name: str) -> str:
