@@ -13,27 +13,20 @@ loss_curve.png. Ctrl-C saves a checkpoint and says how to go on. A flag wins ove
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from stocklora.cli.console import run_script
-from stocklora.cli.settings import ScriptParser
-from stocklora.instruct.sft.settings import SftSettings, add_sft_settings, resolve_sft
+from stocklora.instruct.sft.settings import Resolved, SftParser, SftSettings
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(prog="fine_tune_qwen.py", description=__doc__)
-    add_sft_settings(parser, SftSettings)
-    return parser
+def build_parser() -> SftParser:
+    return SftParser("fine_tune_qwen.py", __doc__, SftSettings)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(arguments))
+    return build_parser().run(run, argv)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    resolved = resolve_sft(arguments, SftSettings)
+def run(resolved: Resolved[SftSettings]) -> int:
     from stocklora.instruct.sft.run import run_training
 
     return run_training(resolved, "fine_tune_qwen.py")

@@ -12,34 +12,27 @@ and any other setting; a flag wins over it.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside this file only
 
-from stocklora.cli.console import run_script  # noqa: E402
-from stocklora.cli.settings import ScriptParser  # noqa: E402
-from stocklora.instruct.sft.settings import TrainSettings, add_sft_settings, resolve_sft  # noqa: E402
+from stocklora.instruct.sft.settings import Resolved, SftParser, TrainSettings  # noqa: E402
 
 DEFAULT_CONFIG = Path("configs/lora_config.yaml")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(prog="training/train.py", description=__doc__)
-    add_sft_settings(parser, TrainSettings)
-    return parser
+def build_parser() -> SftParser:
+    config = next((path for path in (DEFAULT_CONFIG, ROOT / DEFAULT_CONFIG) if path.is_file()), None)
+    return SftParser("training/train.py", __doc__, TrainSettings, config)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(arguments))
+    return build_parser().run(run, argv)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    config = next((path for path in (DEFAULT_CONFIG, ROOT / DEFAULT_CONFIG) if path.is_file()), None)
-    resolved = resolve_sft(arguments, TrainSettings, config)
+def run(resolved: Resolved[TrainSettings]) -> int:
     from stocklora.instruct.sft.run import run_training
 
     return run_training(resolved, "training/train.py")

@@ -50,11 +50,7 @@ def report(built: Built, settings: InstructionSettings) -> None:
         for record in built.records[::step][: settings.show]:
             say(f"--- {record.meta['kind']}, {record.meta['date']}, {record.meta['split']} ({record.meta['event_id']})")
             say(f"{record.prompt[-1].content}\n=> {record.answer}\n")
-    print_table(
-        "Instruction rows",
-        ("kind", "asks", "share", "rows", "train", "validation", "test"),
-        built.table(),
-    )
+    print_table("Instruction rows", ("kind", "asks", "share", "rows", "train", "validation", "test"), built.table())
     for reason, count in sorted(built.left_out.items()):
         say(f"left out: {count:,} {reason}")
     for note in built.notes:

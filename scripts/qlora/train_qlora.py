@@ -13,31 +13,23 @@ dropout 0.05, 3 epochs, batch size 4, learning rate 2e-4, 512 tokens a row; each
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))  # run by path, Python looks for modules beside this file only
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started by path, this file sees only its own folder
 
-from stocklora.cli.console import run_script  # noqa: E402
-from stocklora.cli.settings import ScriptParser  # noqa: E402
-from stocklora.instruct.sft.settings import DeepseekSettings, add_sft_settings, resolve_sft  # noqa: E402
+from stocklora.instruct.sft.settings import DeepseekSettings, Resolved, SftParser
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ScriptParser(prog="scripts/qlora/train_qlora.py", description=__doc__)
-    add_sft_settings(parser, DeepseekSettings)
-    return parser
+def build_parser() -> SftParser:
+    return SftParser("scripts/qlora/train_qlora.py", __doc__, DeepseekSettings)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return run_script(lambda: run(arguments))
+    return build_parser().run(run, argv)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    resolved = resolve_sft(arguments, DeepseekSettings)
+def run(resolved: Resolved[DeepseekSettings]) -> int:
     from stocklora.instruct.sft.run import run_training
 
     return run_training(resolved, "scripts/qlora/train_qlora.py")

@@ -94,9 +94,13 @@ class SettingsParser(ScriptParser):
         add_settings(self, settings_class)
 
     def run(self, body: Callable[[Any], int | None], argv: Sequence[str] | None) -> int:
-        """Run ``body`` with the settings in force; see ``resolve_settings`` and ``run_script``."""
+        """Run ``body`` with the settings in force; see ``settings_of`` and ``run_script``."""
         arguments = self.parse_args(argv)
-        return run_script(lambda: body(resolve_settings(arguments, self.settings_class)))
+        return run_script(lambda: body(self.settings_of(arguments)))
+
+    def settings_of(self, arguments: argparse.Namespace) -> Any:
+        """See ``resolve_settings``."""
+        return resolve_settings(arguments, self.settings_class)
 
 
 def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> None:

@@ -13,6 +13,7 @@ from stocklora.cli.settings import (
     QUANTIZATIONS,
     check_horizon,
     check_positive,
+    check_range,
     check_run,
     setting,
 )
@@ -164,14 +165,7 @@ class TrainLoraSettings:
         check_horizon(self.horizon)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise UserError(f"--lora_dropout must be at least 0 and below 1, got {self.lora_dropout}")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed must be from 0 to {2**32 - 1}, got {self.seed}")
-        if not 0.0 <= self.warmup_ratio <= 1.0:
-            raise UserError(f"--warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
-        if not self.required_gain >= 0.0:
-            raise UserError(f"--required_gain must be 0 or more, got {self.required_gain}")
-        if not self.weight_decay >= 0.0:
-            raise UserError(f"--weight_decay must be 0 or more, got {self.weight_decay}")
+        check_range(self, seed=(0, 2**32 - 1), warmup_ratio=(0, 1), required_gain=(0, None), weight_decay=(0, None))
         check_run(self)
         check_method(self)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 from pathlib import Path
@@ -13,14 +12,7 @@ from sft_folders import info_of, lay_out
 from source_tree import RunScript
 
 from stocklora.cli.console import UserError
-from stocklora.instruct.sft.settings import (
-    DeepseekSettings,
-    Resolved,
-    SftSettings,
-    TrainSettings,
-    add_sft_settings,
-    resolve_sft,
-)
+from stocklora.instruct.sft.settings import DeepseekSettings, Resolved, SftParser, SftSettings, TrainSettings
 
 DOCUMENTED = {
     "python fine_tune_qwen.py --config_file configs/train_config_full.json": "output_qwen_full",
@@ -34,9 +26,8 @@ DOCUMENTED = {
 
 
 def resolved(*arguments: str, settings: type[SftSettings] = SftSettings, config: Path | None = None) -> Resolved[Any]:
-    parser = argparse.ArgumentParser()
-    add_sft_settings(parser, settings)
-    return resolve_sft(parser.parse_args(arguments), settings, config)
+    parser = SftParser("script.py", None, settings, config)
+    return parser.settings_of(parser.parse_args(arguments))
 
 
 @pytest.mark.parametrize("command", DOCUMENTED)

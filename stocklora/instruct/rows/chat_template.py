@@ -8,16 +8,13 @@ answers (``{% generation %}``).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stocklora.cli.console import UserError, one_line
-
-if TYPE_CHECKING:
-    from stocklora.instruct.rows.formats import Message, Record
+from stocklora.instruct.rows.formats import Message, Record
 
 IGNORED = -100  # a label that the loss passes over
 ADDED_PAD = "<|pad|>"
@@ -87,25 +84,23 @@ def prepare_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> An
         )
     ends = end_token_ids(tokenizer)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
-        vocabulary = tokenizer.get_vocab()
-        used = {tokenizer.bos_token, *_tokens_of_template(tokenizer)}
-        spare = [
-            name
-            for name in SPARE_TOKENS
-            # An ordinary token made special would vanish from decoded text.
-            if vocabulary.get(name) in tokenizer.added_tokens_decoder and vocabulary[name] not in ends
-        ]
-        unused = [name for name in spare if name not in used]
         # Not `tokenizer.pad_token = ...`, which gives a new token no id.
-        tokenizer.add_special_tokens({"pad_token": next(iter(unused or spare), ADDED_PAD)})
+        tokenizer.add_special_tokens({"pad_token": _token_to_pad_with(tokenizer, ends)})
     tokenizer.padding_side = "right"
     return tokenizer
 
 
-def _tokens_of_template(tokenizer: Any) -> list[str]:
-    """Special tokens that a rendered conversation holds."""
-    text = _render(tokenizer, [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}], False)
-    return [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) in text]
+def _token_to_pad_with(tokenizer: Any, ends: set[int]) -> str:
+    """A spare token, if possible one that conversations do not hold; else one to add."""
+    vocabulary, written = tokenizer.get_vocab(), _probe(tokenizer)
+    spare = [
+        name
+        for name in SPARE_TOKENS
+        # An ordinary token made special would vanish from decoded text.
+        if vocabulary.get(name) in tokenizer.added_tokens_decoder and vocabulary[name] not in ends
+    ]
+    unused = [name for name in spare if name != tokenizer.bos_token and name not in written]
+    return next(iter(unused or spare), ADDED_PAD)
 
 
 def fit_embeddings(model: Any, tokenizer: Any) -> int:
@@ -126,7 +121,7 @@ def end_token_id(tokenizer: Any) -> int:
     Raises:
         UserError: neither is there.
     """
-    ids = _ids(tokenizer, _tail(tokenizer))
+    ids = _ids(tokenizer, _probe(tokenizer).rpartition(PROBE)[2])
     found = _last_special(tokenizer, ids)
     if found is not None:
         return ids[found]
@@ -139,10 +134,7 @@ def end_token_id(tokenizer: Any) -> int:
 
 def end_token_ids(tokenizer: Any) -> set[int]:
     """Tokens at which generation should stop: the end of an answer and the tokenizer's end of text."""
-    ids = {end_token_id(tokenizer)}
-    if tokenizer.eos_token_id is not None:
-        ids.add(int(tokenizer.eos_token_id))
-    return ids
+    return {end_token_id(tokenizer), tokenizer.eos_token_id} - {None}
 
 
 def render_prompt(tokenizer: Any, messages: Sequence[Message], *, thinking: bool | None = None) -> str:
@@ -153,7 +145,7 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message], *, thinking: bool
             trained on either form. None leaves it to the template.
     """
     options = {} if thinking is None else {"enable_thinking": thinking}
-    return _render(tokenizer, [{"role": m.role, "content": m.content} for m in messages], True, **options)
+    return _render(tokenizer, messages, True, **options)
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, thinking: bool | None = None) -> list[int]:
@@ -204,9 +196,8 @@ def encode(tokenizer: Any, record: Record, max_length: int | None) -> Encoded:
         UserError: the chat template refuses the row, or renders its beginning otherwise than the whole.
     """
     where = f"{record.file}, row {record.row}"
-    messages = [{"role": m.role, "content": m.content} for m in record.messages]
     try:
-        prompt, whole = _render(tokenizer, messages[:-1], True), _render(tokenizer, messages, False)
+        prompt, whole = _render(tokenizer, record.prompt, True), _render(tokenizer, record.messages, False)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if not whole.startswith(prompt):
@@ -244,10 +235,9 @@ def _last_special(tokenizer: Any, ids: Sequence[int]) -> int | None:
     return None
 
 
-def _tail(tokenizer: Any) -> str:
-    """What the template puts behind an answer."""
-    text = _render(tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}], False)
-    return text.rpartition(PROBE)[2]
+def _probe(tokenizer: Any) -> str:
+    """The rendering of a conversation whose question and answer are ``PROBE``."""
+    return _render(tokenizer, [Message("user", PROBE), Message("assistant", PROBE)], False)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -255,18 +245,18 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], invite: bool, **options: Any) -> str:
+def _render(tokenizer: Any, messages: Sequence[Message], invite: bool, **options: Any) -> str:
     """``messages`` as the chat template writes them.
 
     A template that knows no system role (Gemma's) gets its words at the head of the first question.
     """
     from jinja2 import TemplateError
 
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=invite, **options)
+    turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        return str(render(messages))
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=invite, **options))
     except TemplateError as error:
-        if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
+        if [message.role for message in messages[:2]] != ["system", "user"]:
             raise UserError(f"the model's chat template refuses the conversation: {one_line(str(error))}") from None
-        both = f"{messages[0]['content']}\n\n{messages[1]['content']}"
-        return _render(tokenizer, [{"role": "user", "content": both}, *messages[2:]], invite, **options)
+        both = Message("user", f"{messages[0].content}\n\n{messages[1].content}")
+        return _render(tokenizer, [both, *messages[2:]], invite, **options)

@@ -20,6 +20,11 @@ SHAREGPT_ROLES = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
     "assistant": "assistant", "model": "assistant", "bot": "assistant",
 }  # fmt: skip
+# How a form writes turns: the key of their list, of a turn's role and text, and the roles by their names.
+LISTS: dict[str, tuple[str, str, str, dict[str, str]]] = {
+    "sharegpt": ("conversations", "from", "value", SHAREGPT_ROLES),
+    "messages": ("messages", "role", "content", {role: role for role in ROLES}),
+}
 SHAREGPT_NAMES = {"system": "system", "user": "human", "assistant": "gpt"}
 SENTIMENTS = ("利好", "利空", "中性")  # labels of good, bad and neutral news: made in news/, scored in evaluation/
 ALPACA_KEYS = ("instruction", "output", "history")  # `input` alone may also be another form's own key
@@ -84,11 +89,11 @@ def parse_row(content: Any, file: Path = Path("-"), row: int = 0) -> tuple[Recor
     """A row as a ``Record``, or None and its faults."""
     try:
         form = _form_of(content)
-        messages, meta = _READERS[form](content)
+        messages, meta = _from_alpaca(content) if form == "alpaca" else _from_list(content, *LISTS[form])
         _check_conversation(messages, form)
         if meta.get("input") in (None, ""):
             meta.pop("input", None)
-        elif not _ends_with_input(messages, meta["input"]):
+        elif not isinstance(meta["input"], str) or not messages[-2].content.endswith("\n" + meta["input"]):
             raise _BadFieldError("input", "is not the end of the last question; rename the key, or use alpaca's fields")
     except _BadFieldError as error:
         return None, [Fault(file, row, error.field, error.message)]
@@ -118,7 +123,8 @@ class _BadFieldError(Exception):
 
 
 def _from_alpaca(content: Mapping[str, Any]) -> tuple[list[Message], dict[str, Any]]:
-    instruction, extra = _text(content, "instruction"), _text(content, "input", optional=True)
+    instruction, extra = _text(content, "instruction"), content.get("input")
+    extra = "" if extra is None or not str(extra).strip() else _checked(extra, "input")
     messages = _system_of(content)
     history = content.get("history") or []
     if not isinstance(history, list):
@@ -133,17 +139,6 @@ def _from_alpaca(content: Mapping[str, Any]) -> tuple[list[Message], dict[str, A
     if not extra:
         meta.pop("input", None)
     return messages, meta
-
-
-def _from_sharegpt(content: Mapping[str, Any]) -> tuple[list[Message], dict[str, Any]]:
-    return _from_list(content, "conversations", "from", "value", SHAREGPT_ROLES)
-
-
-def _from_messages(content: Mapping[str, Any]) -> tuple[list[Message], dict[str, Any]]:
-    return _from_list(content, "messages", "role", "content", {role: role for role in ROLES})
-
-
-_READERS = {"alpaca": _from_alpaca, "sharegpt": _from_sharegpt, "messages": _from_messages}
 
 
 def _from_list(
@@ -173,7 +168,7 @@ def _from_list(
 
 def _check_conversation(messages: Sequence[Message], form: str) -> None:
     """System first if at all, then user and assistant in turn, an assistant last."""
-    name = {"alpaca": "history", "sharegpt": "conversations", "messages": "messages"}[form]
+    name = "history" if form == "alpaca" else LISTS[form][0]
     turns = messages[1:] if messages[0].role == "system" else messages
     for index, message in enumerate(turns):
         expected = ("user", "assistant")[index % 2]
@@ -190,9 +185,7 @@ def _system_of(content: Mapping[str, Any]) -> list[Message]:
     return [] if text in (None, "") else [Message("system", _checked(text, "system"))]
 
 
-def _text(content: Mapping[str, Any], name: str, optional: bool = False) -> str:
-    if optional and (content.get(name) is None or str(content[name]).isspace() or content[name] == ""):
-        return ""
+def _text(content: Mapping[str, Any], name: str) -> str:
     if name not in content:
         raise _BadFieldError(name, "is missing")
     return _checked(content[name], name)
@@ -220,10 +213,6 @@ def _kind(value: Any) -> str:
 def joined(instruction: str, extra: str) -> str:
     """The question of an alpaca row."""
     return f"{instruction}\n{extra}" if extra else instruction
-
-
-def _ends_with_input(messages: Sequence[Message], extra: Any) -> bool:
-    return isinstance(extra, str) and bool(extra) and messages[-2].content.endswith("\n" + extra)
 
 
 def row_of(record: Record, form: str) -> dict[str, Any]:

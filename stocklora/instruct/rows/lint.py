@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -57,15 +56,10 @@ class Report:
         return [len(encoded.input_ids) + encoded.lost_tokens for row in self.sequences for encoded in row]
 
     @property
-    def supervised(self) -> list[int]:
-        """Tokens of each sequence that the loss is taken on."""
-        return [encoded.supervised for row in self.sequences for encoded in row]
-
-    @property
     def supervised_share(self) -> float | None:
         """Share of all tokens that the loss is taken on."""
         total = sum(self.lengths)
-        return sum(self.supervised) / total if total else None
+        return sum(encoded.supervised for row in self.sequences for encoded in row) / total if total else None
 
 
 def check_records(records: Iterable[Record], tokenizer: Any = None, max_length: int | None = None) -> Report:
@@ -223,7 +217,3 @@ def summarize(records: Sequence[Record], faults: Sequence[Fault], report: Report
     print_table("Instruction rows", ("", "value"), rows)
     warned = f", {len(report.warnings):,} warning(s)" if report.warnings else ""
     say(f"{len(faults):,} fault(s) in {bad:,} row(s){warned}" if faults else f"no faults{warned}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

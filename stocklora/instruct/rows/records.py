@@ -16,13 +16,8 @@ from typing import Any
 
 from stocklora.cli.console import UserError, one_line, warn
 from stocklora.cli.settings import parse_json
-from stocklora.instruct.rows.formats import FORMS, ROLES, Fault, Message, Record, parse_row, row_of
+from stocklora.instruct.rows.formats import FORMS, Fault, Record, parse_row, row_of
 from stocklora.runtime.files import as_json_types, write_text
-
-__all__ = [
-    "FORMS", "PARTS", "ROLES", "Fault", "Message", "Record", "cut_days", "given_part", "parse_row", "prompt_key",
-    "read_records", "read_with_faults", "row_of", "split_records", "write_records",
-]  # fmt: skip
 
 PARTS = ("train", "validation", "test")
 PART_NAMES = {
@@ -43,9 +38,7 @@ def read_records(paths: Path | str | Sequence[Path | str], *, skip_bad: bool = F
     """
     records, faults = read_with_faults(paths)
     if faults and not skip_bad:
-        shown = "; ".join(str(fault) for fault in faults[:MOST_FAULTS_SHOWN])
-        more = f"; and {len(faults) - MOST_FAULTS_SHOWN} more" if len(faults) > MOST_FAULTS_SHOWN else ""
-        raise UserError(f"{shown}{more}. List all with: python -m stocklora.instruct.lint {faults[0].file}")
+        raise UserError(f"{first_of(faults)}. List all with: python -m stocklora.instruct.lint {faults[0].file}")
     if faults:
         rows = {(fault.file, fault.row) for fault in faults}
         warn(f"{len(rows)} bad row(s) skipped, the first: {faults[0]}")
@@ -53,6 +46,12 @@ def read_records(paths: Path | str | Sequence[Path | str], *, skip_bad: bool = F
         names = ", ".join(map(str, _as_paths(paths))) or "nothing"
         raise UserError(f"no usable row in {names}; a row is alpaca, ShareGPT or messages JSON")
     return records
+
+
+def first_of(faults: Sequence[Fault]) -> str:
+    """The first of ``faults``, and how many more there are."""
+    more = f"; and {len(faults) - MOST_FAULTS_SHOWN} more" if len(faults) > MOST_FAULTS_SHOWN else ""
+    return "; ".join(str(fault) for fault in faults[:MOST_FAULTS_SHOWN]) + more
 
 
 def read_with_faults(paths: Path | str | Sequence[Path | str]) -> tuple[list[Record], list[Fault]]:

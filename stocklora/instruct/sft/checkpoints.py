@@ -30,7 +30,12 @@ def contents(folder: Path) -> dict[str, int]:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The whole checkpoints in ``folder``, in the order of their steps."""
-    found = [path for path in folder.glob("checkpoint-*") if _step(path) is not None and fault_of(path) is None]
+    return [path for path in _all_checkpoints(folder) if fault_of(path) is None]
+
+
+def _all_checkpoints(folder: Path) -> list[Path]:
+    """Whole or not, in the order of their steps."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _step(path) is not None]
     return sorted(found, key=lambda path: _step(path) or 0)
 
 
@@ -100,15 +105,18 @@ def check_room(output_dir: Path) -> None:
         )
 
 
-def make_room(output_dir: Path) -> None:
-    """Remove a finished run's checkpoints, which a new run there would take for its own."""
+def make_room(output_dir: Path, checkpoint: Path | None) -> None:
+    """Remove what a new run would take for its own: all checkpoints of a finished one, or those after ``checkpoint``.
+
+    Args:
+        checkpoint: from which a run is taken up; what it left behind later is computed anew.
+    """
+    step = -1 if checkpoint is None else _step(checkpoint)
     for path in _all_checkpoints(output_dir):
-        shutil.rmtree(path)
-
-
-def _all_checkpoints(output_dir: Path) -> list[Path]:
-    """Whole or not."""
-    return [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and _step(path) is not None]
+        if step is not None and (_step(path) or 0) > step:
+            if checkpoint is not None:
+                say(f"removing {path}, which is later than {checkpoint}")
+            shutil.rmtree(path)
 
 
 def check_same_run(checkpoint: Path, facts: Mapping[str, Any]) -> None:
@@ -123,10 +131,9 @@ def check_same_run(checkpoint: Path, facts: Mapping[str, Any]) -> None:
     Raises:
         UserError: the checkpoint is of another model or of adapters of another shape.
     """
-    path = checkpoint / RUN_NAME
-    if not path.is_file():
-        path = checkpoint.absolute().parent / RUN_NAME
-    if not path.is_file():
+    places = (checkpoint / RUN_NAME, checkpoint.absolute().parent / RUN_NAME)
+    path = next((path for path in places if path.is_file()), None)
+    if path is None:
         warn(f"{checkpoint} does not say with which settings it was made; they cannot be compared")
         return
     earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -152,12 +159,3 @@ def _shown(value: Any) -> str:
 def _step(folder: Path) -> int | None:
     match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     return int(match[1]) if match else None
-
-
-def drop_later(checkpoint: Path, output_dir: Path) -> None:
-    """Remove what a run left behind after the checkpoint it is taken up from; it is computed anew."""
-    step = _step(checkpoint)
-    for path in output_dir.glob("checkpoint-*"):
-        if step is not None and path.is_dir() and (_step(path) or 0) > step:
-            say(f"removing {path}, which is later than {checkpoint}")
-            shutil.rmtree(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +11,10 @@ from typing import Any
 from stocklora.cli.console import UserError, progress, warn
 from stocklora.instruct.rows.chat_template import Encoded
 from stocklora.instruct.rows.formats import Record
-from stocklora.instruct.rows.records import PARTS, read_with_faults, split_records
+from stocklora.instruct.rows.records import PARTS, first_of, read_with_faults, split_records
 from stocklora.instruct.sft.settings import SftSettings
 from stocklora.runtime.files import sha256_of
 
-MOST_FAULTS_SHOWN = 3
 Sequences = dict[tuple[Path, int], list[Encoded]]  # by file and row
 
 
@@ -56,15 +56,11 @@ def read_data(settings: SftSettings, tokenizer: Any) -> InstructionData:
     Raises:
         UserError: bad rows, unless they are to be skipped; no row left to train on.
     """
-    fractions = (
-        1.0 - settings.validation_fraction - settings.test_fraction,
-        settings.validation_fraction,
-        settings.test_fraction,
-    )
-    skipped: dict[str, int] = {}
+    # With files of their own to validate by, what would have validated trains.
+    validating = 0.0 if settings.validation_path else settings.validation_fraction
+    fractions = (1.0 - validating - settings.test_fraction, validating, settings.test_fraction)
+    skipped: Counter[str] = Counter()
     records, sequences = _checked(settings.data_path, settings, tokenizer, skipped)
-    if settings.validation_path:  # a file of its own: what would have validated trains
-        fractions = (1.0 - settings.test_fraction, 0.0, settings.test_fraction)
     split = split_records(records, fractions, settings.seed)
     if settings.validation_path:
         split["validation"], more = _checked(settings.validation_path, settings, tokenizer, skipped)
@@ -73,52 +69,43 @@ def read_data(settings: SftSettings, tokenizer: Any) -> InstructionData:
     if not parts["train"]:
         raise UserError(
             f"no row left to train on in {', '.join(map(str, settings.data_path))}: {len(records)} read, skipped: "
-            f"{skipped or 'none'}; lower --validation_fraction and --test_fraction, or give more rows"
+            f"{dict(skipped) or 'none'}; lower --validation_fraction and --test_fraction, or give more rows"
         )
     files = [
         {"path": str(path), "sha256": sha256_of(path), "validation_only": path in settings.validation_path}
         for path in [*settings.data_path, *settings.validation_path]
     ]
     how = {"fractions": list(fractions), "seed": settings.seed}
-    return InstructionData(parts, skipped, files, how | {name: len(rows) for name, rows in parts.items()})
+    return InstructionData(parts, dict(skipped), files, how | {name: len(rows) for name, rows in parts.items()})
 
 
 def _checked(
-    paths: Sequence[Path], settings: SftSettings, tokenizer: Any, skipped: dict[str, int]
+    paths: Sequence[Path], settings: SftSettings, tokenizer: Any, skipped: Counter[str]
 ) -> tuple[list[Record], Sequences]:
     """The rows without faults, and their tokens; what has faults stops the run, or is counted in ``skipped``."""
     from stocklora.instruct.rows.lint import check_records
 
     records, unreadable = read_with_faults(paths)
     with progress() as bar:
-        task = bar.add_task("tokens", total=len(records))
-
-        def one_by_one() -> Iterator[Record]:
-            for record in records:
-                yield record
-                bar.advance(task)
-
         # Not by max_length: a smaller one is the way out of too little memory. What it cuts is counted and warned of.
-        report = check_records(one_by_one(), tokenizer)
+        report = check_records(bar.track(records, description="tokens"), tokenizer)
     sequences = {(record.file, record.row): encoded for record, encoded in zip(records, report.sequences, strict=True)}
     faults = [*unreadable, *report.faults]
     if not faults:
         return records, sequences
     bad = {(fault.file, fault.row) for fault in faults}
     if not settings.skip_bad_rows:
-        shown = "; ".join(str(fault) for fault in faults[:MOST_FAULTS_SHOWN])
-        more = f"; and {len(faults) - MOST_FAULTS_SHOWN} more" if len(faults) > MOST_FAULTS_SHOWN else ""
         raise UserError(
-            f"{len(bad)} bad row(s): {shown}{more}. Mend them (all of them: python -m stocklora.instruct.lint "
+            f"{len(bad)} bad row(s): {first_of(faults)}. Mend them (all of them: python -m stocklora.instruct.lint "
             f"{faults[0].file}), or leave them out with --skip_bad_rows"
         )
-    skipped["with faults"] = skipped.get("with faults", 0) + len(bad)
+    skipped["with faults"] += len(bad)
     warn(f"{len(bad)} bad row(s) left out, the first: {faults[0]}")
     return [record for record in records if (record.file, record.row) not in bad], sequences
 
 
 def _cut_rows(
-    records: Sequence[Record], sequences: Sequences, settings: SftSettings, skipped: dict[str, int]
+    records: Sequence[Record], sequences: Sequences, settings: SftSettings, skipped: Counter[str]
 ) -> list[EncodedRow]:
     """The rows' sequences, cut to ``--max_length``; those with nothing to learn from are counted in ``skipped``."""
     rows = []
@@ -132,7 +119,7 @@ def _cut_rows(
                 rows.append(EncodedRow(record, cut))
                 continue
             # The prompt alone fills max_length.
-            skipped["without supervised token"] = skipped.get("without supervised token", 0) + 1
+            skipped["without supervised token"] += 1
     return rows
 
 

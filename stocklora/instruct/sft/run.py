@@ -22,7 +22,6 @@ from stocklora.instruct.sft.checkpoints import (
     RUN_NAME,
     check_room,
     check_same_run,
-    drop_later,
     find_checkpoint,
     make_room,
 )
@@ -38,7 +37,7 @@ from stocklora.instruct.sft.setup import (
     steps_of,
     tracker_advice,
 )
-from stocklora.runtime.files import as_json_types, write_json
+from stocklora.runtime.files import write_json
 
 LOCK_NAME = ".training.lock"
 INFO_NAME = "training_info.json"
@@ -64,7 +63,8 @@ def run_training(resolved: Resolved[Any], script: str, arguments: Sequence[str] 
     settings = dataclasses.replace(resolved.settings, model_path=find_model(resolved.settings.model_path))
     check_files(settings)
     check_tracker(settings.report_to)
-    with alone_in(settings.output_dir, needed=not settings.preflight_only):
+    holding = contextlib.nullcontext() if settings.preflight_only else alone_in(settings.output_dir)
+    with holding:
         checkpoint = find_checkpoint(settings.resume_from_checkpoint, settings.output_dir)
         if checkpoint is None and not settings.preflight_only:
             check_room(settings.output_dir)
@@ -75,7 +75,7 @@ def run_training(resolved: Resolved[Any], script: str, arguments: Sequence[str] 
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, needed: bool) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for one run: two would mix their logs and delete each other's checkpoints.
 
     A killed run lets go of it by itself. Where nothing comes of the run, a folder made for it goes again.
@@ -83,9 +83,6 @@ def alone_in(folder: Path, needed: bool) -> Iterator[None]:
     Raises:
         UserError: another run holds it.
     """
-    if not needed:
-        yield
-        return
     from filelock import FileLock, Timeout
 
     was_there = folder.is_dir()
@@ -149,11 +146,8 @@ def advice_on_failures(output_dir: Path) -> Iterator[None]:
 
 
 def _train(resolved: Resolved[Any], checkpoint: Path | None, script: str, arguments: Sequence[str]) -> int:
-    import transformers
-
     from stocklora.instruct.sft.data import check_packing, dataset_of
     from stocklora.instruct.sft.preflight import print_preflight
-    from stocklora.instruct.sft.trainer import AnswerTrainer, StopGently, TrainingLog, callbacks
     from stocklora.runtime.machine import keep_freed_memory
 
     prepared = prepare(resolved.settings)
@@ -169,20 +163,35 @@ def _train(resolved: Resolved[Any], checkpoint: Path | None, script: str, argume
     page = print_preflight(prepared, steps=steps, sequences=len(train_set))
     if settings.preflight_only:
         return 0
-    if checkpoint is not None:
-        drop_later(checkpoint, settings.output_dir)
-    else:
-        make_room(settings.output_dir)  # not before: what fails until here leaves the finished run as it was
-    write_json(settings.output_dir / RUN_NAME, facts | {"sources": resolved.sources, "finished": False})
+    make_room(settings.output_dir, checkpoint)  # not before: what fails until here leaves the finished run as it was
+    record = {**facts, "sources": resolved.sources}
+    write_json(settings.output_dir / RUN_NAME, record | {"finished": False})
     keep_freed_memory()
-    log, stop = TrainingLog(settings.output_dir), StopGently()
+    trainer = _trainer_of(prepared, train_set, held_out, steps, resumed=checkpoint is not None)
+    stopped = _trained_until(trainer, settings.output_dir, checkpoint)
+    if stopped is not None:
+        say(f"stopped after step {stopped} of {trainer.state.max_steps}; go on with:")
+        say(f"  {resume_command(script, arguments, settings.output_dir / f'checkpoint-{stopped}')}")
+        return EXIT_INTERRUPTED
+    info = _finish(prepared, trainer, page, resolved.sources, checkpoint)
+    write_json(settings.output_dir / RUN_NAME, record | {"finished": True})
+    _report(settings, info)
+    return 0
+
+
+def _trainer_of(prepared: Prepared, train_set: Any, held_out: Any, steps: int, *, resumed: bool) -> Any:
+    import transformers
+
+    from stocklora.instruct.sft.trainer import AnswerTrainer, callbacks
+
+    judged = held_out is not None
     trainer = AnswerTrainer(
         model=prepared.model,
-        args=arguments_of(prepared, steps, judged=held_out is not None, resumed=checkpoint is not None),
+        args=arguments_of(prepared, steps, judged=judged, resumed=resumed),
         train_dataset=train_set,
         eval_dataset=held_out,
         processing_class=prepared.tokenizer,
-        callbacks=[*callbacks(settings, held_out is not None), log, stop],
+        callbacks=callbacks(prepared.settings, judged),
     )
     for unwanted in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(unwanted)
@@ -190,18 +199,20 @@ def _train(resolved: Resolved[Any], checkpoint: Path | None, script: str, argume
         # TRL makes adapters over a quantized base bfloat16, which has too few digits for small steps.
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    try:
-        with stop:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        log.close()
-    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
-        where = settings.output_dir / f"checkpoint-{trainer.state.global_step}"
-        say(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; go on with:")
-        say(f"  {resume_command(script, arguments, where)}")
-        return EXIT_INTERRUPTED
-    _finish(Resolved(settings, resolved.sources), prepared, trainer, page, facts, checkpoint)
-    return 0
+    return trainer
+
+
+def _trained_until(trainer: Any, folder: Path, checkpoint: Path | None) -> int | None:
+    """Train; the step at which it was stopped, None where it came to its end."""
+    from stocklora.instruct.sft.trainer import StopGently, TrainingLog
+
+    log, stop = TrainingLog(folder), StopGently()
+    for callback in (log, stop):
+        trainer.add_callback(callback)
+    with log, stop:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    step = int(trainer.state.global_step)
+    return step if stop.requested and step < trainer.state.max_steps else None
 
 
 def resume_command(script: str, arguments: Sequence[str], checkpoint: Path) -> str:
@@ -219,44 +230,28 @@ def resume_command(script: str, arguments: Sequence[str], checkpoint: Path) -> s
 
 
 def _finish(
-    resolved: Resolved[Any],
-    prepared: Prepared,
-    trainer: Any,
-    page: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    checkpoint: Path | None,
-) -> None:
-    """Write the folder that is used from now on, and say what came of the run."""
+    prepared: Prepared, trainer: Any, page: Mapping[str, Any], sources: Mapping[str, str], checkpoint: Path | None
+) -> dict[str, Any]:
+    """Write the folder that is used from now on; what its training_info.json says."""
     from stocklora.instruct.sft.trainer import LOG_NAME
     from stocklora.plots.curves import plot_loss_curve, read_training_log
     from stocklora.runtime.machine import machine_facts, peak_memory_mb, versions_of
 
-    settings = prepared.settings
-    folder, state = settings.output_dir, trainer.state
+    settings, data, state = prepared.settings, prepared.data, trainer.state
+    folder = settings.output_dir
     log = read_training_log(folder / LOG_NAME)
-    judged = [entry for entry in log if entry.get("eval_loss") is not None]
-    if prepared.data.validation and (not judged or not math.isfinite(state.best_metric or math.nan)):
+    losses = _losses(log, state)
+    if data.validation and not math.isfinite(losses["validation_best"] or math.nan):
         raise UserError("the loss is not a number any more: lower --learning_rate, or use --dtype float32")
     save_model(prepared, trainer.accelerator.unwrap_model(trainer.model), folder)
-    start = next((entry["eval_loss"] for entry in judged if entry["step"] == 0), None)
-    losses = {
-        "validation_start": start,
-        "validation_best": state.best_metric,
-        "validation_best_step": state.best_global_step,
-        "train_last": next((entry["loss"] for entry in reversed(log) if entry.get("loss") is not None), None),
-    }
     info = {
         "base_model": {"path": str(settings.model_path), **describe_model(settings.model_path)},
         "method": settings.method,
         "quantization": settings.quantization,
         "dtype": str(prepared.dtype).removeprefix("torch."),
         "settings": effective(settings),
-        "sources": resolved.sources,
-        "data": {
-            "files": prepared.data.files,
-            "split": prepared.data.split,
-            "skipped": prepared.data.skipped,
-        },
+        "sources": sources,
+        "data": {"files": data.files, "split": data.split, "skipped": data.skipped},
         "model": page,
         "losses": losses,
         "steps": state.global_step,
@@ -270,12 +265,22 @@ def _finish(
         "machine": machine_facts(),
     }
     plot_loss_curve(log, folder / CURVE_NAME, f"{settings.model_path.name}, {settings.method}")
-    write_json(folder / INFO_NAME, as_json_types(info))
-    write_json(folder / RUN_NAME, {**facts, "sources": resolved.sources, "finished": True})
-    _report(settings, losses, info)
+    write_json(folder / INFO_NAME, info)
+    return info
 
 
-def _report(settings: Any, losses: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+def _losses(log: Sequence[Mapping[str, Any]], state: Any) -> dict[str, Any]:
+    judged = [entry for entry in log if entry.get("eval_loss") is not None]
+    return {
+        "validation_start": next((entry["eval_loss"] for entry in judged if entry["step"] == 0), None),
+        "validation_best": state.best_metric if judged else None,
+        "validation_best_step": state.best_global_step,
+        "train_last": next((entry["loss"] for entry in reversed(log) if entry.get("loss") is not None), None),
+    }
+
+
+def _report(settings: Any, info: Mapping[str, Any]) -> None:
+    losses = info["losses"]
     start, best = losses["validation_start"], losses["validation_best"]
     if info["stopped_early"]:
         say(f"stopped early: no lower validation loss in {settings.early_stopping_patience} judgements")

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from stocklora.cli.console import UserError, print_table
-from stocklora.cli.settings import DEVICES, DTYPES, add_settings, check_positive, checked_values, read_config, setting
+from stocklora.cli.settings import (
+    DEVICES,
+    DTYPES,
+    SettingsParser,
+    check_positive,
+    check_range,
+    checked_values,
+    read_config,
+    setting,
+)
 
 T = TypeVar("T", bound="SftSettings")
 
@@ -142,14 +151,9 @@ class SftSettings:
                 raise UserError(f"--{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if self.validation_fraction + self.test_fraction >= 1.0:
             raise UserError("--validation_fraction and --test_fraction leave nothing to train on; lower one of them")
-        if not 0.0 <= self.warmup_ratio <= 1.0:
-            raise UserError(f"--warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
-        if self.weight_decay < 0.0:
-            raise UserError(f"--weight_decay must be 0 or more, got {self.weight_decay}")
-        if self.early_stopping_patience < 0:
-            raise UserError(f"--early_stopping_patience must be 0 or more, got {self.early_stopping_patience}")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed must be from 0 to {2**32 - 1}, got {self.seed}")
+        check_range(
+            self, warmup_ratio=(0, 1), weight_decay=(0, None), early_stopping_patience=(0, None), seed=(0, 2**32 - 1)
+        )
         if self.quantization_bit is not None and not self.use_qlora:
             raise UserError(
                 f"--quantization_bit {self.quantization_bit}: quantized weights cannot train, adapters over them can; "
@@ -181,12 +185,17 @@ class SftSettings:
         return None if names in ([], ["all-linear"], ["all"], ["auto"]) else names
 
 
+def like(name: str, **changes: Any) -> dict[str, Any]:
+    """What ``setting`` is told of the setting ``name`` of ``SftSettings``, but for its default and ``changes``."""
+    return {**SftSettings.__dataclass_fields__[name].metadata, **changes}
+
+
 @dataclass(frozen=True)
 class TrainSettings(SftSettings):
     """Settings of ``training/train.py``: LoRA, into ``outputs/``."""
 
-    use_lora: bool = setting(True, "train LoRA adapters, not every weight", section="method")
-    output_dir: Path = setting(Path("outputs"), "folder for what is trained", section="output", metavar="FOLDER")
+    use_lora: bool = setting(True, **like("use_lora"))
+    output_dir: Path = setting(Path("outputs"), **like("output_dir"))
 
 
 @dataclass(frozen=True)
@@ -194,25 +203,24 @@ class DeepseekSettings(SftSettings):
     """Settings of ``scripts/qlora/train_qlora.py``: 4-bit QLoRA of DeepSeek-7B on one 16 GB card."""
 
     model_path: Path = setting(
-        Path("models/deepseek-llm-7b-chat"), "folder of the base model", section="model", metavar="FOLDER",
-        flags=("--model_path", "--model_name"),
-    )  # fmt: skip
-    data_path: list[Path] = setting(
-        [Path("data/qlora/instructions.jsonl")], "instructions, as build_instruction_dataset.py writes them",
-        section="data", nargs="+", metavar="FILE",
-    )  # fmt: skip
-    max_length: int = setting(512, "tokens of a row, at most; what is longer is cut at its end", section="data")
-    use_qlora: bool = setting(True, "train LoRA adapters over a quantized model (QLoRA)", section="method")
-    lora_r: int = setting(8, "rank of the adapters", section="method")
-    lora_dropout: float = setting(0.05, "dropout on the adapters' input", section="method")
-    learning_rate: float | None = setting(2e-4, "peak learning rate", section="training", metavar="RATE")
-    gradient_checkpointing: bool = setting(True, "recompute activations: less memory, slower", section="training")
-    eval_steps: int | None = setting(
-        50, "judge and save every N steps; a machine that is taken away loses no more", section="training", metavar="N"
+        Path("models/deepseek-llm-7b-chat"), **like("model_path", help="folder of the base model")
     )
-    gradient_accumulation_steps: int = setting(1, "passes summed before a step", section="training", metavar="N")
-    save_total_limit: int = setting(3, "checkpoints to keep, the best always among them", section="output")
-    output_dir: Path = setting(Path("qlora_output"), "folder for what is trained", section="output", metavar="FOLDER")
+    data_path: list[Path] = setting(
+        [Path("data/qlora/instructions.jsonl")],
+        **like("data_path", help="instructions, as build_instruction_dataset.py writes them"),
+    )
+    max_length: int = setting(512, **like("max_length"))
+    use_qlora: bool = setting(True, **like("use_qlora"))
+    lora_r: int = setting(8, **like("lora_r"))
+    lora_dropout: float = setting(0.05, **like("lora_dropout"))
+    learning_rate: float | None = setting(2e-4, **like("learning_rate", help="peak learning rate"))
+    gradient_checkpointing: bool = setting(True, **like("gradient_checkpointing"))
+    eval_steps: int | None = setting(
+        50, **like("eval_steps", help="judge and save every N steps; a machine that is taken away loses no more")
+    )
+    gradient_accumulation_steps: int = setting(1, **like("gradient_accumulation_steps"))
+    save_total_limit: int = setting(3, **like("save_total_limit"))
+    output_dir: Path = setting(Path("qlora_output"), **like("output_dir"))
 
 
 @dataclass(frozen=True)
@@ -224,43 +232,45 @@ class Resolved(Generic[T]):
 
     def print(self) -> None:
         """The effective configuration; what differs from the defaults stands out by its source."""
-        rows = []
-        for name, value in effective(self.settings).items():
-            rows.append((name, shown(value), self.sources[name]))
+        rows = [(name, shown(value), self.sources[name]) for name, value in effective(self.settings).items()]
         print_table("Configuration", ("setting", "value", "from"), rows)
 
 
-def add_sft_settings(parser: argparse.ArgumentParser, settings_class: type[SftSettings]) -> None:
-    """``add_settings``, and ``--config_file`` as another name of ``--config``."""
-    add_settings(parser, settings_class)
-    parser.add_argument(
-        "--config_file", dest="config", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="same as --config"
-    )
-
-
-def resolve_sft(
-    arguments: argparse.Namespace, settings_class: type[T], default_config: Path | None = None
-) -> Resolved[T]:
-    """The settings in force: defaults, then the config file, then the flags that were given.
+class SftParser(SettingsParser):
+    """Flags of a script that tunes on instructions, with ``--config_file`` as another name of ``--config``.
 
     Args:
-        default_config: read where no ``--config_file`` is given.
-
-    Raises:
-        UserError: an unknown key, a value of the wrong type or outside its choices, an unreadable file.
+        default_config: read where no config file is given.
     """
-    path: Path | None = arguments.config if arguments.config is not None else default_config
-    names = [field.name for field in dataclasses.fields(settings_class)]
-    sources = dict.fromkeys(names, "default")
-    values: dict[str, Any] = {}
-    if path is not None:
-        content = flattened(read_config(path), path)
-        values.update(checked_values(content, settings_class, path))
-        sources.update(dict.fromkeys(values, str(path)))
-    flags = {name: value for name, value in vars(arguments).items() if name in sources}
-    values.update(flags)
-    sources.update(dict.fromkeys(flags, "flag"))
-    return Resolved(settings_class(**values), sources)
+
+    def __init__(
+        self, prog: str, description: str | None, settings_class: type[SftSettings], default_config: Path | None = None
+    ) -> None:
+        super().__init__(prog, description, settings_class)
+        self.set_defaults(config=default_config)
+        self.add_argument(
+            "--config_file",
+            dest="config",
+            type=Path,
+            default=argparse.SUPPRESS,
+            metavar="FILE",
+            help="same as --config",
+        )
+
+    def settings_of(self, arguments: argparse.Namespace) -> Resolved[Any]:
+        """The settings in force: defaults, then the config file, then the flags that were given.
+
+        Raises:
+            UserError: an unknown key, a value of the wrong type or outside its choices, an unreadable file.
+        """
+        path: Path | None = arguments.config
+        given = {name: value for name, value in vars(arguments).items() if name != "config"}
+        values: dict[str, Any] = {}
+        if path is not None:
+            values = checked_values(flattened(read_config(path), path), self.settings_class, path)
+        names = [field.name for field in dataclasses.fields(self.settings_class)]
+        sources = dict.fromkeys(names, "default") | dict.fromkeys(values, str(path)) | dict.fromkeys(given, "flag")
+        return Resolved(self.settings_class(**values | given), sources)
 
 
 def flattened(content: Mapping[str, Any], source: Path) -> dict[str, Any]:

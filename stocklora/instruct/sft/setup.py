@@ -12,7 +12,7 @@ from typing import Any
 
 from stocklora.base_models.folders import check_model_folder, command_for, describe_model
 from stocklora.cli.console import UserError, one_line, say
-from stocklora.instruct.sft.settings import DEEPSEEK, SftSettings
+from stocklora.instruct.sft.settings import DEEPSEEK, SftSettings, effective
 from stocklora.runtime.files import as_json_types
 
 HUB_NAMES = {Path(DEEPSEEK).name: DEEPSEEK}
@@ -144,8 +144,7 @@ def prepare(settings: SftSettings) -> Prepared:
         model.requires_grad_(True)
     else:
         model = with_adapters(model, settings)
-    base_dtype = getattr(config, "dtype", None)
-    return Prepared(settings, model, tokenizer, data, dtype, base_dtype, device)
+    return Prepared(settings, model, tokenizer, data, dtype, getattr(config, "dtype", None), device)
 
 
 def computing_dtype(settings: SftSettings, device: Any) -> Any:
@@ -258,8 +257,6 @@ def arguments_of(prepared: Prepared, steps: int, *, judged: bool, resumed: bool)
 
 def run_facts(prepared: Prepared) -> dict[str, Any]:
     """What the course of a run depends on, to compare a resumed run with."""
-    from stocklora.instruct.sft.settings import effective
-
     settings = prepared.settings
     facts = effective(settings) | {
         "method": settings.method,

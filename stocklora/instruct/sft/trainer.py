@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import shutil
@@ -24,14 +25,7 @@ from stocklora.runtime.files import as_json_types, write_json, write_text
 from stocklora.runtime.interrupt import Interruption
 
 LOG_NAME = "training_log.jsonl"
-LOGGED = {
-    "loss": "loss",
-    "eval_loss": "eval_loss",
-    "learning_rate": "learning_rate",
-    "grad_norm": "grad_norm",
-    "mean_token_accuracy": "token_accuracy",
-    "eval_mean_token_accuracy": "eval_token_accuracy",
-}
+LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "eval_mean_token_accuracy")
 
 
 class AnswerTrainer(SFTTrainer):
@@ -114,14 +108,17 @@ class AnswerTrainer(SFTTrainer):
         """None: the run describes itself in training_info.json."""
 
 
-class TrainingLog(TrainerCallback):
-    """``training_log.jsonl``, a line on the terminal for each entry, and a progress bar on terminals."""
+class TrainingLog(TrainerCallback, contextlib.ExitStack):
+    """``training_log.jsonl``, a line on the terminal for each entry, and a progress bar on terminals.
+
+    Used as a context manager around the training, after which the bar is down, whatever happened.
+    """
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.path = folder / LOG_NAME
         self.earlier_s = 0.0
         self.start = time.monotonic()
-        self._progress: Any = None
         self._bar: Any = None
         self._task: Any = None
 
@@ -135,25 +132,16 @@ class TrainingLog(TrainerCallback):
         write_text(self.path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept))
         self.earlier_s = max((entry.get("seconds", 0.0) for entry in kept), default=0.0)
         self.start = time.monotonic()
-        self._progress = progress("loss {task.fields[loss]}")
-        self._bar = self._progress.__enter__()
+        self._bar = self.enter_context(progress("loss {task.fields[loss]}"))
         self._task = self._bar.add_task("steps", total=state.max_steps, completed=state.global_step, loss="-")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.update(self._task, completed=state.global_step)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take the progress bar down; also after an error."""
-        if self._progress is not None:
-            self._progress.__exit__(None, None, None)
-            self._progress = None
-
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs: Mapping[str, Any] = kwargs["logs"]
-        numbers = {LOGGED[name]: as_json_types(float(value)) for name, value in logs.items() if name in LOGGED}
+        kept = {name.replace("mean_", ""): value for name, value in logs.items() if name in LOGGED}
+        numbers = {name: as_json_types(float(value)) for name, value in kept.items()}
         if not {"loss", "eval_loss"} & numbers.keys():  # the library's sums at the end
             return
         seconds = round(self.earlier_s + time.monotonic() - self.start, 2)
@@ -164,41 +152,26 @@ class TrainingLog(TrainerCallback):
         if "loss" in numbers:
             words.append(f"loss {numbers['loss']:.4f}")
             words.append(f"rate {numbers['learning_rate']:.2e}")
-            if self._bar is not None and self._task is not None:
-                self._bar.update(self._task, loss=f"{numbers['loss']:.4f}")
+            self._bar.update(self._task, loss=f"{numbers['loss']:.4f}")
         if "eval_loss" in numbers:
             words.append(f"validation loss {numbers['eval_loss']:.4f}")
         say("  ".join([*words, f"{seconds:,.1f} s"]))
 
 
-class StopGently(TrainerCallback):
-    """Ends the run after the step at hand, with a checkpoint, once ``interruption`` was requested.
-
-    Used as a context manager around the training, in which signals are caught.
-    """
+class StopGently(Interruption, TrainerCallback):
+    """Ends the run after the step at hand, with a checkpoint, once that was requested."""
 
     def __init__(self) -> None:
         notice = "stopping after this step; once more stops at once, without a checkpoint"
-        self.interruption = Interruption(notice, descriptor=1, together_s=0.0)
-
-    @property
-    def asked(self) -> bool:
-        return self.interruption.requested
-
-    def __enter__(self) -> StopGently:
-        self.interruption.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.interruption.__exit__(*error)
+        super().__init__(notice, descriptor=1, together_s=0.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
+        if self.requested:
             control.should_training_stop = control.should_save = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # In the middle of an epoch there is nothing to judge yet: the run that goes on will do it at the end.
-        if self.asked and abs(state.epoch - round(state.epoch)) > 1e-9:
+        if self.requested and abs(state.epoch - round(state.epoch)) > 1e-9:
             control.should_evaluate = control.should_save = False
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from stocklora.instruct.rows.chat_template import (
     prepare_tokenizer,
     prompt_ids,
 )
+from stocklora.instruct.rows.formats import Message
 from stocklora.instruct.rows.records import read_records
 from stocklora.instruct.sft.run import run_training
 from stocklora.instruct.sft.settings import Resolved, SftSettings
@@ -353,8 +354,8 @@ def test_rows_are_rendered_and_tokenized_once(
     tokenized: Counter[str] = Counter()
     render, ids = chat_template._render, chat_template._ids
 
-    def counting_render(tokenizer: Any, messages: list[dict[str, str]], invite: bool, **options: Any) -> str:
-        rendered[messages[0]["content"]] += 1
+    def counting_render(tokenizer: Any, messages: Sequence[Message], invite: bool, **options: Any) -> str:
+        rendered[messages[0].content] += 1
         return render(tokenizer, messages, invite, **options)
 
     def counting_ids(tokenizer: Any, text: str) -> list[int]:
