@@ -1,7 +1,7 @@
-"""A backtest's files while it runs: the finished tickers, by which a stopped run is resumed, and all forecasts.
+"""A backtest's files while it runs: what is done, by which a stopped run is resumed, and all forecasts.
 
-Every finished ticker is a *part* in ``OUTPUT/parts``; what is done between two fits of one that is not finished is a
-*piece*. At the end the parts are read once, in order, whoever made them.
+A *part* in ``OUTPUT/parts`` is what is forecast of one ticker between two fits. At the end the parts are read once, in
+order, whoever made them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from stocklora.runtime.files import as_json_types, replacing, sha256_of, write_j
 
 PARTS, PRICES, REFITS, MANIFEST = "parts", "prices", "refits", "manifest.json"
 UNFINGERPRINTED = ("resume", "output_dir", "show", "forecasts_format", "check_leakage", "leakage_cuts", "device")
-PART_FIELDS = ("origins", "targets", "last_close", "returns", "naive_mae")  # of TickerForecasts
 LEVEL_COLUMNS = tuple(f"P{round(100 * level):02d}" for level in QUANTILE_LEVELS)
 
 WriteForecasts = Callable[[TickerForecasts], object]
@@ -89,58 +88,37 @@ def remove_parts(parts: Path) -> None:
         parts.parent.rmdir()
 
 
-def part_path(parts: Path, place: int) -> Path:
-    """Where a finished ticker lies, the ``place``-th of the price files."""
-    return parts / f"{place:05d}.npz"
-
-
-def piece_path(parts: Path, place: int, cut: int) -> Path:
-    """Where a ticker's forecasts lie that the models fitted at the ``cut``-th date made."""
+def part_path(parts: Path, place: int, cut: int) -> Path:
+    """Where the forecasts lie that the models fitted at the ``cut``-th date make of the ``place``-th ticker."""
     return parts / f"{place:05d}-{cut:03d}.npz"
 
 
-def write_piece(path: Path, origins: range, quantiles: Mapping[str, np.ndarray]) -> None:
+def write_part(path: Path, origins: range, quantiles: Mapping[str, np.ndarray]) -> None:
     """Keep one ticker's forecasts between two fits.
 
     Args:
-        path: from ``piece_path``.
+        path: from ``part_path``.
         origins: rows of the ticker's table.
         quantiles: model -> (origins, horizon, levels) of the log return; empty where there is no origin.
     """
-    _save(path, {"origins": np.array([origins.start, origins.stop]), **quantiles})
-
-
-def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with replacing(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, allow_pickle=False, **arrays)
+        np.savez(stream, allow_pickle=False, origins=np.array([origins.start, origins.stop]), **quantiles)
 
 
-def join_pieces(parts: Path, place: int, ticker: str, frame: pd.DataFrame, plan: Plan) -> None:
-    """One ticker's pieces become its part; a ticker without a scored day leaves an empty one."""
-    pieces = []
-    for cut in range(len(plan.cuts)):
-        with np.load(piece_path(parts, place, cut)) as content:
-            start, stop = content["origins"].tolist()
-            if stop > start:
-                pieces.append((range(start, stop), {name: content[name] for name in content if name != "origins"}))
-    forecasts = score_ticker(ticker, frame, pieces, plan) if pieces else None
-    arrays: dict[str, np.ndarray] = {}
-    if forecasts is not None:
-        arrays = {f"q_{name}": value for name, value in forecasts.quantiles.items()}
-        arrays |= {name: getattr(forecasts, name) for name in PART_FIELDS}
-    _save(part_path(parts, place), arrays)
-    for cut in range(len(plan.cuts)):
-        piece_path(parts, place, cut).unlink()
-
-
-def read_parts(parts: Path, tickers: Sequence[str], names: Sequence[str]) -> Iterator[TickerForecasts]:
-    """Every scored ticker, in order, one in memory at a time."""
-    for place, ticker in enumerate(tickers):
-        with np.load(part_path(parts, place)) as content:
-            if "origins" in content:
-                quantiles = {name: content[f"q_{name}"] for name in names}
-                fields = {name: content[name] for name in PART_FIELDS}
-                yield TickerForecasts(ticker=ticker, quantiles=quantiles, **fields)
+def read_parts(
+    parts: Path, prices: Mapping[str, pd.DataFrame], names: Sequence[str], plan: Plan
+) -> Iterator[TickerForecasts]:
+    """Every ticker with a scored day, in order, one in memory at a time."""
+    for place, (ticker, frame) in enumerate(prices.items()):
+        made = []
+        for cut in range(len(plan.cuts)):
+            with np.load(part_path(parts, place, cut)) as content:
+                start, stop = content["origins"].tolist()
+                if stop > start:
+                    made.append((range(start, stop), {name: content[name] for name in names}))
+        forecasts = score_ticker(ticker, frame, made, plan) if made else None
+        if forecasts is not None:
+            yield forecasts
 
 
 # --- all forecasts ---------------------------------------------------------------------------------------------

@@ -19,13 +19,11 @@ from stocklora.backtest.parts import (
     PARTS,
     PRICES,
     forecast_writer,
-    join_pieces,
     open_parts,
     part_path,
-    piece_path,
     read_parts,
     remove_parts,
-    write_piece,
+    write_part,
 )
 from stocklora.backtest.prepare import cutoff_note, prepare_run
 from stocklora.backtest.results import BacktestResult, write_metrics
@@ -81,9 +79,9 @@ def run_backtest(settings: BacktestSettings) -> int:
 def score_tickers(
     prices: Mapping[str, pd.DataFrame], models: Sequence[Model], plan: Plan, parts: Path, process: Any
 ) -> None:
-    """Write a part for every ticker that has none yet, this process's share of them.
+    """Write the parts that are not there yet, of this process's share of the tickers.
 
-    Cut after cut, so that each model is fitted once; a ticker's cuts are joined when the last is done.
+    Cut after cut, so that each model is fitted once.
 
     Args:
         prices: ticker -> its table.
@@ -93,32 +91,28 @@ def score_tickers(
         process: which share of the tickers is this one's.
     """
     own = [(place, name) for place, name in enumerate(prices) if place % process.num_processes == process.process_index]
-    unscored = [(place, name) for place, name in own if not part_path(parts, place).is_file()]
-    begun = sum(piece_path(parts, place, 0).is_file() for place, _ in unscored) + len(own) - len(unscored)
+    begun = sum(part_path(parts, place, 0).is_file() for place, _ in own)
     if process.is_main_process and begun:
         say(f"resumed: {begun} of {len(own)} tickers were done or begun")
     with progress("{task.fields[what]}", shown=process.is_main_process) as bar:
-        task = bar.add_task("backtest", total=len(unscored) * len(plan.cuts), what="")
+        task = bar.add_task("backtest", total=len(own) * len(plan.cuts), what="")
         for cut, date in enumerate(plan.cuts):
-            without_piece = [item for item in unscored if not piece_path(parts, item[0], cut).is_file()]
-            if not without_piece:
-                bar.advance(task, len(unscored))
-                # Later fits do not build on this one, but every process must meet at its barriers.
-                if not any(isinstance(model, LanguageModel) for model in models):
-                    continue
+            undone = [(place, name) for place, name in own if not part_path(parts, place, cut).is_file()]
+            bar.advance(task, len(own) - len(undone))
+            # Later fits do not build on this one, but every process must meet at the language model's barriers.
+            if not undone and not any(isinstance(model, LanguageModel) for model in models):
+                continue
             bar.update(task, what=f"fitting for {date:%Y-%m-%d}")
             for model in models:
                 model.fit(prices, plan, date)
-            for place, ticker in without_piece:
+            for place, ticker in undone:
                 bar.update(task, what=ticker, advance=1)
                 frame = prices[ticker]
                 origins = plan.origins(pd.DatetimeIndex(frame.index), cut)
                 quantiles: dict[str, np.ndarray] = {}
                 for model in models if origins else ():
                     quantiles.update(model.quantiles(ticker, frame, origins))
-                write_piece(piece_path(parts, place, cut), origins, quantiles)
-        for place, ticker in unscored:
-            join_pieces(parts, place, ticker, prices[ticker], plan)
+                write_part(part_path(parts, place, cut), origins, quantiles)
 
 
 def aggregate_parts(
@@ -130,11 +124,10 @@ def aggregate_parts(
         UserError: no ticker has a day to score.
     """
     names = models_compared(settings.models)
-    parts, tickers = settings.output_dir / PARTS, list(prices)
     aggregate = Aggregate(names, plan.horizon, np.array(QUANTILE_LEVELS), settings.show)
     scored, days = 0, np.empty(0, dtype="datetime64[D]")
     with forecast_writer(settings) as write:
-        for forecasts in read_parts(parts, tickers, names):
+        for forecasts in read_parts(settings.output_dir / PARTS, prices, names, plan):
             aggregate.add(forecasts)
             write(forecasts)
             scored += 1
@@ -144,7 +137,7 @@ def aggregate_parts(
             f"no ticker has a day to score from {plan.cuts[0]:%Y-%m-%d} on with {plan.window_size} days behind it and "
             f"{plan.horizon} ahead; give an earlier --from or more prices"
         )
-    facts = run_facts(settings, plan, scored, len(tickers), days, ensemble)
+    facts = run_facts(settings, plan, scored, len(prices), days, ensemble)
     notes = cutoff_note(ensemble, settings.base_cutoff, days) if ensemble is not None else []
     return aggregate.result(facts, notes)
 

@@ -11,9 +11,8 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -91,8 +90,7 @@ def figures(panels: Sequence[tuple[str, str]], caption: str, legend: str = "", k
     return f'<figure><div class="{kind}">{inner}</div>{legend}<figcaption>{escape(caption)}</figcaption></figure>\n'
 
 
-@dataclass(frozen=True)
-class Whisker:
+class Whisker(NamedTuple):
     """A number and the interval around it."""
 
     value: float
@@ -123,8 +121,7 @@ def _usual_reach(reaches: Sequence[float], least: float) -> float:
 
 def forest_limits(rows: Sequence[tuple[str, Sequence[Whisker]]], line: float, least: float) -> tuple[float, float]:
     """(low, high) of an axis around ``line`` that holds all whiskers but outliers', and ``least`` either side."""
-    reaches = [reach_of((end for point in points for end in (point.low, point.value, point.high)), line)
-               for _, points in rows]  # fmt: skip
+    reaches = [reach_of((end for point in points for end in point), line) for _, points in rows]
     reach = 1.08 * _usual_reach(reaches, least)
     return line - reach, line + reach
 
@@ -359,11 +356,7 @@ def fan_chart(result: BacktestResult, forecast: np.ndarray, came: np.ndarray, la
     axis.get_xticklabels()[-1].set_horizontalalignment("right" if len(came) > 8 else "center")
     axis.grid(axis="y", color=GRID, linewidth=0.8)
     axis.yaxis.set_major_locator(MaxNLocator(6))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.{_tick_decimals(axis)}f}"))
+    decimals = max(0, math.ceil(0.5 - math.log10(high - low + 2 * room)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.{decimals}f}"))
     axis.tick_params(labelsize=FONT + 1.5)
     return _svg(figure, "fan", label)
-
-
-def _tick_decimals(axis: Any) -> int:
-    low, high = axis.get_ylim()
-    return max(0, math.ceil(-math.log10(high - low) + 0.5)) if high > low else 2
