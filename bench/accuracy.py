@@ -169,7 +169,7 @@ def one_benchmark(
         "unproven_epoch": outcome.unproven_epoch,
         "gain_in_standard_errors": outcome.gain_in_errors,
         "validation_ratio_to_start": outcome.best_ratio,
-        "test": {kind: entry.to_dict() for kind, entry in scores.items()},
+        "test": {kind: asdict(entry) for kind, entry in scores.items()},
         "ewma_uncalibrated_pinball_bp": raw_ewma.pinball_bp,
         "pinball_ratio_to_ewma": ratio,
         "pinball_ratio_to_better_of_ewma_and_har": model.pinball_bp / best_scale,

@@ -155,7 +155,7 @@ def _fit_and_forecast(
     """Fit and forecast along the origins: (origins, horizon, levels), and why the last close stands in how often."""
     table = np.empty((len(rows), horizon, len(levels)))
     reasons: Counter[str] = Counter()
-    refit_day, start, forecaster = -1, 0, _fails("never fitted")
+    refit_day = -1
     for index, origin in enumerate(rows.tolist()):
         day = origin - (origin - int(rows[0])) % refit_every
         if day != refit_day:
@@ -188,15 +188,10 @@ def _path(close: np.ndarray) -> np.ndarray:
     return np.log(close / close[0])
 
 
-def _fails(reason: str) -> Forecaster:
-    def forecast(path: np.ndarray) -> np.ndarray:
-        raise NoForecastError(reason)
-
-    return forecast
-
-
-def _fit(name: str, close: np.ndarray, horizon: int, levels: np.ndarray, least_days: int) -> Forecaster:
-    """A peer fitted on a window; one that always fails, with the reason, where that is not possible."""
+def _fit(
+    name: str, close: np.ndarray, horizon: int, levels: np.ndarray, least_days: int
+) -> Forecaster | NoForecastError:
+    """A peer fitted on a window; where that is not possible, why."""
     try:
         if len(close) < least_days:
             raise NoForecastError(f"fewer than {least_days} days")
@@ -209,22 +204,22 @@ def _fit(name: str, close: np.ndarray, horizon: int, levels: np.ndarray, least_d
             return _fracast(horizon, levels)
         return _statsforecast(name, path, horizon, levels)
     except NoForecastError as reason:
-        return _fails(str(reason))
+        return reason
     except Exception as error:  # the packages raise anything, bare Exception included; the warning quotes it
-        return _fails(f"the fit failed with {_described(error)}")
+        return NoForecastError(f"the fit failed with {_described(error)}")
 
 
-def _forecast(forecaster: Forecaster, close: np.ndarray) -> np.ndarray:
+def _forecast(forecaster: Forecaster | NoForecastError, close: np.ndarray) -> np.ndarray:
     """(horizon, levels), in order along levels.
 
     Raises:
         NoForecastError: no forecast, or none that could be one.
     """
     path = _path(close)
+    if isinstance(forecaster, NoForecastError):
+        raise NoForecastError(*forecaster.args)
     try:
         quantiles = forecaster(path)
-    except NoForecastError:
-        raise
     except Exception as error:  # as in _fit
         raise NoForecastError(f"the forecast failed with {_described(error)}") from error
     several = quantiles.shape[1] > 1

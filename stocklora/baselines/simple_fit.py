@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from stocklora.baselines.simple_network import (
     train_network,
     windows_at,
 )
-from stocklora.cli.console import UserError, progress, say
+from stocklora.cli.console import UserError, listed, progress, say
 from stocklora.dataset.prepare import ForecastData, data_facts, prepare
 from stocklora.dataset.windows import SPLITS
 from stocklora.forecaster.predictions import prediction_rows, print_forecast, write_predictions
@@ -82,7 +83,7 @@ def forecast_and_save(prices: Mapping[str, pd.DataFrame], settings: FrameworkSet
         )
     rows = forecast_simple(forecaster, prices)
     write_predictions(settings.output, rows)
-    say(f"trainable parameters: {forecaster.trainable_parameters:,}")
+    say(f"trainable parameters: {forecaster.network.trainable_parameters:,}")
     say(f"peak memory: {peak_memory_mb(device.type):,.0f} MB ({device.type})")
     print_forecast(rows)
     say(f"saved: {settings.output}")
@@ -104,7 +105,10 @@ def fit_simple(prices: Mapping[str, pd.DataFrame], settings: TrainSettings, *, q
         settings.validation_from, settings.test_from,
     )  # fmt: skip
     torch.set_num_threads(1)  # too small a network to gain from handing its rows around the cores
-    windows = {split: windows_of(data, split) for split in SPLITS[:2]}
+    windows = {
+        split: of_each_ticker(data, split, partial(windows_at, window_size=data.window_size))
+        for split in ("train", "validation")
+    }
     scaling = fit_scaling(windows["train"], data.returns_of("train")[:, 0])
     torch.manual_seed(settings.seed)
     network = SimpleStockPredictor(settings.window_size).to(choose_device(settings.device))
@@ -115,11 +119,11 @@ def fit_simple(prices: Mapping[str, pd.DataFrame], settings: TrainSettings, *, q
     seconds = time.perf_counter() - start
 
     errors = data.returns_of("validation") - roll_forward(network, scaling, windows["validation"], HORIZON)
-    scales = [error_scale(frame, data.origins[name]["validation"], HORIZON) for name, frame in prices.items()]
-    residuals = residual_quantiles(errors, np.concatenate(scales), data.levels)
+    error_scales = of_each_ticker(data, "validation", partial(error_scale, horizon=HORIZON))
+    residuals = residual_quantiles(errors, error_scales, data.levels)
     forecaster = SimpleForecaster(network, scaling, settings.window_size, data.levels, residuals, {})
     scores = {name: data.score(data.forecasts_of(name, "test"), "test") for name in ("naive", "drift", "ewma")}
-    scores["model"] = data.score(quantiles_on_test(forecaster, data), "test")
+    scores["model"] = data.score(of_each_ticker(data, "test", forecaster.quantiles), "test")
     run = SimpleRun(forecaster, data, history, scores, seconds)
     forecaster.training.update(training_facts(run, settings))
     return run
@@ -159,18 +163,11 @@ def train_epochs(
     return history
 
 
-def windows_of(data: ForecastData, split: str) -> np.ndarray:
-    """(n, window, 5) of all tickers, in the order of ``data.returns_of``."""
-    return np.concatenate(
-        [windows_at(frame, data.origins[name][split], data.window_size) for name, frame in data.prices.items()]
-    )
-
-
-def quantiles_on_test(forecaster: SimpleForecaster, data: ForecastData) -> np.ndarray:
-    """(n, horizon, levels) on the test origins of all tickers."""
-    return np.concatenate(
-        [forecaster.quantiles(frame, data.origins[name]["test"]) for name, frame in data.prices.items()]
-    )
+def of_each_ticker(
+    data: ForecastData, split: str, compute: Callable[[pd.DataFrame, Sequence[int]], np.ndarray]
+) -> np.ndarray:
+    """(n, ...): ``compute`` of every ticker's table and origins, in the order of ``data.returns_of``."""
+    return np.concatenate([compute(frame, data.origins[name][split]) for name, frame in data.prices.items()])
 
 
 def training_facts(run: SimpleRun, settings: TrainSettings) -> dict[str, Any]:
@@ -181,17 +178,15 @@ def training_facts(run: SimpleRun, settings: TrainSettings) -> dict[str, Any]:
         "settings": as_json_types(asdict(settings)),
         "versions": versions(),
         "best_epoch": run.best.number,
-        "test_scores": {name: scores.to_dict() for name, scores in run.test_scores.items()},
+        "test_scores": {name: asdict(scores) for name, scores in run.test_scores.items()},
     }
 
 
 def print_run_facts(data: ForecastData, network: SimpleStockPredictor) -> None:
     """What is about to be trained, on what."""
-    trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     counts = {split: sum(len(parts[split]) for parts in data.origins.values()) for split in SPLITS}
-    tickers = ", ".join(list(data.prices)[:8]) + (", ..." if len(data.prices) > 8 else "")
-    say(f"trainable parameters: {trainable:,}")
-    say(f"tickers: {len(data.prices)} ({tickers}); windows of {data.window_size} days")
+    say(f"trainable parameters: {network.trainable_parameters:,}")
+    say(f"tickers: {len(data.prices)} ({listed(list(data.prices))}); windows of {data.window_size} days")
     say(
         f"days: {counts['train']:,} to train on, {counts['validation']:,} to validate from "
         f"{data.dates.validation:%Y-%m-%d}, {counts['test']:,} to test from {data.dates.test:%Y-%m-%d}"

@@ -10,8 +10,9 @@ Three days ahead is three times one day: each forecast close becomes the next da
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ class SimpleStockPredictor(nn.Module):
         self.output = nn.Linear(hidden, 1)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(weights.numel() for weights in self.parameters() if weights.requires_grad)
 
     def forward(self, windows: Tensor) -> Tensor:
         """(n, window, features) -> (n,)"""
@@ -114,10 +119,6 @@ class SimpleForecaster:
     @property
     def horizon(self) -> int:
         return len(self.residuals)
-
-    @property
-    def trainable_parameters(self) -> int:
-        return sum(p.numel() for p in self.network.parameters() if p.requires_grad)
 
     def quantiles(self, frame: pd.DataFrame, origins: Sequence[int]) -> np.ndarray:
         """(origins, horizon, levels) quantiles of the h-day log return."""
@@ -213,26 +214,25 @@ def train_network(
         patience: epochs without a better validation loss after which it ends.
         seed: of the order of the windows.
     """
-    loss_of: Callable[[Tensor, Tensor], Tensor] = nn.HuberLoss()
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
     order = torch.Generator().manual_seed(seed)
     inputs, targets = train
-    best, best_number, best_loss = _copy_of(network), 0, _loss(network, validation, loss_of)
-    yield Epoch(0, _loss(network, train, loss_of), best_loss)
+    best, best_number, best_loss = deepcopy(network.state_dict()), 0, _loss(network, validation)
+    yield Epoch(0, _loss(network, train), best_loss)
     for number in range(1, epochs + 1):
         network.train()
         total = 0.0
         for rows in torch.randperm(len(inputs), generator=order).split(batch_size):
             optimizer.zero_grad()
-            loss = loss_of(network(inputs[rows]), targets[rows])
+            loss = nn.functional.huber_loss(network(inputs[rows]), targets[rows])
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += float(loss.detach()) * len(rows)
-        validation_loss = _loss(network, validation, loss_of)
+        validation_loss = _loss(network, validation)
         if not (np.isfinite(total) and np.isfinite(validation_loss)):
             break
         if validation_loss < best_loss:
-            best, best_number, best_loss = _copy_of(network), number, validation_loss
+            best, best_number, best_loss = deepcopy(network.state_dict()), number, validation_loss
         yield Epoch(number, total / len(inputs), validation_loss)
         if number - best_number >= patience:
             break
@@ -240,13 +240,9 @@ def train_network(
 
 
 @torch.no_grad()
-def _loss(network: nn.Module, data: tuple[Tensor, Tensor], loss_of: Callable[[Tensor, Tensor], Tensor]) -> float:
+def _loss(network: nn.Module, data: tuple[Tensor, Tensor]) -> float:
     network.eval()
-    return float(loss_of(network(data[0]), data[1]))
-
-
-def _copy_of(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    return float(nn.functional.huber_loss(network(data[0]), data[1]))
 
 
 def save_simple(path: Path, forecaster: SimpleForecaster) -> None:
@@ -256,11 +252,7 @@ def save_simple(path: Path, forecaster: SimpleForecaster) -> None:
         "format_version": FORMAT_VERSION,
         "window_size": forecaster.window_size,
         "network": {name: tensor.cpu() for name, tensor in forecaster.network.state_dict().items()},
-        "scaling": {
-            "mean": forecaster.scaling.mean.tolist(),
-            "std": forecaster.scaling.std.tolist(),
-            "return_std": forecaster.scaling.return_std,
-        },
+        "scaling": as_json_types(asdict(forecaster.scaling)),
         "levels": forecaster.levels.tolist(),
         "residuals": forecaster.residuals.tolist(),
         "training": as_json_types(forecaster.training),

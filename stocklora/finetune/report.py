@@ -136,7 +136,7 @@ def save_run(run: FinetunedRun, settings: TrainLoraSettings) -> None:
         "validation_ratio": run.outcome.best_ratio,
         "unproven_epoch": run.outcome.unproven_epoch,
         "gain_in_errors": run.outcome.gain_in_errors,
-        "test_scores": {name: scores.to_dict() for name, scores in run.test_scores.items()},
+        "test_scores": {name: asdict(scores) for name, scores in run.test_scores.items()},
     }
     state = trained_state(model)
     if settings.method == "full" and run.outcome.best_epoch == 0:

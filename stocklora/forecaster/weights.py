@@ -62,7 +62,7 @@ class ForecasterSpec:
     quantization: str = "none"
 
     def with_calibration(self, calibration: Calibration) -> ForecasterSpec:
-        return ForecasterSpec(**{**asdict(self), "calibration": calibration.to_dict()})
+        return replace(self, calibration=asdict(calibration))
 
 
 def other_setting(first: ForecasterSpec, second: ForecasterSpec) -> tuple[str, str, str] | None:

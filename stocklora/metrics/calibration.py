@@ -8,7 +8,7 @@ penalty worth a few days, so that a short validation part cannot swing them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -30,9 +30,6 @@ class Calibration:
         """(..., levels) -> (..., levels); order along levels is kept."""
         median = quantiles[..., median_index(levels)][..., None]
         return self.shrinkage * median + self.interval_scale * (quantiles - median)
-
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
 
     @staticmethod
     def from_dict(content: Mapping[str, float]) -> Calibration:

@@ -6,7 +6,7 @@ Shapes throughout: ``n`` origins (all tickers together), ``horizon`` days ahead,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -49,9 +49,6 @@ class Scores:
     pinball_bp: float
     coverage_80: float
     origins: int
-
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 def pinball_loss(returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarray) -> np.ndarray:
