@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     return build_parser().run(run, argv)
 
 
-def run(resolved: Resolved[SftSettings]) -> int:
+def run(resolved: Resolved) -> int:
     from stocklora.instruct.sft.run import run_training
 
     return run_training(resolved, "fine_tune_qwen.py")

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     return build_parser().run(run, argv)
 
 
-def run(resolved: Resolved[TrainSettings]) -> int:
+def run(resolved: Resolved) -> int:
     from stocklora.instruct.sft.run import run_training
 
     return run_training(resolved, "training/train.py")

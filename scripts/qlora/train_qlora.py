@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     return build_parser().run(run, argv)
 
 
-def run(resolved: Resolved[DeepseekSettings]) -> int:
+def run(resolved: Resolved) -> int:
     from stocklora.instruct.sft.run import run_training
 
     return run_training(resolved, "scripts/qlora/train_qlora.py")

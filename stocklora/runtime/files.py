@@ -98,6 +98,24 @@ def _mode_for(target: Path) -> int:
     return 0o666 & ~umask
 
 
+def read_text(path: Path, missing: str | None = None) -> str:
+    """A file's UTF-8 text, without the byte order mark that some editors put first.
+
+    Args:
+        missing: what is said where there is no such file.
+
+    Raises:
+        UserError: it is not there, cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        said = missing if isinstance(error, FileNotFoundError) else None
+        raise UserError(said or f"cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text with ``\\n`` line ends, atomically."""
     with replacing(path) as temporary:

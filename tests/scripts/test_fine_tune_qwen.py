@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sft_folders import info_of, lay_out
@@ -25,7 +24,7 @@ DOCUMENTED = {
 }
 
 
-def resolved(*arguments: str, settings: type[SftSettings] = SftSettings, config: Path | None = None) -> Resolved[Any]:
+def resolved(*arguments: str, settings: type[SftSettings] = SftSettings, config: Path | None = None) -> Resolved:
     parser = SftParser("script.py", None, settings, config)
     return parser.settings_of(parser.parse_args(arguments))
 

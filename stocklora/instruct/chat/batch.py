@@ -17,7 +17,7 @@ from stocklora.instruct.chat.settings import InferenceSettings
 from stocklora.instruct.chat.sources import ADAPTER_WEIGHTS, TRAINING_INFO, first_file
 from stocklora.instruct.chat.text_stream import holds_no_character, without_reasoning
 from stocklora.instruct.rows.formats import Message, parse_row
-from stocklora.runtime.files import as_json_types, sha256_of, write_errors
+from stocklora.runtime.files import as_json_types, read_text, sha256_of, write_errors
 
 PLACEHOLDER = "-"  # stands for the answer that a prompt does not have yet
 
@@ -217,14 +217,7 @@ def appending(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     """(row, content) of every row; content is text or a mapping."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"no file {path} with prompts; write one a line, or JSON lines with a prompt each") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from None
+    text = read_text(path, f"no file {path} with prompts; write one a line, or JSON lines with a prompt each")
     suffix = path.suffix.lower()
     if suffix == ".json":
         try:

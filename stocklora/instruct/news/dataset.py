@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stocklora.cli.console import UserError
-from stocklora.cli.settings import setting
+from stocklora.cli.settings import check_range, setting
 from stocklora.instruct.news import makers
 from stocklora.instruct.news.database import read_events
 from stocklora.instruct.news.questions import Maker, Row, Subject, subjects_of
@@ -92,15 +92,9 @@ class InstructionSettings:
         0.8, "news this alike (Jaccard similarity of 3 characters) are one", section="texts", metavar="SHARE"
     )
 
-    def checked(self) -> InstructionSettings:
-        """Itself, if every value makes sense.
-
-        Raises:
-            UserError: names the setting and what it may be.
-        """
-        for name, least in (("num_samples", 1), ("reference_minutes", 1), ("max_characters", 20), ("show", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+    def check(self) -> None:
+        """Raise a UserError that names the first setting that makes no sense, and what it may be."""
+        check_range(self, num_samples=(1, None), reference_minutes=(1, None), max_characters=(20, None), show=(0, None))
         if not 0 <= self.neutral_band_bp < self.medium_risk_bp < self.high_risk_bp:
             raise UserError(
                 f"--neutral_band_bp, --medium_risk_bp and --high_risk_bp must grow from 0 on; got "
@@ -113,7 +107,6 @@ class InstructionSettings:
         if self.output.suffix.lower() not in (".jsonl", ".json"):
             raise UserError(f"--output must end in .jsonl or .json, got {self.output}")
         split_records([], self.split)  # refuses what are no shares
-        return self
 
 
 @dataclass(frozen=True)
@@ -143,7 +136,7 @@ def build_dataset(settings: InstructionSettings) -> Built:
     Raises:
         UserError: the database is missing or not fit, nothing can be asked of it, or ``strict`` and too little data.
     """
-    settings.checked()
+    settings.check()
     events, left_out = read_events(settings.db)
     limits = Thresholds(settings.neutral_band_bp, settings.medium_risk_bp, settings.high_risk_bp)
     asked = [

@@ -1,18 +1,16 @@
 """Flashes as they go into a question: cleaned, digests and repeats told apart, and what they are about.
 
 What a text is about decides only what is said of how such news reaches a price, never a label. Texts that say the same
-in nearly the same words are found without comparing every pair: MinHash over three-character shingles (Broder 1997)
-with banding proposes pairs, and their exact Jaccard similarity decides. The lower the threshold, the shorter the bands,
-so that at any of them a pair is missed less than once in a thousand. It is the same on every machine: ``zlib.crc32``,
-not Python's salted hash.
+in nearly the same words are found by the Jaccard similarity of their three-character shingles.
 """
 
 from __future__ import annotations
 
-import random
+import math
 import re
 import unicodedata
 import zlib
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from stocklora.instruct.news.reactions import NEGATIVE, NEUTRAL, POSITIVE
@@ -141,14 +139,7 @@ def remarks(text: str, ticker: str, label: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------ near duplicates
 
 SHINGLE = 3
-HASHES = 64
-MISSED = 1e-3  # probability to miss a pair that is just alike enough; at 0.8 it is 0.0002, with 16 bands of 4
-PRIME = (1 << 61) - 1
-_COEFFICIENTS = [
-    (generator.randrange(1, PRIME), generator.randrange(PRIME))
-    for generator in [random.Random(1997)]
-    for _ in range(HASHES)
-]
+NOTHING = -1  # the only shingle of a text without any
 
 
 def folded(text: str) -> str:
@@ -177,31 +168,16 @@ def first_of_each(texts: Sequence[str], threshold: float) -> list[int]:
     """
     first = list(range(len(texts)))
     sets = [shingles(text) for text in texts]
-    rows = _rows_of_a_band(threshold)
-    buckets: dict[tuple[int, ...], list[int]] = {}
+    frequency = Counter(member for members in sets for member in members)
+    holders: defaultdict[int, list[int]] = defaultdict(list)
     for index, members in enumerate(sets):
-        candidates: set[int] = set()
-        keys = _bands(members, rows)
-        for key in keys:
-            candidates.update(buckets.get(key, ()))
-        for earlier in sorted(candidates):
-            if similarity(members, sets[earlier]) >= threshold:
-                first[index] = earlier
-                break
-        else:  # only texts that stay are compared with: chains of small changes do not run on
-            for key in keys:
-                buckets.setdefault(key, []).append(index)
+        # Two texts this alike share at least one of so many of their rarest shingles (prefix filtering, Chaudhuri et
+        # al. 2006), so that few pairs need be compared and none is missed.
+        some = len(members) - math.ceil(threshold * len(members) - 1e-9) + 1
+        rarest = sorted(members, key=lambda member: (frequency[member], member))[:some] or [NOTHING]
+        candidates = sorted({earlier for member in rarest for earlier in holders[member]})
+        first[index] = next((i for i in candidates if similarity(members, sets[i]) >= threshold), index)
+        if first[index] == index:  # only texts that stay are compared with: chains of small changes do not run on
+            for member in rarest:
+                holders[member].append(index)
     return first
-
-
-def _rows_of_a_band(threshold: float) -> int:
-    """The longest bands, and so the fewest pairs to compare, that miss no more than ``MISSED``."""
-    fitting = (rows for rows in (4, 3, 2) if (1 - threshold**rows) ** (HASHES // rows) <= MISSED)
-    return next(fitting, 1)
-
-
-def _bands(members: frozenset[int], rows: int) -> list[tuple[int, ...]]:
-    if not members:
-        return [(-1,)]
-    signature = [min((a * member + b) % PRIME for member in members) for a, b in _COEFFICIENTS]
-    return [(band, *signature[band * rows : (band + 1) * rows]) for band in range(HASHES // rows)]

@@ -96,7 +96,7 @@ def parse_row(content: Any, file: Path = Path("-"), row: int = 0) -> tuple[Recor
         elif not isinstance(meta["input"], str) or not messages[-2].content.endswith("\n" + meta["input"]):
             raise _BadFieldError("input", "is not the end of the last question; rename the key, or use alpaca's fields")
     except _BadFieldError as error:
-        return None, [Fault(file, row, error.field, error.message)]
+        return None, [Fault(file, row, *error.args)]
     return Record(tuple(messages), meta, file, row, form), []
 
 
@@ -117,9 +117,7 @@ def _form_of(content: Any) -> str:
 
 
 class _BadFieldError(Exception):
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field, self.message = field, message
+    """Field and message of a fault."""
 
 
 def _from_alpaca(content: Mapping[str, Any]) -> tuple[list[Message], dict[str, Any]]:

@@ -205,13 +205,13 @@ def summarize(records: Sequence[Record], faults: Sequence[Fault], report: Report
     for name in ("split", "kind"):
         counts = Counter(str(record.meta[name]) for record in records if record.meta.get(name))
         rows += [(f"{name} {value}", f"{count:,}") for value, count in sorted(counts.items())]
-    if records:
-        questions = [sum(len(message.content) for message in record.prompt) for record in records]
-        rows.append(("characters of a question, median", f"{statistics.median(questions):,.0f}"))
-        answers = [len(record.answer) for record in records]
-        rows.append(("characters of an answer, median", f"{statistics.median(answers):,.0f}"))
+    sizes = {
+        "characters of a question": [sum(len(message.content) for message in record.prompt) for record in records],
+        "characters of an answer": [len(record.answer) for record in records],
+        "tokens of a row": report.lengths,
+    }
+    rows += [(f"{of}, median", f"{statistics.median(found):,.0f}") for of, found in sizes.items() if found]
     if report.lengths:
-        rows.append(("tokens of a row, median", f"{statistics.median(report.lengths):,.0f}"))
         rows.append(("tokens of a row, most", f"{max(report.lengths):,}"))
         rows.append(("tokens supervised", f"{100 * (report.supervised_share or 0):.1f}%"))
     print_table("Instruction rows", ("", "value"), rows)

@@ -10,6 +10,7 @@ from stocklora.cli.settings import setting
 from stocklora.instruct.rows.formats import FORMS, Record, parse_row
 from stocklora.instruct.rows.lint import check_records
 from stocklora.instruct.rows.records import PARTS, read_records, split_records, write_records
+from stocklora.runtime.files import read_text
 
 SOURCE, BUNDLED = "finance_lessons.md", "chinese_instructions.json"
 
@@ -24,12 +25,9 @@ class PrepareSettings:
         None, "file to split into train, validation and test files", section="split", metavar="FILE"
     )
     fractions: list[float] = setting(
-        [0.8, 0.1, 0.1],
-        "shares of train, validation and test, where rows have no split of their own",
-        section="split",
-        nargs="+",
-        metavar="SHARE",
-    )
+        [0.8, 0.1, 0.1], "shares of train, validation and test, where rows have no split of their own",
+        section="split", nargs="+", metavar="SHARE",
+    )  # fmt: skip
     seed: int = setting(42, "of the split of rows without dates", section="split")
     output: Path | None = setting(
         None, "file to write (--convert), or folder of the parts (--split)", section="output", metavar="PATH"
@@ -80,10 +78,7 @@ def read_lessons(path: Path) -> list[Record]:
     Raises:
         UserError: no such file, or an instruction without an output.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    lines = read_text(path).splitlines()
     records = []
     starts = [number for number, line in enumerate(lines) if line.startswith("## ")]
     for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):

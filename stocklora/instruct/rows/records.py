@@ -1,6 +1,6 @@
 """Conversations to train on: read from JSON or JSON lines, written, split without leaks.
 
-The forms that a row may have are in ``forms.py``. Standard library only.
+The forms that a row may have are in ``formats.py``. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from stocklora.cli.console import UserError, one_line, warn
 from stocklora.cli.settings import parse_json
 from stocklora.instruct.rows.formats import FORMS, Fault, Record, parse_row, row_of
-from stocklora.runtime.files import as_json_types, write_text
+from stocklora.runtime.files import as_json_types, read_text, write_text
 
 PARTS = ("train", "validation", "test")
 PART_NAMES = {
@@ -76,14 +76,7 @@ def read_with_faults(paths: Path | str | Sequence[Path | str]) -> tuple[list[Rec
 
 def _rows_of(path: Path) -> Iterator[tuple[int, Any, str]]:
     """(row, content, what is wrong) of every row; a JSON list begins with [, JSON lines do not."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # some editors put a byte order mark first
-    except FileNotFoundError:
-        raise UserError(f"no file {path}; make one with data/prepare_data.py or build_instruction_dataset.py") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from None
+    text = read_text(path, f"no file {path}; make one with data/prepare_data.py or build_instruction_dataset.py")
     if text.lstrip().startswith("["):
         try:
             rows = parse_json(text)
@@ -234,12 +227,11 @@ def cut_days(sizes: Mapping[date, int], fractions: Sequence[float]) -> dict[date
     total, done, place = sum(sizes.values()), 0.0, 0
     ends = [sum(fractions[: PARTS.index(name) + 1]) * total for name in wanted]
     part_of_day: dict[date, str] = {}
-    has_day = [False] * len(wanted)
     for number, day in enumerate(sorted(sizes)):
         days_left, parts_left = len(sizes) - number, len(wanted) - place - 1
-        if parts_left and has_day[place] and (done + sizes[day] / 2 > ends[place] or days_left <= parts_left):
+        if number and parts_left and (done + sizes[day] / 2 > ends[place] or days_left <= parts_left):
             place += 1
-        part_of_day[day], has_day[place] = wanted[place], True
+        part_of_day[day] = wanted[place]
         done += sizes[day]
     return part_of_day
 

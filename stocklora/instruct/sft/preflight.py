@@ -150,11 +150,8 @@ def load_of_a_pass(settings: SftSettings, rows: Sequence[EncodedRow], counts: To
 
 def matched_modules(model: Any) -> Counter[str]:
     """How many layers carry an adapter, by the last part of their names."""
-    found: Counter[str] = Counter()
-    for name, module in model.named_modules():
-        if len(getattr(module, "lora_A", ())):
-            found[name.rpartition(".")[2]] += 1
-    return found
+    adapted = (name for name, module in model.named_modules() if len(getattr(module, "lora_A", ())))
+    return Counter(name.rpartition(".")[2] for name in adapted)
 
 
 def print_preflight(prepared: Prepared, *, steps: int, sequences: int) -> dict[str, Any]:

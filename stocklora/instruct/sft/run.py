@@ -47,7 +47,7 @@ MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "mo
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
-def run_training(resolved: Resolved[Any], script: str, arguments: Sequence[str] | None = None) -> int:
+def run_training(resolved: Resolved, script: str, arguments: Sequence[str] | None = None) -> int:
     """Train as ``resolved`` says; the script's exit code.
 
     Args:
@@ -145,7 +145,7 @@ def advice_on_failures(output_dir: Path) -> Iterator[None]:
         raise
 
 
-def _train(resolved: Resolved[Any], checkpoint: Path | None, script: str, arguments: Sequence[str]) -> int:
+def _train(resolved: Resolved, checkpoint: Path | None, script: str, arguments: Sequence[str]) -> int:
     from stocklora.instruct.sft.data import check_packing, dataset_of
     from stocklora.instruct.sft.preflight import print_preflight
     from stocklora.runtime.machine import keep_freed_memory
@@ -218,14 +218,12 @@ def _trained_until(trainer: Any, folder: Path, checkpoint: Path | None) -> int |
 def resume_command(script: str, arguments: Sequence[str], checkpoint: Path) -> str:
     """The command that goes on from ``checkpoint``: the one that was given, with the flag for it."""
     kept = []
-    skip = False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif argument == "--resume_from_checkpoint":
-            skip = True
-        elif not argument.startswith("--resume_from_checkpoint="):
-            kept.append(argument)
+    words = iter(arguments)
+    for word in words:
+        if word == "--resume_from_checkpoint":
+            next(words, None)  # its value
+        elif not word.startswith("--resume_from_checkpoint="):
+            kept.append(word)
     return shlex.join(["python", script, *kept, "--resume_from_checkpoint", checkpoint.as_posix()])
 
 

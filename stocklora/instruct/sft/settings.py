@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from stocklora.cli.console import UserError, print_table
 from stocklora.cli.settings import (
@@ -24,8 +24,6 @@ from stocklora.cli.settings import (
     read_config,
     setting,
 )
-
-T = TypeVar("T", bound="SftSettings")
 
 TRACKERS = ("none", "tensorboard", "wandb")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -224,10 +222,10 @@ class DeepseekSettings(SftSettings):
 
 
 @dataclass(frozen=True)
-class Resolved(Generic[T]):
+class Resolved:
     """Settings in force, and for each where it came from: ``default``, ``flag``, or a config file's name."""
 
-    settings: T
+    settings: SftSettings
     sources: dict[str, str]
 
     def print(self) -> None:
@@ -257,7 +255,7 @@ class SftParser(SettingsParser):
             help="same as --config",
         )
 
-    def settings_of(self, arguments: argparse.Namespace) -> Resolved[Any]:
+    def settings_of(self, arguments: argparse.Namespace) -> Resolved:
         """The settings in force: defaults, then the config file, then the flags that were given.
 
         Raises:

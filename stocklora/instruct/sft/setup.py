@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stocklora.base_models.folders import check_model_folder, command_for, describe_model
+from stocklora.base_models.folders import INCOMPLETE, check_model_folder, command_for, describe_model
 from stocklora.cli.console import UserError, one_line, say
 from stocklora.instruct.sft.settings import DEEPSEEK, SftSettings, effective
 from stocklora.runtime.files import as_json_types
 
 HUB_NAMES = {Path(DEEPSEEK).name: DEEPSEEK}
-INCOMPLETE = ".incomplete"
 
 
 @dataclass
