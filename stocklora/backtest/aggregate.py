@@ -185,11 +185,7 @@ class Aggregate:
         )
 
     def _measures(self, forecasts: TickerForecasts, quantiles: np.ndarray) -> dict[str, np.ndarray]:
-        """measure -> (n, models, horizon); one forecast's share of every sum.
-
-        Args:
-            quantiles: (n, models, horizon, levels).
-        """
+        """measure -> (n, models, horizon), one forecast's share of every sum; from (n, models, horizon, levels)."""
         returns = np.broadcast_to(forecasts.returns[:, None, :], quantiles.shape[:-1])
         median = quantiles[..., median_index(self.levels)]
         last_close = forecasts.last_close[:, None, None]
@@ -273,10 +269,7 @@ class Aggregate:
         np.add.at(self._pit, (models, steps, bins), 1)
 
     def _keep_worst(self, forecasts: TickerForecasts, losses: np.ndarray) -> None:
-        """
-        Args:
-            losses: (n, models) one-day quantile losses, basis points.
-        """
+        """``losses``: (n, models) quantile losses one day ahead, basis points."""
         shown = [level_index(self.levels, level) for level in (0.05, 0.5, 0.95)]
         for index, model in enumerate(self.models):
             days = [

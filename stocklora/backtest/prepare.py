@@ -75,6 +75,8 @@ def prepare_run(
         raise UserError(
             f"--show {settings.show}: no such ticker in the files; they have {', '.join(list(prices)[:20])}"
         )
+    if settings.base_cutoff is not None:
+        as_date(settings.base_cutoff, "--base_cutoff")  # read at the end; a mistake is told before the work
     ensemble = load_ensemble(settings) if "llm" in settings.models else None
     plan = choose_plan(settings, calendar_of(prices), ensemble)
     return build_models(settings, plan, ensemble, is_main), plan, ensemble
@@ -171,12 +173,7 @@ def cutoff_note(ensemble: Any, given: str | None, days: np.ndarray) -> list[str]
 
 
 def _about(name: str, given: str | None, days: Sequence[np.datetime64] | np.ndarray) -> str:
-    known = cutoff_of(name)
-    if given is not None:
-        try:
-            known = pd.Timestamp(given), True
-        except ValueError:
-            raise UserError(f"--base_cutoff {given!r} is not a date; write it as 2024-10-31") from None
+    known = cutoff_of(name) if given is None else (as_date(given, "--base_cutoff"), True)
     if known is None:
         return (
             f"How far the training text of {name} reaches is not known here (say it with --base_cutoff): it may "

@@ -98,11 +98,8 @@ class Baselines:
         kinds = [name for name in self.names if name in SCALES]
         self.fitted = fit_baselines(before, known, returns_ahead(before, plan.horizon), self.levels, kinds)
         # Fitted on the past alone; the market goes on, each day of it known at that day's close.
-        self._markets = {}
-        for kind in kinds:
-            scale = self.fitted[kind].scale
-            assert scale is not None
-            self._markets[kind] = scale.markets_of(prices)
+        scales = {kind: self.fitted[kind].scale for kind in kinds}
+        self._markets = {kind: scale.markets_of(prices) for kind, scale in scales.items() if scale is not None}
 
     def quantiles(self, ticker: str, frame: pd.DataFrame, origins: range) -> Mapping[str, np.ndarray]:
         result = {}
@@ -280,7 +277,7 @@ def score_ticker(
     return TickerForecasts(
         ticker=ticker,
         origins=dates[rows],
-        targets=np.stack([dates[rows + step] for step in range(1, plan.horizon + 1)], axis=1),
+        targets=dates[rows[:, None] + np.arange(1, plan.horizon + 1)],
         last_close=close[rows],
         returns=returns[rows],
         quantiles=quantiles,

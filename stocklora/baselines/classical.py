@@ -26,7 +26,7 @@ from stocklora.cli import console
 from stocklora.cli.console import UserError
 from stocklora.metrics.scores import median_index
 from stocklora.prices.tables import log_returns_ahead
-from stocklora.volatility.random_walk import empirical_quantiles
+from stocklora.volatility.random_walk import centred, empirical_quantiles
 
 _EXTRA = "pip install '.[peers]'"
 # peer -> (module to import, command that installs it)
@@ -178,11 +178,7 @@ def _silence() -> Iterator[None]:
 
 
 def _path(close: np.ndarray) -> np.ndarray:
-    """(days,) log close from the first day on.
-
-    Raises:
-        NoForecastError: a close that is not a positive number.
-    """
+    """(days,) log close from the first day on, which needs positive numbers."""
     if not (np.isfinite(close) & (close > 0.0)).all():
         raise NoForecastError("a close that is not a positive number")
     return np.log(close / close[0])
@@ -210,11 +206,7 @@ def _fit(
 
 
 def _forecast(forecaster: Forecaster | NoForecastError, close: np.ndarray) -> np.ndarray:
-    """(horizon, levels), in order along levels.
-
-    Raises:
-        NoForecastError: no forecast, or none that could be one.
-    """
+    """(horizon, levels), in order along levels; a NoForecastError says why there is none, or none that could be one."""
     path = _path(close)
     if isinstance(forecaster, NoForecastError):
         raise NoForecastError(*forecaster.args)
@@ -238,9 +230,7 @@ def _last_close(close: np.ndarray, horizon: int, levels: np.ndarray) -> np.ndarr
     """(horizon, levels): the baseline ``naive`` of this window; next to no spread if no return is known yet."""
     returns = log_returns_ahead(close, horizon)
     returns = returns[np.isfinite(returns).all(axis=1)]
-    table = empirical_quantiles(returns if len(returns) else np.zeros((1, horizon)), levels)
-    median = median_index(levels)
-    return table - table[:, median : median + 1]
+    return centred(empirical_quantiles(returns if len(returns) else np.zeros((1, horizon)), levels), levels)
 
 
 def _statsforecast(name: str, path: np.ndarray, horizon: int, levels: np.ndarray) -> Forecaster:

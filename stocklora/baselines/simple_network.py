@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from stocklora.baselines.settings import check_model_file
 from stocklora.cli.console import UserError
-from stocklora.metrics.scores import median_index
 from stocklora.prices.csv_columns import PRICE_COLUMNS
 from stocklora.runtime.files import as_json_types, load_plain, replacing
-from stocklora.volatility.random_walk import empirical_quantiles
+from stocklora.volatility.random_walk import centred, empirical_quantiles
 from stocklora.volatility.scales import ewma_volatility
 
 FEATURES = len(PRICE_COLUMNS)
@@ -175,9 +174,7 @@ def residual_quantiles(errors: np.ndarray, scale: np.ndarray, levels: np.ndarray
         levels: (levels,) increasing, in (0, 1).
     """
     scaled = errors / scale
-    table = empirical_quantiles(np.concatenate([scaled, -scaled]), levels)
-    middle = median_index(levels)
-    return table - table[:, middle : middle + 1]
+    return centred(empirical_quantiles(np.concatenate([scaled, -scaled]), levels), levels)
 
 
 @dataclass(frozen=True)

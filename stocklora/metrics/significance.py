@@ -187,15 +187,9 @@ def relative_mean_interval(
 
 
 def _resampled_sums(values: np.ndarray, block_days: int, starts: np.ndarray) -> np.ndarray:
-    """Sums of n resampled days each: a block's sum is looked up by where it starts.
+    """(repeats,) sums of n resampled days each: a block's sum is looked up by its first day in (repeats, blocks).
 
-    Args:
-        values: (n,) in time order, the last followed by the first.
-        block_days: length of a block; the last of a row is as short as n asks.
-        starts: (repeats, blocks) first days.
-
-    Returns:
-        (repeats,)
+    The last block of a row is as short as n asks; the last day is followed by the first.
     """
     whole, rest = divmod(len(values), block_days)
     until = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[:block_days]]))])

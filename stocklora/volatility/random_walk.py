@@ -28,6 +28,11 @@ def empirical_quantiles(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
     return table + spread * 1e-4 * np.arange(len(levels))[None, :]
 
 
+def centred(table: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """(horizon, levels) quantiles around their median."""
+    return table - table[:, [median_index(levels)]]
+
+
 @dataclass(frozen=True)
 class QuantileBaseline:
     """A baseline that knows only scale and past distribution: location(h) + scale(origin, h) * table(h, level).
@@ -56,8 +61,7 @@ class QuantileBaseline:
 
     def around_drift(self, drift: np.ndarray, levels: np.ndarray) -> QuantileBaseline:
         """The same spread around the mean training return in place of the scaled median."""
-        middle = median_index(levels)
-        return QuantileBaseline(self.name, self.scale, drift, self.table - self.table[:, middle : middle + 1])
+        return QuantileBaseline(self.name, self.scale, drift, centred(self.table, levels))
 
 
 def fit_baselines(
@@ -83,12 +87,10 @@ def fit_baselines(
     rows = thinned(origins, MOST_FITTED_ORIGINS)
     pooled = np.concatenate([returns[name][rows[name]] for name in prices])
     nothing = np.zeros(pooled.shape[1])
-    middle = median_index(levels)
-    raw = empirical_quantiles(pooled, levels)
-    centred = raw - raw[:, middle : middle + 1]
+    raw = centred(empirical_quantiles(pooled, levels), levels)
     baselines = {
-        "naive": QuantileBaseline("naive", None, nothing, centred),
-        "drift": QuantileBaseline("drift", None, pooled.mean(axis=0), centred),
+        "naive": QuantileBaseline("naive", None, nothing, raw),
+        "drift": QuantileBaseline("drift", None, pooled.mean(axis=0), raw),
     }
     for kind in kinds:
         scale = fit_scale(kind, prices, origins, returns)

@@ -266,6 +266,7 @@ def test_parquet_holds_what_the_csv_holds(folder, whole_run, tmp_path):
         (["--data", "{folder}", "--window_size", "600"], "days to fit on"),
         (["--data", "{folder}", "--to", "2020-02-01", "--from", "2021-02-01"], "no prices between"),
         (["--data", "{folder}", "--refit", "often"], "--refit often"),
+        (["--data", "{folder}", "--base_cutoff", "long ago"], "is not a date"),
         (["--data", "{folder}", "--tickers", "NONE"], "no prices of NONE"),
         (["--data", "{folder}", "--show", "NONE"], "no such ticker"),
         (["--data", "{folder}", "--models", "best"], "invalid choice"),

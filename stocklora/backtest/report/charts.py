@@ -66,11 +66,8 @@ def _svg(figure: Figure, key: str, label: str) -> str:
     text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", text)
     text = re.sub(r"<[^>]+>", _tidied, text)
     text = re.sub(r">\s+<", "><", text)
-    box = re.search(r'viewBox="[^"]*"', text)
-    assert box is not None
-    return text.replace(
-        text[: text.index(">") + 1], f'<svg {box[0]} role="img" aria-label="{escape(label)}">', 1
-    ).strip()
+    name = f'role="img" aria-label="{escape(label)}"'
+    return re.sub(r'<svg [^>]*(viewBox="[^"]*")[^>]*>', lambda tag: f"<svg {tag[1]} {name}>", text, count=1).strip()
 
 
 def _tidied(tag: re.Match[str]) -> str:

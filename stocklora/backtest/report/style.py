@@ -41,10 +41,7 @@ def formatted(value: Any, decimals: int) -> str:
     number = as_float(value)
     if math.isnan(number):
         return DASH
-    text = f"{number:,.{decimals}f}"
-    if text.startswith("-"):
-        text = text[1:] if not text.strip("-0.,") else "\N{MINUS SIGN}" + text[1:]
-    return text
+    return f"{number:z,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def p_value(value: Any) -> str:
