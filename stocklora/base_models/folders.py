@@ -80,7 +80,7 @@ def check_files(path: Path, *, shown: Path, command: str) -> None:
         raise UserError(f"{shown} has no config.json, so it is not a model folder; run: {command}")
     try:
         read_config(path)
-        for name, facts in ((read_manifest(path) or {}).get("files") or {}).items():
+        for name, facts in (read_manifest(path).get("files") or {}).items():
             size = (path / name).stat().st_size if (path / name).is_file() else None
             if size is None:
                 raise ValueError(f"{name} is missing")
@@ -143,7 +143,7 @@ def command_for(path: Path) -> str:
     """The ``download_model.py`` command that would put a model at ``path``."""
     folder = path.with_name(path.name.removesuffix(INCOMPLETE)) if path.name else path.absolute()
     try:
-        manifest = read_manifest(folder) or {}
+        manifest = read_manifest(folder)
     except ValueError:
         manifest = {}
     name = folder.name
@@ -171,7 +171,7 @@ def describe_model(path: Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        manifest = read_manifest(path) or {}
+        manifest = read_manifest(path)
         config = read_config(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot describe the model at {path}: {error}; run: {command_for(path)}") from None
@@ -198,20 +198,19 @@ def without_volatile(value: Any) -> Any:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path / "config.json")
-    if not isinstance(config, dict):
-        raise ValueError("config.json holds no mapping")
-    return config
+    return read_mapping(path / "config.json")
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest in ``path``, or None where there is none."""
-    if not (path / MANIFEST_NAME).is_file():
-        return None
-    manifest = read_json(path / MANIFEST_NAME)
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{MANIFEST_NAME} holds no mapping")
-    return manifest
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest in ``path``; empty where there is none."""
+    return read_mapping(path / MANIFEST_NAME) if (path / MANIFEST_NAME).is_file() else {}
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no mapping")
+    return content
 
 
 def read_json(path: Path) -> Any:

@@ -129,7 +129,7 @@ def gigabytes(size: int) -> str:
 
 
 def fetch_from_huggingface(
-    model: str, folder: Path, *, revision: str | None = None, mirror: str | None = None, trust_remote_code: bool = False
+    model: str, folder: Path, revision: str | None, mirror: str | None, trust_remote_code: bool
 ) -> dict[str, Any]:
     """Download the files of ``model`` into ``folder``; return what the manifest says about the origin.
 
@@ -284,7 +284,7 @@ def out_of_space(error: BaseException) -> str | None:
 
 
 def fetch_from_modelscope(
-    model: str, folder: Path, *, revision: str | None = None, mirror: str | None = None, trust_remote_code: bool = False
+    model: str, folder: Path, revision: str | None, mirror: str | None, trust_remote_code: bool
 ) -> dict[str, Any]:
     """The same through the ``modelscope`` package, an optional extra that resumes and checks hashes itself.
 

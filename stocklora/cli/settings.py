@@ -118,9 +118,8 @@ def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> None:
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(settings_class):
         info = field.metadata
-        group = groups.setdefault(info["section"], None)
-        if group is None:
-            group = groups[info["section"]] = parser.add_argument_group(info["section"])
+        if info["section"] not in groups:
+            groups[info["section"]] = parser.add_argument_group(info["section"])
         default = default_of(field)
         words = " ".join(map(str, default)) if isinstance(default, list) else default
         shown = "" if default is None or default == [] else f" (default: {words})"
@@ -133,7 +132,7 @@ def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> None:
             options["choices"] = info["choices"]
             options["nargs"] = info["nargs"]
             options["metavar"] = info["metavar"] or (None if info["choices"] else field.name.upper())
-        group.add_argument(*(info["flags"] or (f"--{field.name}",)), dest=field.name, **options)
+        groups[info["section"]].add_argument(*(info["flags"] or (f"--{field.name}",)), dest=field.name, **options)
 
 
 def resolve_settings(arguments: argparse.Namespace, settings_class: type[S]) -> S:

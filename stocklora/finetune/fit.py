@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -320,7 +320,7 @@ def calibrate_and_score(run: PreparedRun) -> tuple[np.ndarray, dict[str, Scores]
     model, examples = forecaster.model, run.prepared.examples
     validation = predict(model, examples["validation"], accelerator.device, accelerator=accelerator)
     calibration = fit_calibration(data.returns_of("validation"), validation, data.levels)
-    forecaster.spec = forecaster.spec.with_calibration(calibration)
+    forecaster.spec = replace(forecaster.spec, calibration=asdict(calibration))
     model.eval()
     test = predict(model, examples["test"], accelerator.device, accelerator=accelerator)
     quantiles = calibration.apply(test, data.levels)

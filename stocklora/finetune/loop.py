@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,17 +68,17 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """All of it in plain values and tensors."""
-        content = dict(vars(self))
-        for name in ("start_losses", "best_losses"):
-            content[name] = torch.from_numpy(content[name])
-        return content
+        return {
+            name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            for name, value in vars(self).items()
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
         """The progress that ``state_dict`` gave."""
-        content = dict(state)
-        for name in ("start_losses", "best_losses"):
-            content[name] = content[name].numpy()
+        content: dict[str, Any] = {
+            name: value.numpy() if torch.is_tensor(value) else value for name, value in state.items()
+        }
         return cls(**content)
 
 
@@ -94,9 +93,8 @@ class _Loop:
         checkpoints: Checkpoints | None,
         interruption: Interruption,
     ) -> None:
-        self.optimization, self.accelerator, self.settings = (
-            optimization, optimization.accelerator, optimization.settings,
-        )  # fmt: skip
+        self.optimization = optimization
+        self.accelerator, self.settings = optimization.accelerator, optimization.settings
         self.validation, self.levels = validation, levels
         self.checkpoints, self.interruption = checkpoints, interruption
         self.validation_returns = np.concatenate([example.returns for example in validation])
@@ -244,21 +242,19 @@ def train(
         if standardize:
             standardize_head(model, training, accelerator.device, frozen)
         loop.start()
-    with interruption, _training_progress(optimization, accelerator.is_main_process) as display:
-        stopped = loop.train(display)
-    progress = loop.progress
-    gain = gain_in_errors(
-        progress.start_losses - progress.best_losses, validation_dates, loop.validation_returns.shape[1]
-    )
-    unproven = progress.best_epoch if progress.best_epoch and gain < settings.required_gain else None
-    optimization.load_trained(progress.start_state if unproven is not None else progress.best_state)
-    finished = len(progress.history) - 1
+    with interruption, progress(*_TrainingDisplay.COLUMNS, shown=accelerator.is_main_process) as bar:
+        stopped = loop.train(_TrainingDisplay(bar, optimization.steps, optimization.total_steps))
+    end = loop.progress
+    gain = gain_in_errors(end.start_losses - end.best_losses, validation_dates, loop.validation_returns.shape[1])
+    unproven = end.best_epoch if end.best_epoch and gain < settings.required_gain else None
+    optimization.load_trained(end.start_state if unproven is not None else end.best_state)
+    finished = len(end.history) - 1
     return TrainingOutcome(
-        history=progress.history,
-        best_epoch=0 if unproven is not None else progress.best_epoch,
+        history=end.history,
+        best_epoch=0 if unproven is not None else end.best_epoch,
         stopped=stopped,
         steps=optimization.steps,
-        targets_per_s=finished * loop.targets / progress.training_s if finished else math.nan,
+        targets_per_s=finished * loop.targets / end.training_s if finished else math.nan,
         unproven_epoch=unproven,
         gain_in_errors=gain,
     )
@@ -301,6 +297,10 @@ def gain_in_errors(gains: np.ndarray, dates: np.ndarray, horizon: int) -> float:
 class _TrainingDisplay:
     """The bar's fields, and a line for each epoch: above the bar in a terminal, alone in a log."""
 
+    COLUMNS = (
+        "loss {task.fields[loss]}", "validation {task.fields[ratio]} of the random walk", "{task.fields[rate]} days/s",
+    )  # fmt: skip
+
     def __init__(self, bar: Any, steps: int, total_steps: int) -> None:
         self.bar = bar
         fields = {"loss": "-", "ratio": "1.0000", "rate": "-"}
@@ -323,17 +323,6 @@ class _TrainingDisplay:
         line = f"{name}: loss {loss:.4f}, validation {ratio:.4f} of the random walk, {rate:,.1f} days/s"
         say(line) if self.bar.disable else self.bar.console.print(line, highlight=False)
         self.targets, self.since = 0, time.perf_counter()
-
-
-@contextlib.contextmanager
-def _training_progress(optimization: Optimization, shown: bool) -> Iterator[_TrainingDisplay]:
-    columns = (
-        "loss {task.fields[loss]}",
-        "validation {task.fields[ratio]} of the random walk",
-        "{task.fields[rate]} days/s",
-    )
-    with progress(*columns, shown=shown) as bar:
-        yield _TrainingDisplay(bar, optimization.steps, optimization.total_steps)
 
 
 def _history_row(

@@ -31,8 +31,6 @@ HISTORY_COLUMNS = (
     "epoch", "step", "train_loss", "validation_pinball_bp", "validation_ratio", "learning_rate", "seconds",
     "targets_per_s",
 )  # fmt: skip
-
-
 INTERRUPTED = "interrupted"
 
 
@@ -75,17 +73,11 @@ def standardize_head(
 ) -> None:
     """Fit the head's centre and spread on training origins, about ``targets`` of them spread over all."""
     every = max(1, sum(len(example.scale) for example in examples) // targets)
+    states = FrozenStates(model, limit_bytes=0) if frozen is None else frozen
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        states = []
-        for example in examples[::every]:
-            if frozen is not None:
-                states.append(frozen.of(example).to(device))
-                continue
-            batch = collate([example]).to(device)
-            states.append(model.hidden_at(batch.input_ids, batch.origin_tokens)[0])
-        model.head.standardize(torch.cat(states))
+        model.head.standardize(torch.cat([states.of(example).to(device) for example in examples[::every]]))
     model.train(was_training)
 
 
@@ -149,7 +141,8 @@ class Optimization:
     ) -> None:
         from transformers import get_cosine_schedule_with_warmup
 
-        optimizer = torch.optim.AdamW(parameter_groups(model, settings), weight_decay=settings.weight_decay)
+        groups = parameter_groups(model, settings.learning_rate, settings.head_learning_rate, settings.lora_plus_ratio)
+        optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
         self.settings, self.accelerator = settings, accelerator
         self.training, self.frozen = training, frozen
         self.per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
@@ -193,7 +186,8 @@ class Optimization:
         )  # fmt: skip
         (loss,) = summed(self.accelerator, loss / self.accelerator.num_processes)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
-        if not (math.isfinite(loss) and (norm is None or math.isfinite(_number(norm)))):
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not (math.isfinite(loss) and (norm is None or math.isfinite(norm))):
             raise NotFiniteError(f"the loss was no longer finite at step {self.steps + 1}")
         self.optimizer.step()
         self.schedule.step()
@@ -246,10 +240,6 @@ class Optimization:
         load_optimizer_state(self.optimizer, state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.steps = int(state["steps"])
-
-
-def _number(norm: Any) -> float:
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 # ------------------------------------------------------------------------------------------------ torch.compile

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from stocklora.cli.console import listed, say, warn
 from stocklora.dataset.prepare import Example, ForecastData
@@ -148,16 +148,9 @@ def save_run(run: FinetunedRun, settings: TrainLoraSettings) -> None:
         replacing(settings.save_dir / CURVE_NAME) as curve,
     ):
         save_weights(weights, WeightsFile(run.forecaster.spec, state["adapters"], state["head"], training))
-        with history.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(HISTORY_COLUMNS)
-            for row in run.outcome.history:
-                writer.writerow([_cell(row[name]) for name in HISTORY_COLUMNS])
+        table = pd.DataFrame(run.outcome.history, columns=list(HISTORY_COLUMNS))
+        table.to_csv(history, index=False, float_format="%.6g", lineterminator="\n")
         plot_training_curve(run.outcome.history, run.outcome.best_epoch, curve)
-
-
-def _cell(value: float) -> str:
-    return "" if value != value else f"{value:.6g}"
 
 
 def print_outcome(run: FinetunedRun) -> None:

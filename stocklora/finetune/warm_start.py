@@ -126,8 +126,7 @@ def with_teacher(
     known = {(ticker, row): next(quantiles) for ticker, rows in origins.items() for row in rows}
     del forecaster
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # nothing without a graphics card
     nothing = np.full((data.horizon, len(data.levels)), np.nan)
     taught = []
     for example in examples:

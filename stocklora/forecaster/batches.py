@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,30 +81,20 @@ def collate(examples: Sequence[Example], states: FrozenStates | None = None) -> 
     Args:
         states: of a backbone in which nothing trains, where the batch is to bring them along.
     """
-    tokens = max(len(example.encoded.input_ids) for example in examples)
-    targets = max(len(example.scale) for example in examples)
-    horizon = examples[0].scale.shape[1]
-    input_ids = torch.zeros(len(examples), tokens, dtype=torch.long)
-    origin_tokens = torch.zeros(len(examples), targets, dtype=torch.long)
-    scale = torch.ones(len(examples), targets, horizon)
-    returns = torch.zeros(len(examples), targets, horizon)
-    mask = torch.zeros(len(examples), targets)
-    teacher = None
-    if examples[0].teacher is not None:
-        teacher = torch.full((len(examples), targets, *examples[0].teacher.shape[1:]), torch.nan)
-    for row, example in enumerate(examples):
-        count = len(example.scale)
-        input_ids[row, : len(example.encoded.input_ids)] = torch.from_numpy(example.encoded.input_ids)
-        origin_tokens[row, :count] = torch.from_numpy(example.encoded.origin_tokens)
-        scale[row, :count] = torch.from_numpy(example.scale)
-        returns[row, :count] = torch.from_numpy(np.nan_to_num(example.returns))
-        mask[row, :count] = 1.0
-        if teacher is not None and example.teacher is not None:
-            teacher[row, :count] = torch.from_numpy(example.teacher)
-    hidden = None
-    if states is not None:
-        hidden = pad_sequence([states.of(example) for example in examples], batch_first=True)
-    return Batch(input_ids, origin_tokens, scale, returns, mask, teacher, hidden)
+
+    def padded(rows: Sequence[np.ndarray], value: float = 0.0) -> Tensor:
+        return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=value)
+
+    taught = [example.teacher for example in examples if example.teacher is not None]
+    return Batch(
+        padded([example.encoded.input_ids for example in examples]).long(),
+        padded([example.encoded.origin_tokens for example in examples]).long(),
+        padded([example.scale for example in examples], 1.0).float(),
+        padded([np.nan_to_num(example.returns) for example in examples]).float(),
+        pad_sequence([torch.ones(len(example.scale)) for example in examples], batch_first=True),
+        padded(taught, math.nan).float() if taught else None,
+        None if states is None else pad_sequence([states.of(example) for example in examples], batch_first=True),
+    )
 
 
 def predict(

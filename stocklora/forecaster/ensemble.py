@@ -95,11 +95,14 @@ class Ensemble:
         shares: Sequence[float] | None = None,
     ) -> None:
         self.files, self.shares = [path for path, _ in members], shares
-        self.members = list(members) if shares is None else [(Path(average_name(self.files, shares)), members[0][1])]
+        self.members = list(members)
+        if shares is not None:  # one model, which messages name so
+            parts = [f"{share:g} {path}" for path, share in zip(self.files, shares, strict=True)]
+            self.members = [(Path(" + ".join(parts)), members[0][1])]
         self.how, self.keep = how, keep
         self.device, self.dtype, self.trust_remote_code = device, dtype, trust_remote_code
         self.weights = [self._read(index) for index in range(len(self.members))]
-        self._check_agreement()
+        check_agreement([path for path, _ in self.members], self.weights)
         self._loaded: dict[int, Forecaster] = {}
         self._unasked = set(range(len(self.members)))  # read, and not asked for a forecast yet
 
@@ -132,12 +135,11 @@ class Ensemble:
             if self._loaded and not self.keep:
                 self._loaded.clear()  # before the next one loads
                 gc.collect()
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                torch.cuda.empty_cache()  # nothing without a graphics card
             weights_path, model_path = self.members[index]
             if index not in self._unasked:  # someone may have trained it again since it was asked
                 self.weights[index] = self._read(index)
-                self._check_agreement()
+                check_agreement([path for path, _ in self.members], self.weights)
             self._unasked.discard(index)
             self._loaded[index] = assemble(
                 self.weights[index], weights_path, model_path, self.device, self.dtype, self.trust_remote_code
@@ -148,14 +150,6 @@ class Ensemble:
         if self.shares is None:
             return load_weights(self.files[index])
         return average([load_weights(path) for path in self.files], self.shares, self.files)
-
-    def _check_agreement(self) -> None:
-        check_agreement([path for path, _ in self.members], self.weights)
-
-
-def average_name(files: Sequence[Path], shares: Sequence[float]) -> str:
-    """How messages name an average."""
-    return " + ".join(f"{share:g} {path}" for path, share in zip(files, shares, strict=True))
 
 
 def combine_rows(members: Sequence[list[dict[str, Any]]], how: str) -> list[dict[str, Any]]:

@@ -170,12 +170,9 @@ class FilePrices:
         self.warned: dict[str, pd.Timestamp] = {}
 
     def first(self) -> Prices:
-        self.state = state_of(self.paths)
-        self.rows = self.prices = self.read()
-        running = self.running()
-        if self.watching and running:
-            self.prices = self.only_complete()
-        self.warn_of_running(running)
+        self.state, self.rows = state_of(self.paths), self.read()
+        self.prices = self.only_complete() if self.watching else self.rows
+        self.warn_of_running()
         return self.prices
 
     def look(self) -> Prices:
@@ -183,7 +180,7 @@ class FilePrices:
         if state != self.state:
             state = settled(self.paths, state)
             self.rows, self.state = self.read(), state
-        self.warn_of_running(self.running())
+        self.warn_of_running()
         now = self.only_complete()
         if list(now) != list(self.prices) or any(not frame.equals(self.prices[name]) for name, frame in now.items()):
             self.prices = now
@@ -215,14 +212,15 @@ class FilePrices:
         running, now = self.running(), self.clock()
         return {name: completed(name, frame, now) if name in running else frame for name, frame in self.rows.items()}
 
-    def warn_of_running(self, running: Mapping[str, pd.Timestamp]) -> None:
+    def warn_of_running(self) -> None:
         """Warn once of each last row that is not complete."""
+        running = self.running()
         new = [name for name, day in running.items() if self.warned.get(name) != day]
         if new:
             what = "left out until then" if self.watching else "the forecast takes its close as final"
             names = listed([f"{name} {running[name]:%Y-%m-%d}" for name in new])
             warn(f"the last row is of a session that has not closed yet: {names}; {what}")
-        self.warned = dict(running)
+        self.warned = running
 
 
 def state_of(paths: Sequence[Path]) -> dict[Path, tuple[int, ...] | None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,7 @@ import torch
 
 from llm_model import StockForecaster
 from lora import LoRAError
-from stocklora.base_models.folders import (
-    check_empty,
-    check_files,
-    copy_companions,
-    describe_model,
-    made_whole,
-)
+from stocklora.base_models.folders import check_empty, check_files, copy_companions, describe_model, made_whole
 from stocklora.base_models.loading import BaseModel, first_layers
 from stocklora.cli.console import UserError, print_table, say
 from stocklora.forecaster.forecaster import Forecaster, assemble, check_base, load_forecaster
@@ -84,19 +78,19 @@ def export(folder: Path, content: WeightsFile, settings: MergeSettings, device: 
 def write_merged(folder: Path, content: WeightsFile, settings: MergeSettings, device: torch.device) -> None:
     """A folder with a plain model, its tokenizer, and the forecast head; whole or not at all."""
     unquantized = replace(content, spec=replace(content.spec, quantization="none"))
-    forecaster = assembled(unquantized, settings, device)
+    forecaster, weights = assembled(unquantized, settings, device), settings.lora_weights
     try:
         merge_into_base(forecaster.model)
     except (LoRAError, ValueError) as error:
-        raise UserError(f"cannot merge {settings.lora_weights}: {error}") from None
-    origin = fingerprint(settings.lora_weights)
+        raise UserError(f"cannot merge {weights}: {error}") from None
+    origin = sha256_of(weights / "adapter_model.safetensors" if weights.is_dir() else weights)
     with made_whole(folder) as unfinished:
         save_model(unfinished, forecaster.model, settings, content, origin)
         copy_companions(settings.model_path, unfinished)
         was = content.spec.base_model  # whose memory of the past the merged model still has
         base = describe_model(unfinished) | {"name": f"{was['name']} (merged)", "license": was.get("license")}
         spec = replace(content.spec, base_model=base, method="head", quantization="none", lora={}, backbone_layers=None)
-        merged = {"weights": settings.lora_weights.name, "sha256": origin, "base": was}
+        merged = {"weights": weights.name, "sha256": origin, "base": was}
         training = {**content.training, "merged_from": merged}
         save_weights(unfinished / HEAD_NAME, WeightsFile(spec, {}, content.head, training))
         check_files(unfinished, shown=folder, command="python merge_lora.py")
@@ -112,11 +106,6 @@ def assembled(content: WeightsFile, settings: MergeSettings, device: torch.devic
     return assemble(
         content, settings.lora_weights, settings.model_path, device, torch.float32, settings.trust_remote_code
     )
-
-
-def fingerprint(weights: Path) -> str:
-    """Hash of a weights file, or of the adapter in a folder."""
-    return sha256_of(weights / "adapter_model.safetensors" if weights.is_dir() else weights)
 
 
 def save_model(
@@ -153,25 +142,18 @@ def save_model(
 # ------------------------------------------------------------------------------------------------- verification
 
 
-@dataclass(frozen=True)
-class Difference:
+def difference(quantiles: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
     """How far two forecasts of the same days lie apart, in basis points of the log return.
 
-    Attributes:
-        largest_bp, mean_bp: over all origins, days ahead and quantiles. share: the largest over the mean width of the
-            80% interval.
+    Args:
+        quantiles, reference: (origins, horizon, levels) each.
+
+    Returns:
+        The largest and the mean distance, and the largest over the mean width of the 80% interval.
     """
-
-    largest_bp: float
-    mean_bp: float
-    share: float
-
-
-def difference(quantiles: np.ndarray, reference: np.ndarray) -> Difference:
-    """(origins, horizon, levels) each."""
     apart = BASIS_POINTS * np.abs(quantiles - reference)
     width = BASIS_POINTS * float((reference[..., -2] - reference[..., 1]).mean())
-    return Difference(float(apart.max()), float(apart.mean()), float(apart.max()) / width)
+    return float(apart.max()), float(apart.mean()), float(apart.max()) / width
 
 
 def verify(folder: Path, content: WeightsFile, settings: MergeSettings, device: torch.device) -> None:
@@ -198,11 +180,11 @@ def verify(folder: Path, content: WeightsFile, settings: MergeSettings, device: 
     rows = []
     for quantization in quantizations:
         spec = replace(content.spec, quantization=quantization)
-        found = difference(forecast(assembled(replace(content, spec=spec), settings, device)), reference)
+        largest, mean, share = difference(forecast(assembled(replace(content, spec=spec), settings, device)), reference)
         base = {"none": "the unquantized base", "8bit": "an 8-bit base", "4bit": "a 4-bit base"}[quantization]
         trained = " (as in training)" if quantization == content.spec.quantization else ""
         what = "the weights file" if content.spec.method == "full" else f"adapters beside {base}"
-        rows.append([what + trained, f"{found.largest_bp:.4g}", f"{found.mean_bp:.4g}", f"{100 * found.share:.2g}"])
+        rows.append([what + trained, f"{largest:.4g}", f"{mean:.4g}", f"{100 * share:.2g}"])
     days = sum(len(rows) for rows in origins.values())
     say()
     print_table(

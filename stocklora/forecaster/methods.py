@@ -7,8 +7,8 @@ trainable parameters, and ask here for its parameter groups and its trained stat
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +18,6 @@ from llm_model import StockForecaster
 from lora import LoRAError
 from stocklora.adapters.layer import AdapterConfig, apply_lora, principal_factors
 from stocklora.cli.console import UserError
-
-
-class LearningRates(Protocol):
-    """The settings of a run that say how fast each part learns.
-
-    Attributes:
-        learning_rate: of what trains in the backbone.
-        head_learning_rate: of the forecast head.
-        lora_plus_ratio: how much faster than A the B of an adapter learns; None for the same rate.
-    """
-
-    @property
-    def learning_rate(self) -> float: ...
-
-    @property
-    def head_learning_rate(self) -> float: ...
-
-    @property
-    def lora_plus_ratio(self) -> float | None: ...
 
 
 class Tuning:
@@ -50,8 +31,8 @@ class Tuning:
         """
         model.backbone.requires_grad_(False)
 
-    def groups(self, model: StockForecaster, settings: LearningRates) -> list[dict[str, Any]]:
-        """The optimizer's groups of the backbone's parameters, the main one first."""
+    def groups(self, model: StockForecaster, rate: float, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
+        """The optimizer's groups of the backbone's parameters, the main one first; see ``parameter_groups``."""
         return []
 
     def state(self, model: StockForecaster) -> dict[str, Tensor]:
@@ -80,9 +61,9 @@ class OwnLoRA(Tuning):
     def attach(self, model: StockForecaster, fresh: bool) -> None:
         apply_lora(model.backbone, self.config, initialize=fresh)
 
-    def groups(self, model: StockForecaster, settings: LearningRates) -> list[dict[str, Any]]:
+    def groups(self, model: StockForecaster, rate: float, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
         trained = {name: value for name, value in model.backbone.named_parameters() if value.requires_grad}
-        return adapter_groups(trained, settings)
+        return adapter_groups(trained, rate, lora_plus_ratio)
 
     def state(self, model: StockForecaster) -> dict[str, Tensor]:
         return lora.lora_state_dict(model.backbone)
@@ -133,8 +114,8 @@ class PeftLoRA(Tuning):
             start = {name.replace(".pissa_", ".lora_"): tensor for name, tensor in self._start.items()}
             copy_into({name: parameters[name] for name in start}, start)
 
-    def groups(self, model: StockForecaster, settings: LearningRates) -> list[dict[str, Any]]:
-        return adapter_groups(self._parameters(model), settings)
+    def groups(self, model: StockForecaster, rate: float, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
+        return adapter_groups(self._parameters(model), rate, lora_plus_ratio)
 
     def state(self, model: StockForecaster) -> dict[str, Tensor]:
         return {**copies_on_cpu(self._parameters(model)), **copies_on_cpu(self._start)}
@@ -195,13 +176,13 @@ class FullTuning(Tuning):
     def attach(self, model: StockForecaster, fresh: bool) -> None:
         model.backbone.requires_grad_(True)
 
-    def groups(self, model: StockForecaster, settings: LearningRates) -> list[dict[str, Any]]:
+    def groups(self, model: StockForecaster, rate: float, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
         matrices = [parameter for parameter in model.backbone.parameters() if parameter.ndim > 1]
         vectors = [parameter for parameter in model.backbone.parameters() if parameter.ndim < 2]
         # Norms and biases are not decayed, as is usual: zero is no place for them.
         return [
-            {"params": matrices, "lr": settings.learning_rate},
-            {"params": vectors, "lr": settings.learning_rate, "weight_decay": 0.0},
+            {"params": matrices, "lr": rate},
+            {"params": vectors, "lr": rate, "weight_decay": 0.0},
         ]
 
     def state(self, model: StockForecaster) -> dict[str, Tensor]:
@@ -219,13 +200,11 @@ def tuning_for(method: str, fields: Mapping[str, Any]) -> Tuning:
         fields: of ``AdapterConfig``, for the methods with adapters.
 
     Raises:
-        UserError: a method or a field that this version does not know, or a value out of range.
+        UserError: a method that this version does not know.
+        LoRAError: a field that this version does not know, or a value out of range.
     """
     if method in ("lora", "peft"):
-        try:
-            config = AdapterConfig.from_dict(fields)
-        except LoRAError as error:
-            raise UserError(str(error)) from None
+        config = AdapterConfig.from_dict(fields)
         return OwnLoRA(config) if method == "lora" else PeftLoRA(config)
     if method in ("full", "head"):
         return FullTuning() if method == "full" else Tuning()
@@ -240,40 +219,50 @@ def attach(model: StockForecaster, method: str, fields: Mapping[str, Any], fresh
         fresh: whether training is to start from here; else ``load_trained_state`` follows.
 
     Raises:
-        UserError: targets that the base model doesn't have.
+        UserError: a method or a field that this version does not know, a value out of range, or targets that the base
+            model doesn't have.
     """
-    tuning = tuning_for(method, fields)
     try:
+        tuning = tuning_for(method, fields)
         tuning.attach(model, fresh)
     except LoRAError as error:
         raise UserError(str(error)) from None
     model.tuning = tuning
 
 
-def parameter_groups(model: StockForecaster, settings: LearningRates) -> list[dict[str, Any]]:
-    """What the optimizer trains, and how fast."""
+def parameter_groups(
+    model: StockForecaster, rate: float, head_rate: float, lora_plus_ratio: float | None = None
+) -> list[dict[str, Any]]:
+    """What the optimizer trains, and how fast.
+
+    Args:
+        rate: learning rate of what trains in the backbone.
+        head_rate: learning rate of the forecast head.
+        lora_plus_ratio: how much faster than A the B of an adapter learns; None for the same rate.
+    """
     return [
-        *model.tuning.groups(model, settings),
-        {"params": [model.head.linear.weight], "lr": settings.head_learning_rate},
+        *model.tuning.groups(model, rate, lora_plus_ratio),
+        {"params": [model.head.linear.weight], "lr": head_rate},
         # The bias holds the starting quantiles: decay would pull them toward quantiles of nothing.
-        {"params": [model.head.linear.bias], "lr": settings.head_learning_rate, "weight_decay": 0.0},
+        {"params": [model.head.linear.bias], "lr": head_rate, "weight_decay": 0.0},
     ]
 
 
-def adapter_groups(parameters: Mapping[str, nn.Parameter], settings: LearningRates) -> list[dict[str, Any]]:
+def adapter_groups(
+    parameters: Mapping[str, nn.Parameter], rate: float, lora_plus_ratio: float | None
+) -> list[dict[str, Any]]:
     """The optimizer's groups of adapters, by the names of their parameters.
 
     With a ratio, B learns that much faster than A (LoRA+, Hayou et al. 2024, arXiv:2402.12354), and so do lengths
     (DoRA) and biases, as in PEFT. The latter two are not decayed: zero is no place for them.
     """
-    rate = settings.learning_rate
-    fast = rate * (settings.lora_plus_ratio or 1.0)
+    fast = rate * (lora_plus_ratio or 1.0)
     A: list[nn.Parameter] = []
     B: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in parameters.items():
         (A if ".lora_A" in name else B if ".lora_B" in name else others).append(parameter)
-    if settings.lora_plus_ratio is None:
+    if lora_plus_ratio is None:
         groups: list[dict[str, Any]] = [{"params": A + B, "lr": rate}]
     else:
         groups = [{"params": A, "lr": rate}, {"params": B, "lr": fast}]
@@ -331,12 +320,8 @@ def copy_into(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> 
         if not isinstance(state[name], Tensor) or state[name].shape != parameters[name].shape:
             faults.append(f"{name} has another shape")
     if faults:
-        raise RuntimeError(_first_of(sorted(faults)))
+        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise RuntimeError("; ".join(sorted(faults)[:4]) + more)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
-
-
-def _first_of(faults: Sequence[str], most: int = 4) -> str:
-    """The first few faults, and how many more there are."""
-    return "; ".join(faults[:most]) + (f" and {len(faults) - most} more" if len(faults) > most else "")

@@ -37,29 +37,22 @@ def forecast_prices(settings: ForecastSettings) -> int:
     check_window(settings, ensemble)
     check_market(ensemble, [*prices, *feed.market_only])
 
-    def forecast(prices: Prices) -> list[dict[str, Any]]:
+    def forecast(prices: Prices, news: str | None = None) -> None:
         rows = ensemble.forecast(prices, feed.market_only)
         write_predictions(settings.output, rows)
-        return rows
-
-    def print_and_plot(prices: Prices, rows: list[dict[str, Any]]) -> None:
+        if news is None:
+            print_ensemble_facts(ensemble)
+        else:
+            say(f"\n{news}")
         print_forecast(rows)
         say(f"saved: {settings.output}")
         if settings.plot is not None:
             plot_each_ticker(settings.plot, prices, rows)
 
-    def forecast_again(prices: Prices, news: str) -> None:
-        rows = forecast(prices)
-        say()
-        say(news)
-        print_and_plot(prices, rows)
-
-    rows = forecast(prices)
-    print_ensemble_facts(ensemble)
-    print_and_plot(prices, rows)
+    forecast(prices)
     if settings.watch is None:
         return feed.exit_code()
-    return watch(feed, prices, settings.watch, forecast_again)
+    return watch(feed, prices, settings.watch, forecast)
 
 
 def check_window(settings: ForecastSettings, ensemble: Ensemble) -> None:
@@ -97,34 +90,30 @@ def print_ensemble_facts(ensemble: Ensemble) -> None:
     """Print what forecasts, and how it did on the test days of its training."""
     from stocklora.forecaster.ensemble import trainable_parameters
 
+    weights = ensemble.weights
     memory = f"peak memory: {peak_memory_mb(ensemble.device.type):,.0f} MB ({ensemble.device.type})"
-    if averaged := ensemble.weights[0].training.get("averaged"):
-        say(f"trainable parameters: {trainable_parameters(ensemble.weights[0]):,}")
+    if len(weights) > 1:
+        say(f"{ensemble.how} of the quantiles of {len(weights)} models:")
+        for (path, _), content in zip(ensemble.members, weights, strict=True):
+            spec, model, naive = content.spec, *(content.training["test_scores"][name] for name in ("model", "naive"))
+            say(
+                f"  {path}: {spec.base_model['name']}, window {spec.window_size}, prompt {spec.prompt}, "
+                f"{trainable_parameters(content):,} trainable parameters; test pinball loss "
+                f"{model['pinball_bp']:.2f} bp, of the last close {naive['pinball_bp']:.2f} bp (in training's "
+                f"{model['origins']} test days)"
+            )
         say(memory)
+        return
+    say(f"trainable parameters: {trainable_parameters(weights[0]):,}")
+    say(memory)
+    if averaged := weights[0].training.get("averaged"):
         say(f"average of the weights of {len(averaged)} models, itself not scored; the test pinball losses of each:")
         for part in averaged:
             say(f"  {part['share']:.3g} of {part['path']}: {part['test_scores']['model']['pinball_bp']:.2f} bp")
         return
-    scores = [content.training["test_scores"] for content in ensemble.weights]
-    if len(scores) == 1:
-        say(f"trainable parameters: {trainable_parameters(ensemble.weights[0]):,}")
-        say(memory)
-        for score_name, label in (("model", "this model"), ("naive", "the last close")):
-            score = scores[0][score_name]
-            say(
-                f"test pinball loss of {label}: {score['pinball_bp']:.2f} bp (in training's {score['origins']} test "
-                f"days)"
-            )
-        return
-    say(f"{ensemble.how} of the quantiles of {len(scores)} models:")
-    for (path, _), content, score in zip(ensemble.members, ensemble.weights, scores, strict=True):
-        spec, model, naive = content.spec, score["model"], score["naive"]
-        say(
-            f"  {path}: {spec.base_model['name']}, window {spec.window_size}, prompt {spec.prompt}, "
-            f"{trainable_parameters(content):,} trainable parameters; test pinball loss {model['pinball_bp']:.2f} bp, "
-            f"of the last close {naive['pinball_bp']:.2f} bp (in training's {model['origins']} test days)"
-        )
-    say(memory)
+    for score_name, label in (("model", "this model"), ("naive", "the last close")):
+        score = weights[0].training["test_scores"][score_name]
+        say(f"test pinball loss of {label}: {score['pinball_bp']:.2f} bp (in training's {score['origins']} test days)")
 
 
 def plot_each_ticker(path: Path, prices: Prices, rows: list[dict[str, Any]]) -> None:

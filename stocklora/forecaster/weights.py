@@ -61,9 +61,6 @@ class ForecasterSpec:
     method: str = "lora"
     quantization: str = "none"
 
-    def with_calibration(self, calibration: Calibration) -> ForecasterSpec:
-        return replace(self, calibration=asdict(calibration))
-
 
 def other_setting(first: ForecasterSpec, second: ForecasterSpec) -> tuple[str, str, str] | None:
     """The first setting by which the same weights are another function of the prices: its flag, and both values."""

@@ -32,39 +32,6 @@ T = TypeVar("T")
 UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error)
 
 
-class PriceStore(Mapping[str, pd.DataFrame]):
-    """Tickers in a folder of binary files, in the order of the price files; see ``spool``.
-
-    Raises:
-        FileNotFoundError: ``spool`` has not been there, or not to its end.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._names: dict[str, int] = {
-            name: place for place, name in enumerate(json.loads((folder / INDEX_NAME).read_text(encoding="utf-8")))
-        }
-        self._last: tuple[str, pd.DataFrame] | None = None
-
-    def __getitem__(self, ticker: str) -> pd.DataFrame:
-        # Passes ask for a ticker's prices and then for its returns: keep the one just read.
-        if self._last is None or self._last[0] != ticker:
-            with np.load(self.folder / f"{self._names[ticker]:05d}.npz") as content:
-                index = pd.DatetimeIndex(content["dates"].astype("datetime64[ns]"), name="Date")
-                self._last = ticker, pd.DataFrame(content["values"], index=index, columns=list(PRICE_COLUMNS))
-        # Copied only if somebody writes into it: the next caller gets what the file holds.
-        return self._last[1].copy(deep=False)
-
-    def __contains__(self, ticker: object) -> bool:
-        return ticker in self._names  # the mixin would read the file
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 class PerTicker(Mapping[str, T]):
     """Something of each ticker, computed when asked for, so that a wide file does not stand in memory.
 
@@ -74,16 +41,41 @@ class PerTicker(Mapping[str, T]):
     """
 
     def __init__(self, tickers: Iterable[str], compute: Callable[[str], T]) -> None:
-        self.tickers, self.compute = list(tickers), compute
+        self.tickers, self.compute = {ticker: place for place, ticker in enumerate(tickers)}, compute
 
     def __getitem__(self, ticker: str) -> T:
         return self.compute(ticker)
+
+    def __contains__(self, ticker: object) -> bool:
+        return ticker in self.tickers  # the mixin would compute it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tickers)
 
     def __len__(self) -> int:
         return len(self.tickers)
+
+
+class PriceStore(PerTicker[pd.DataFrame]):
+    """Tickers in a folder of binary files, in the order of the price files; see ``spool``.
+
+    Raises:
+        FileNotFoundError: ``spool`` has not been there, or not to its end.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(json.loads((folder / INDEX_NAME).read_text(encoding="utf-8")), self._read)
+        self.folder = folder
+        self._last: tuple[str, pd.DataFrame] | None = None
+
+    def _read(self, ticker: str) -> pd.DataFrame:
+        # Passes ask for a ticker's prices and then for its returns: keep the one just read.
+        if self._last is None or self._last[0] != ticker:
+            with np.load(self.folder / f"{self.tickers[ticker]:05d}.npz") as content:
+                index = pd.DatetimeIndex(content["dates"].astype("datetime64[ns]"), name="Date")
+                self._last = ticker, pd.DataFrame(content["values"], index=index, columns=list(PRICE_COLUMNS))
+        # Copied only if somebody writes into it: the next caller gets what the file holds.
+        return self._last[1].copy(deep=False)
 
 
 def returns_ahead(prices: Mapping[str, pd.DataFrame], horizon: int) -> PerTicker[np.ndarray]:

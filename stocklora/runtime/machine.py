@@ -139,7 +139,8 @@ def machine_facts() -> dict[str, Any]:
 
     facts: dict[str, Any] = {
         "cpu": _cpu_name(),
-        "cores": usable_cores(),
+        # A container is often allowed fewer than the machine has.
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -152,20 +153,10 @@ def machine_facts() -> dict[str, Any]:
     return facts
 
 
-def usable_cores() -> int:
-    """Cores this process may run on; a container is often allowed fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
@@ -177,12 +168,10 @@ def versions() -> dict[str, str]:
 
 def versions_of(*packages: str) -> dict[str, str | None]:
     """The installed version of each package; None for one that is not installed."""
-    found: dict[str, str | None] = {}
+    found: dict[str, str | None] = dict.fromkeys(packages)
     for name in packages:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
     return found
 
 
@@ -197,17 +186,10 @@ def listen(port: int) -> socket.socket:
     Raises:
         UserError: the port is taken.
     """
-    listener = socket.socket()
-    # Else a port that was just closed stays taken for a minute. On Windows the same flag lets two programs share one.
-    if not hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((HOST, port))
-        # Bound alone, it could be bound again by a second server while the first one loads its model.
-        listener.listen()
+        # One that listens: bound alone, it could be bound again by a second server while the first loads its model.
+        return socket.create_server((HOST, port))
     except OSError as error:
-        listener.close()
         raise UserError(
-            f"cannot listen on port {port}: {error.strerror or error}; give another --port, or 0 for a free one"
+            f"cannot listen on port {port}: {os.strerror(error.errno or 0)}; give another --port, or 0 for a free one"
         ) from None
-    return listener

@@ -281,7 +281,9 @@ def test_lora_plus_has_the_rates_of_pefts(tiny_models, method, variant) -> None:
     model = tiny_models["gpt2"]
     forecaster = built(spec_of(model, method, **VARIANTS[variant]), model)
     settings = TrainLoraSettings(learning_rate=1e-3, head_learning_rate=5e-4, lora_plus_ratio=16.0)
-    groups = parameter_groups(forecaster.model, settings)
+    groups = parameter_groups(
+        forecaster.model, settings.learning_rate, settings.head_learning_rate, settings.lora_plus_ratio
+    )
     rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
     trained = [parameter for parameter in forecaster.model.parameters() if parameter.requires_grad]
     assert rates.keys() == {id(parameter) for parameter in trained}
@@ -305,7 +307,7 @@ def test_each_method_trains_what_it_says(tiny_model) -> None:
         model = built(spec_of(tiny_model, method), tiny_model).model
         assert all(parameter.requires_grad for parameter in model.head.parameters())
         counts[method] = sum(parameter.numel() for parameter in model.backbone.parameters() if parameter.requires_grad)
-        assert len({id(p) for group in parameter_groups(model, TrainLoraSettings()) for p in group["params"]}) == sum(
+        assert len({id(p) for group in parameter_groups(model, 1e-4, 1e-4) for p in group["params"]}) == sum(
             parameter.requires_grad for parameter in model.parameters()
         )
     base = load_backbone(tiny_model, torch.float32)

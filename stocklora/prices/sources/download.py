@@ -171,13 +171,11 @@ def _tables_to_update(settings: DownloadSettings, as_folder: bool) -> dict[Path,
 
 def update_table(path: Path, old: dict[str, pd.DataFrame], settings: DownloadSettings) -> dict[str, str]:
     """Bring one table up to date; returns the tickers that could not be, which keep their old rows."""
-    known = settings_of(path, settings)
+    known, end = settings_of(path, settings), request_of(settings).end
     ask = {
-        ticker: Request("max", frame.index[-min(OVERLAP, len(frame))].date(), None, known.interval, known.adjust)
+        ticker: Request("max", frame.index[-min(OVERLAP, len(frame))].date(), end, known.interval, known.adjust)
         for ticker, frame in old.items()
     }
-    if settings.end is not None:
-        ask = {ticker: dataclasses.replace(one, end=request_of(settings).end) for ticker, one in ask.items()}
     fresh, meta = fetch_or_fail(known, ask)
     result, anew = dict(old), {}
     for ticker, frame in fresh.items():
