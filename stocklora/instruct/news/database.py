@@ -95,8 +95,8 @@ def read_events(path: Path | None) -> tuple[list[Event], Counter[str]]:
             continue
         source, country, name, content = (_text(row[key]) or "" for key in ("source", "country", "name", "content"))
         previous, consensus, actual = (_text(row[key]) for key in ("previous", "consensus", "actual"))
-        numbers = {"previous": previous, "consensus": consensus, "actual": actual}
-        events.append(Event(event_id, source, day, country, name, content, **numbers, moves=moves.get(event_id, {})))
+        words = (source, day, country, name, content)
+        events.append(Event(event_id, *words, previous, consensus, actual, moves.get(event_id, {})))
     orphans = sum(len(windows) for key in moves.keys() - seen for windows in moves[key].values())
     if orphans:
         left_out["return of an unknown event"] += orphans
@@ -125,35 +125,30 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
     modes = [] if alone else ["mode=ro"]
     if not unfinished:
         modes.append("mode=ro&immutable=1")
-    problem: Exception | None = None
+    problem = ""
     for mode in modes:
-        connection = None
-        try:
-            connection = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, timeout=LOCK_TIMEOUT_S)
-            connection.row_factory = sqlite3.Row
-            connection.execute("SELECT name FROM sqlite_master LIMIT 1").fetchone()
-        except sqlite3.OperationalError as error:
-            problem = error
-            if connection is not None:
-                connection.close()
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
-                raise UserError(f"{path} is locked by another program that writes to it; try again later") from None
-            continue
-        except sqlite3.DatabaseError as error:
-            if connection is not None:
-                connection.close()
-            raise UserError(f"{path} is not an SQLite database: {error}") from None
-        try:
-            yield connection
-        except sqlite3.DatabaseError as error:
-            raise UserError(f"cannot read {path}: {error}; the file may be damaged") from None
-        finally:
-            connection.close()
-        return
-    open_changes = (
-        f"; {', '.join(unfinished)} holds changes to it: open and close it once in sqlite3" if unfinished else ""
-    )
-    raise UserError(f"cannot open {path}: {problem}{open_changes}")
+        with contextlib.ExitStack() as stack:
+            try:
+                uri = f"{path.resolve().as_uri()}?{mode}"
+                connection = sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT_S)
+                stack.callback(connection.close)
+                connection.row_factory = sqlite3.Row
+                connection.execute("SELECT name FROM sqlite_master LIMIT 1").fetchone()
+            except sqlite3.OperationalError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                    raise UserError(f"{path} is locked by another program that writes to it; try again later") from None
+                problem = str(error)
+                continue
+            except sqlite3.DatabaseError as error:
+                raise UserError(f"{path} is not an SQLite database: {error}") from None
+            try:
+                yield connection
+            except sqlite3.DatabaseError as error:
+                raise UserError(f"cannot read {path}: {error}; the file may be damaged") from None
+            return
+    if unfinished:
+        problem += f"; {', '.join(unfinished)} holds changes to it: open and close it once in sqlite3"
+    raise UserError(f"cannot open {path}: {problem}")
 
 
 def _check_tables(connection: sqlite3.Connection, path: Path) -> None:

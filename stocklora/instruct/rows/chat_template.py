@@ -137,20 +137,15 @@ def end_token_ids(tokenizer: Any) -> set[int]:
     return {end_token_id(tokenizer), tokenizer.eos_token_id} - {None}
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Message], *, thinking: bool | None = None) -> str:
-    """The text that asks for an answer to ``messages``, the template's invitation included.
+def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, thinking: bool | None = None) -> list[int]:
+    """Token ids that ask for an answer to ``messages``: exactly what stands before the supervised tokens in training.
 
     Args:
         thinking: False asks a template that can (Qwen3's) for an answer without a chain of thought; a tuned model was
             trained on either form. None leaves it to the template.
     """
     options = {} if thinking is None else {"enable_thinking": thinking}
-    return _render(tokenizer, messages, True, **options)
-
-
-def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, thinking: bool | None = None) -> list[int]:
-    """``render_prompt`` as token ids: exactly what stands before the supervised tokens in training."""
-    return _ids(tokenizer, render_prompt(tokenizer, messages, thinking=thinking))
+    return _ids(tokenizer, _render(tokenizer, messages, True, **options))
 
 
 def encode_answers(tokenizer: Any, record: Record, max_length: int | None) -> list[Encoded]:
@@ -195,7 +190,7 @@ def encode(tokenizer: Any, record: Record, max_length: int | None) -> Encoded:
     Raises:
         UserError: the chat template refuses the row, or renders its beginning otherwise than the whole.
     """
-    where = f"{record.file}, row {record.row}"
+    where = record.where
     try:
         prompt, whole = _render(tokenizer, record.prompt, True), _render(tokenizer, record.messages, False)
     except UserError as error:

@@ -102,7 +102,6 @@ def write_records(records: Iterable[Record], path: Path, form: str = "messages")
     Raises:
         UserError: another suffix, or a path that cannot be written.
     """
-    path = Path(path)
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,9 +131,7 @@ def dataset_of(rows: Sequence[EncodedRow], max_length: int | None = None) -> Any
     """
     from datasets import Dataset
 
-    groups: list[list[EncodedRow]] = [[row] for row in rows]
-    if max_length is not None:
-        groups = list(_packed(rows, max_length))
+    groups = [[row] for row in rows] if max_length is None else _packed(rows, max_length)
     columns: dict[str, list[Any]] = {
         "input_ids": [[token for row in group for token in row.encoded.input_ids] for group in groups],
         "labels": [[label for row in group for label in row.encoded.labels] for group in groups],
@@ -143,7 +141,7 @@ def dataset_of(rows: Sequence[EncodedRow], max_length: int | None = None) -> Any
     return Dataset.from_dict(columns)
 
 
-def _packed(rows: Sequence[EncodedRow], max_length: int) -> Iterator[list[EncodedRow]]:
+def _packed(rows: Sequence[EncodedRow], max_length: int) -> list[list[EncodedRow]]:
     """Best-fit decreasing: the longest rows first, each into the fullest sequence that still has room.
 
     By hand, since ``trl.pack_dataset`` is free to change its order from version to version, and a resumed run must
@@ -161,7 +159,7 @@ def _packed(rows: Sequence[EncodedRow], max_length: int) -> Iterator[list[Encode
         else:
             groups.append([row])
             room.append(max_length - length)
-    yield from groups
+    return groups
 
 
 def check_packing(model: Any, tokenizer: Any) -> None:

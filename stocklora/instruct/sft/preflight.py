@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -244,10 +243,11 @@ def _print_memory(memory: Memory, load: PassLoad, device: torch.device) -> None:
 
 def print_example(tokenizer: Any, row: EncodedRow) -> None:
     """One row as the model sees it, with what is supervised marked: green on a terminal, in brackets elsewhere."""
-    spans = [
-        (supervised, _shortened(tokenizer.decode(ids), SHOWN_ANSWER if supervised else SHOWN_PROMPT))
-        for supervised, ids in _spans(row)
-    ]
+    pairs = zip(row.encoded.labels, row.encoded.input_ids, strict=True)
+    spans = []
+    for marked, run in itertools.groupby(pairs, lambda pair: pair[0] != IGNORED):
+        text = tokenizer.decode([token for _, token in run])
+        spans.append((marked, _shortened(text, SHOWN_ANSWER if marked else SHOWN_PROMPT)))
     cut = f" (cut: {row.encoded.lost_tokens} tokens lost)" if row.encoded.lost_tokens else ""
     say(f"Example: {row.record.where}{cut}; the loss is taken on what is marked")
     if sys.stdout.isatty():
@@ -258,15 +258,6 @@ def print_example(tokenizer: Any, row: EncodedRow) -> None:
     else:
         say("".join(f"{OPEN}{text}{CLOSE}" if marked else text for marked, text in spans))
     say()
-
-
-def _spans(row: EncodedRow) -> list[tuple[bool, list[int]]]:
-    """Token ids in runs: whether the loss is taken on them, and they."""
-    pairs = zip(row.encoded.labels, row.encoded.input_ids, strict=True)
-    return [
-        (supervised, [token for _, token in run])
-        for supervised, run in itertools.groupby(pairs, lambda pair: pair[0] != IGNORED)
-    ]
 
 
 def _shortened(text: str, most: int) -> str:
@@ -290,9 +281,8 @@ def _numbers(parameter: Any) -> int:
 def _warn_of_disk(settings: SftSettings, trainable: int) -> None:
     # A checkpoint holds the weights that train and two moments of each; the best one is kept beside the last ones.
     needed = trainable * FLOAT_BYTES * 3 * (settings.save_total_limit + 1)
-    folder = next(path for path in [settings.output_dir.absolute(), *settings.output_dir.absolute().parents]
-                  if Path(path).exists())  # fmt: skip
-    free = shutil.disk_usage(folder).free
+    folder = settings.output_dir.absolute()
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if needed > sizes.WARN_AT * free:
         warn(
             f"{settings.save_total_limit + 1} checkpoints take about {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB "
