@@ -62,13 +62,12 @@ def open_parts(parts: Path, settings: BacktestSettings) -> None:
         return
     before = json.loads((parts / MANIFEST).read_text(encoding="utf-8"))
     now = as_json_types(fingerprint(settings, parts))
-    differing = [name for name in now if now[name] != before.get(name)]
-    if differing:
-        name = differing[0]
-        raise UserError(
-            f"--resume: the stopped run in {parts} had another {name} ({before.get(name)}, now {now[name]}); give the "
-            f"same, or leave out --resume to start anew"
-        )
+    for name in now:
+        if now[name] != before.get(name):
+            raise UserError(
+                f"--resume: the stopped run in {parts} had another {name} ({before.get(name)}, now {now[name]}); give "
+                f"the same, or leave out --resume to start anew"
+            )
 
 
 def fingerprint(settings: BacktestSettings, parts: Path) -> dict[str, Any]:

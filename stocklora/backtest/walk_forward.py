@@ -16,7 +16,10 @@ import numpy as np
 import pandas as pd
 
 from stocklora.backtest.results import REFERENCE, TickerForecasts
+from stocklora.baselines.classical import peer_quantiles, require_peer
+from stocklora.baselines.settings import HORIZON, TrainSettings
 from stocklora.cli.console import UserError
+from stocklora.cli.settings import restored
 from stocklora.prices.store import PerTicker, returns_ahead
 from stocklora.prices.tables import log_returns_ahead
 from stocklora.runtime.distributed import wait_for_everyone
@@ -124,8 +127,6 @@ class Peer:
     """One of ``peers.PEERS``: fitted to each ticker by itself, refitted every 60 days on its own."""
 
     def __init__(self, name: str, levels: np.ndarray) -> None:
-        from stocklora.baselines.classical import require_peer
-
         require_peer(name)
         self.name, self.levels = name, levels
         self.horizon = 0
@@ -135,8 +136,6 @@ class Peer:
         self.horizon = plan.horizon
 
     def quantiles(self, ticker: str, frame: pd.DataFrame, origins: range) -> Mapping[str, np.ndarray]:
-        from stocklora.baselines.classical import peer_quantiles
-
         close = frame["Close"].to_numpy()[: origins.stop]
         forecast = peer_quantiles(
             self.name, close, origins, self.horizon, self.levels, ticker=ticker, quiet=self._warned_of
@@ -154,7 +153,6 @@ class Simple:
         self.forecaster: Any = None
 
     def fit(self, prices: Mapping[str, pd.DataFrame], plan: Plan, cut: pd.Timestamp) -> None:
-        from stocklora.baselines.settings import HORIZON, TrainSettings
         from stocklora.baselines.simple_fit import fit_simple
 
         if plan.horizon > HORIZON:
@@ -215,7 +213,6 @@ class LanguageModel:
 
     def _refit(self, prices: Mapping[str, pd.DataFrame], plan: Plan, cut: pd.Timestamp, folder: Path) -> None:
         """The same training again, on what was known at the cut; kept on disk, so that a resumed run has it."""
-        from stocklora.cli.settings import restored
         from stocklora.finetune.fit import finetune
         from stocklora.finetune.report import WEIGHTS_NAME
         from stocklora.finetune.settings import TrainLoraSettings
