@@ -1,6 +1,7 @@
-"""Forecast the next three closes with the simple baseline.
+"""Forecast the next three closes with the simple baseline, or with no training at all.
 
     python framework.py --model_path model.pth --test_csv sample_test.csv
+    python framework.py --model_path prior --test_csv sample_test.csv        # what hundreds of other stocks teach
     python framework.py --test_csv prices/ --output predictions.csv
 
 The window comes from the model file that train.py wrote. Writes one row a ticker and day:
@@ -24,14 +25,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(settings: FrameworkSettings) -> None:
-    check_model_file(settings.model_path)  # before the seconds that torch takes to import
+    if not settings.by_prior:
+        check_model_file(settings.model_path)  # before the seconds that torch takes to import
     from stocklora.dataset.prepare import select_tickers
     from stocklora.prices.tables import read_prices
 
     prices = select_tickers(read_prices(settings.test_csv), settings.tickers)
 
-    from stocklora.baselines.simple_fit import forecast_and_save
-
+    if settings.by_prior:
+        from stocklora.baselines.by_prior import forecast_and_save
+    else:
+        from stocklora.baselines.simple_fit import forecast_and_save
     forecast_and_save(prices, settings)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from stocklora.backtest.prepare import prepare_run
+from stocklora.backtest.prepare import prepare_run, priors_used
 from stocklora.backtest.settings import BacktestSettings
 from stocklora.backtest.walk_forward import Baselines, Model, Plan
 from stocklora.cli.console import UserError, progress, say, warn
@@ -27,6 +27,7 @@ from stocklora.dataset.windows import calendar_of
 from stocklora.metrics.calibration import fit_calibration
 from stocklora.prices.store import spool
 from stocklora.volatility.market import markets_of
+from stocklora.volatility.prior import MarketPrior, prior_note
 from stocklora.volatility.scales import SCALES, ewma_volatility
 
 MUTATIONS = ("scaled", "shuffled", "emptied", "deleted")
@@ -114,7 +115,7 @@ def observe(
     with np.errstate(all="ignore"):  # emptied rows make NaNs, after the cut
         return (
             _forecasts(models, plan, tickers, prices, cut)
-            | _training(plan, prices, cut)
+            | _training(plan, prices, cut, next((m.prior for m in models if isinstance(m, Baselines)), None))
             | _inputs(tickers, prices, cut)
         )
 
@@ -141,7 +142,9 @@ def _forecasts(
     return observed
 
 
-def _training(plan: Plan, prices: Mapping[str, pd.DataFrame], cut: pd.Timestamp) -> Observations:
+def _training(
+    plan: Plan, prices: Mapping[str, pd.DataFrame], cut: pd.Timestamp, prior: MarketPrior | None
+) -> Observations:
     """What ``train_lora.py`` would fit, with test days that begin shortly before the cut."""
     dates = calendar_of(prices)
     dates = dates[dates <= cut]
@@ -155,11 +158,11 @@ def _training(plan: Plan, prices: Mapping[str, pd.DataFrame], cut: pd.Timestamp)
         return {}
     data = prepare(
         long_enough, plan.window_size, plan.horizon,
-        validation_from=f"{validation_from:%Y-%m-%d}", test_from=f"{test_from:%Y-%m-%d}",
+        validation_from=f"{validation_from:%Y-%m-%d}", test_from=f"{test_from:%Y-%m-%d}", prior=prior,
     )  # fmt: skip
     observed: Observations = {("the scale chosen for training", ""): np.array([SCALES.index(data.better_scale())])}
     returns = data.returns_of("validation")
-    for kind in SCALES:
+    for kind in data.scales:
         start = data.start(kind)
         calibration = fit_calibration(returns, data.forecasts_of(start, "validation"), data.levels)
         observed[f"the calibration of {kind}", ""] = np.array([calibration.shrinkage, calibration.interval_scale])
@@ -201,8 +204,12 @@ def check_backtest(settings: BacktestSettings) -> int:
         prices = {name: frame for name, frame in prices.items() if name in names}
     if settings.refit != "never" and "llm" in settings.models:
         warn("--refit: the weights given are checked, not those that a refit would train")
-    models, plan, _ = prepare_run(replace(settings, refit="never"), prices)
+    models, plan, ensemble = prepare_run(replace(settings, refit="never"), prices)
     cuts = choose_leakage_cuts(prices, plan, settings.leakage_cuts, settings.seed)
+    scored = calendar_of(prices)
+    scored = scored[(scored >= plan.cuts[0]) & (scored <= plan.end)].to_numpy().astype("datetime64[D]")
+    for made_from in priors_used(settings, ensemble):
+        say(prior_note(made_from, scored))
     known_at = partial(observe, models, plan, list(prices))
     with progress() as bar:
         task = bar.add_task("leakage", total=len(cuts) * (1 + len(MUTATIONS)))

@@ -30,6 +30,7 @@ from stocklora.backtest.walk_forward import (
 from stocklora.cli.console import UserError
 from stocklora.dataset.windows import as_date, calendar_of
 from stocklora.metrics.scores import QUANTILE_LEVELS
+from stocklora.volatility.prior import MarketPrior, prior_named
 
 # beginning of the name, without the owner, in lower case -> (date, whether the makers state it)
 CUTOFFS: dict[str, tuple[str, bool]] = {
@@ -137,7 +138,8 @@ def choose_plan(settings: BacktestSettings, calendar: pd.DatetimeIndex, ensemble
 def build_models(settings: BacktestSettings, plan: Plan, ensemble: Any, is_main: bool) -> list[Model]:
     """What is compared: all baselines as one model, then the others in the order asked for."""
     names, levels = models_compared(settings.models), np.array(QUANTILE_LEVELS)
-    models: list[Model] = [Baselines([name for name in names if name in BASELINES], levels)]
+    prior = prior_of(settings)
+    models: list[Model] = [Baselines([name for name in names if name in BASELINES], levels, prior)]
     for name in names:
         if name == "simple":
             models.append(Simple(plan.window_size, settings.seed, settings.device))
@@ -147,6 +149,20 @@ def build_models(settings: BacktestSettings, plan: Plan, ensemble: Any, is_main:
         elif name not in BASELINES:
             models.append(Peer(name, levels))
     return models
+
+
+def prior_of(settings: BacktestSettings) -> MarketPrior | None:
+    """The prior that a backtest forecasts from; None without the model ``prior``."""
+    return prior_named(settings.prior) if "prior" in settings.models else None
+
+
+def priors_used(settings: BacktestSettings, ensemble: Any) -> list[Mapping[str, Any]]:
+    """What the priors were made from that the compared models start from, each once."""
+    prior = prior_of(settings)
+    used = [] if prior is None else [prior.made_from]
+    if ensemble is not None:
+        used += [content.training["data"].get("prior") for content in ensemble.weights]
+    return list({made_from["prices_sha256"]: made_from for made_from in used if made_from}.values())
 
 
 def cutoff_of(name: str) -> tuple[pd.Timestamp, bool] | None:

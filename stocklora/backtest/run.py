@@ -25,7 +25,7 @@ from stocklora.backtest.parts import (
     remove_parts,
     write_part,
 )
-from stocklora.backtest.prepare import cutoff_note, prepare_run
+from stocklora.backtest.prepare import cutoff_note, prepare_run, priors_used
 from stocklora.backtest.results import BacktestResult, write_metrics
 from stocklora.backtest.settings import BacktestSettings
 from stocklora.backtest.walk_forward import LanguageModel, Model, Plan, models_compared
@@ -34,6 +34,7 @@ from stocklora.metrics.scores import QUANTILE_LEVELS
 from stocklora.prices.store import PriceStore
 from stocklora.runtime.distributed import launched_processes, wait_for_everyone
 from stocklora.runtime.files import check_writable
+from stocklora.volatility.prior import prior_note
 
 
 def run_backtest(settings: BacktestSettings) -> int:
@@ -139,6 +140,7 @@ def aggregate_parts(
         )
     facts = run_facts(settings, plan, scored, len(prices), days, ensemble)
     notes = cutoff_note(ensemble, settings.base_cutoff, days) if ensemble is not None else []
+    notes += [prior_note(made_from, days) for made_from in priors_used(settings, ensemble)]
     return aggregate.result(facts, notes)
 
 

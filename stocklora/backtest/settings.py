@@ -9,7 +9,8 @@ from stocklora.cli.console import UserError
 from stocklora.cli.settings import DEVICES, DTYPES, check_horizon, check_positive, check_range, setting
 
 BACKTEST_MODELS = (
-    "naive", "drift", "ewma", "har", "harx", "simple", "llm", "autoarima", "autoets", "autotheta", "garch", "fracast",
+    "naive", "drift", "ewma", "har", "harx", "prior", "simple", "llm", "autoarima", "autoets", "autotheta", "garch",
+    "fracast",
 )  # fmt: skip
 
 
@@ -20,7 +21,7 @@ class BacktestSettings:
     data: list[Path] = setting([], "price CSV file(s) or folder(s)", section="data", nargs="+", metavar="CSV")
     tickers: list[str] = setting([], "use only these tickers of the files", section="data", nargs="+", metavar="TICKER")
     models: list[str] = setting(
-        ["naive", "drift", "ewma", "har", "harx"],
+        ["naive", "drift", "ewma", "har", "harx", "prior"],
         f"what is compared, beside the last close: {', '.join(BACKTEST_MODELS)}",
         choices=BACKTEST_MODELS, section="models", nargs="+", metavar="MODEL",
     )  # fmt: skip
@@ -32,6 +33,10 @@ class BacktestSettings:
         nargs="+", metavar="FOLDER",
     )  # fmt: skip
     ensemble: str = setting("mean", "how several weights agree", choices=("mean", "median"), section="models")
+    prior: str = setting(
+        "builtin", "what the model prior starts from: builtin, or a FILE of scripts/make_prior.py", section="models",
+        metavar="FILE",
+    )  # fmt: skip
     base_cutoff: str | None = setting(
         None, "last day of the base model's training text (default: where it is known)", section="models",
         metavar="DATE",
@@ -77,6 +82,8 @@ class BacktestSettings:
     resume: bool = setting(False, "go on with a run that was stopped", section="output")
 
     def __post_init__(self) -> None:
+        if self.prior == "none":
+            raise UserError("--prior none: leave the model prior out of --models instead")
         check_positive(self, "train_days", "window_size", "horizon", "leakage_cuts")
         check_horizon(self.horizon)
         check_range(self, window_size=(2, None))

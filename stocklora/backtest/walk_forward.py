@@ -24,6 +24,7 @@ from stocklora.prices.store import PerTicker, returns_ahead
 from stocklora.prices.tables import log_returns_ahead
 from stocklora.runtime.distributed import wait_for_everyone
 from stocklora.volatility.market import Markets, markets_of
+from stocklora.volatility.prior import MarketPrior
 from stocklora.volatility.random_walk import QuantileBaseline, fit_baselines
 from stocklora.volatility.scales import SCALES
 
@@ -81,10 +82,11 @@ class Baselines:
 
     Attributes:
         fitted: by name, after ``fit``.
+        prior: what ``prior`` starts from.
     """
 
-    def __init__(self, names: Sequence[str], levels: np.ndarray) -> None:
-        self.names, self.levels = list(names), levels
+    def __init__(self, names: Sequence[str], levels: np.ndarray, prior: MarketPrior | None = None) -> None:
+        self.names, self.levels, self.prior = list(names), levels, prior
         self.fitted: dict[str, QuantileBaseline] = {}
         self._markets: dict[str, Markets] = {}
 
@@ -99,7 +101,8 @@ class Baselines:
             )
         before = known_before(prices, list(known), cut)
         kinds = [name for name in self.names if name in SCALES]
-        self.fitted = fit_baselines(before, known, returns_ahead(before, plan.horizon), self.levels, kinds)
+        returns = returns_ahead(before, plan.horizon)
+        self.fitted = fit_baselines(before, known, returns, self.levels, kinds, prior=self.prior)
         # Fitted on the past alone; the market goes on, each day of it known at that day's close.
         scales = {kind: self.fitted[kind].scale for kind in kinds}
         self._markets = {kind: scale.markets_of(prices) for kind, scale in scales.items() if scale is not None}

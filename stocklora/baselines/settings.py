@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stocklora.cli.console import UserError
-from stocklora.cli.settings import DEVICES, check_positive, check_run, setting
+from stocklora.cli.settings import DEVICES, check_horizon, check_positive, check_run, setting
 
 HORIZON = 3  # closes that framework.py forecasts
 
@@ -62,12 +62,36 @@ class FrameworkSettings:
         None, "must be the one the model was trained with (default: taken from the model file)", section="data",
         metavar="DAYS",
     )  # fmt: skip
-    model_path: Path = setting(Path("model.pth"), "model file of train.py", section="model", metavar="FILE")
+    model_path: Path = setting(
+        Path("model.pth"), "model file of train.py; or prior, which needs no training: what hundreds of other stocks "
+        "teach, moved by the days in the file", section="model", metavar="FILE",
+    )  # fmt: skip
+    prior: str = setting(
+        "builtin", "with --model_path prior: builtin, or a FILE of scripts/make_prior.py", section="model",
+        metavar="FILE",
+    )  # fmt: skip
+    horizon: int | None = setting(
+        None, "with --model_path prior: days ahead (default: 3)", section="model", metavar="DAYS"
+    )
     device: str = setting("auto", "where to compute", choices=DEVICES, section="model")
     output: Path = setting(Path("predictions.csv"), "where the forecast goes", section="output", metavar="CSV")
 
     def __post_init__(self) -> None:
-        check_positive(self, "window_size")
+        check_positive(self, "window_size", "horizon")
+        if self.horizon is not None:
+            check_horizon(self.horizon)
+        if self.prior == "none":
+            raise UserError("--prior none: leave --model_path prior out instead")
+        for name in ("horizon",) + ("prior",) * (self.prior != "builtin"):
+            if getattr(self, name) is not None and not self.by_prior:
+                raise UserError(
+                    f"--{name} is for --model_path prior; a model file of train.py forecasts {HORIZON} days"
+                )
+
+    @property
+    def by_prior(self) -> bool:
+        """Whether the market prior forecasts; a file of that name is a model file like any other."""
+        return str(self.model_path) == "prior" and not self.model_path.exists()
 
 
 def check_model_file(path: Path) -> None:

@@ -5,7 +5,6 @@ Everything fitted here is fitted on training origins.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +24,13 @@ from stocklora.dataset.windows import (
     split_origins,
 )
 from stocklora.metrics.scores import QUANTILE_LEVELS, Scores, median_index, pinball_loss, score
-from stocklora.prices.tables import log_returns_ahead
+from stocklora.prices.tables import log_returns_ahead, prices_sha256
 from stocklora.volatility.market import Markets
+from stocklora.volatility.prior import DRIFT_ORIGINS, MarketPrior
 from stocklora.volatility.random_walk import QuantileBaseline, fit_baselines
-from stocklora.volatility.scales import SCALES
+from stocklora.volatility.scales import OWN_SCALES, SCALES
 
+BETTER_THAN_PRIOR = -1.645  # a standard normal's 5%
 LEAST_TRAINING_ORIGINS = 20  # fewer cannot tell nine quantiles apart
 
 
@@ -98,28 +99,47 @@ class ForecastData:
     def forecasts_of(self, baseline: str | QuantileBaseline, split: str) -> np.ndarray:
         """(n, horizon, levels) of a baseline."""
         fitted = self.baselines[baseline] if isinstance(baseline, str) else baseline
-        scales = self.scales[fitted.scale.kind if fitted.scale else SCALES[0]]
+        scales = self.scales[fitted.scale.kind if fitted.scale else OWN_SCALES[0]]
         return fitted.quantiles(self.at_origins(scales.__getitem__, split))
 
     def score(self, quantiles: np.ndarray, split: str) -> Scores:
         return score(self.closes_of(split), self.returns_of(split), quantiles, self.levels)
 
+    def validation_losses(self, baseline: str | QuantileBaseline) -> np.ndarray:
+        """(n,) quantile loss of a baseline at each validation origin."""
+        quantiles = self.forecasts_of(baseline, "validation")
+        return pinball_loss(self.returns_of("validation"), quantiles, self.levels).mean(axis=1)
+
     def validation_loss(self, baseline: str | QuantileBaseline) -> float:
-        """Mean quantile loss of a baseline on validation origins."""
-        returns = self.returns_of("validation")
-        return float(pinball_loss(returns, self.forecasts_of(baseline, "validation"), self.levels).mean())
+        """Its mean."""
+        return float(self.validation_losses(baseline).mean())
 
     def better_scale(self) -> str:
-        """The scale whose baseline has the lower quantile loss on validation."""
-        return min(SCALES, key=self.validation_loss)
+        """The scale to start from: of those fitted on training days alone the one with the lowest validation loss.
+
+        Where there is a prior, the prior's, unless another is better on validation days by more than chance (the
+        test of Diebold and Mariano at 5%): one ticker's few validation days choose by luck.
+        """
+        from stocklora.metrics.significance import diebold_mariano  # scipy's statistics: a forecast needs none
+
+        own = min(OWN_SCALES, key=self.validation_loss)
+        if "prior" not in self.baselines:
+            return own
+        losses = self.validation_losses(own) - self.validation_losses("prior")
+        daily = pd.Series(losses).groupby(self.dates_of("validation")).mean()
+        statistic, _ = diebold_mariano(daily.to_numpy(), self.horizon)
+        return own if statistic < BETTER_THAN_PRIOR else "prior"
 
     def start(self, kind: str) -> QuantileBaseline:
         """Where a model with this scale starts: around the scaled median or around the drift.
 
         The point forecast with the lower absolute error on validation decides.
         """
-        scaled = self.baselines[kind]
-        drifting = scaled.around_drift(self.baselines["drift"].location, self.levels)
+        scaled, drift = self.baselines[kind], self.baselines["drift"].location
+        if kind == "prior":  # a year's mean return is mostly luck
+            origins = sum(len(parts["train"]) for parts in self.origins.values())
+            drift = drift * origins / (origins + DRIFT_ORIGINS)
+        drifting = scaled.around_drift(drift, self.levels)
         middle, returns = median_index(self.levels), self.returns_of("validation")
 
         def absolute_error(baseline: QuantileBaseline) -> float:
@@ -136,6 +156,7 @@ def prepare(
     test_fraction: float = 0.15,
     validation_from: str | None = None,
     test_from: str | None = None,
+    prior: MarketPrior | None = None,
 ) -> ForecastData:
     """Split by date across all tickers and fit the baselines.
 
@@ -145,6 +166,7 @@ def prepare(
         horizon: days ahead.
         validation_fraction, test_fraction: shares of the dates, the last.
         validation_from, test_from: first days of these parts, in place of a share.
+        prior: what other tickers teach; with it there is a scale ``prior`` too.
 
     Raises:
         UserError: too few days, or split dates that leave a part empty.
@@ -164,7 +186,8 @@ def prepare(
     returns = {name: log_returns_ahead(frame["Close"].to_numpy(), horizon) for name, frame in prices.items()}
     training = {name: parts["train"] for name, parts in origins.items()}
     scales: dict[str, dict[str, np.ndarray]] = {}
-    baselines = fit_baselines(prices, training, returns, np.array(QUANTILE_LEVELS), scales=scales)
+    kinds = OWN_SCALES if prior is None else SCALES
+    baselines = fit_baselines(prices, training, returns, np.array(QUANTILE_LEVELS), kinds, scales, prior)
     return ForecastData(prices, dates, window_size, horizon, returns, origins, baselines, scales)
 
 
@@ -229,11 +252,6 @@ def fitted_to_context(
 
 def data_facts(data: ForecastData, sequences: Mapping[str, Sequence[DaySequence]]) -> dict[str, Any]:
     """What a weights file says of the data it was trained on."""
-    digest = hashlib.sha256()
-    for name in sorted(data.prices):
-        digest.update(name.encode())
-        digest.update(data.prices[name].index.to_numpy().astype("datetime64[D]").astype(np.int64).tobytes())
-        digest.update(np.ascontiguousarray(data.prices[name].to_numpy(dtype=np.float64)).tobytes())
     return {
         "tickers": list(data.prices),
         "rows": {name: len(frame) for name, frame in data.prices.items()},
@@ -242,7 +260,7 @@ def data_facts(data: ForecastData, sequences: Mapping[str, Sequence[DaySequence]
         "validation_from": f"{data.dates.validation:%Y-%m-%d}",
         "test_from": f"{data.dates.test:%Y-%m-%d}",
         "targets": {split: count_origins(parts) for split, parts in sequences.items()},
-        "sha256": digest.hexdigest(),
+        "sha256": prices_sha256(data.prices),
     }
 
 

@@ -47,6 +47,7 @@ from stocklora.runtime.distributed import (
 )
 from stocklora.runtime.files import check_writable
 from stocklora.runtime.machine import choose_device, choose_dtype, keep_freed_memory, memory_errors
+from stocklora.volatility.prior import prior_named
 from stocklora.volatility.scales import SCALES
 
 
@@ -137,16 +138,20 @@ def prepare_data(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings
     Raises:
         UserError: too few days, or a sequence that the base model's context cannot hold.
     """
+    prior = prior_named(settings.prior)
     prices = with_a_day_to_learn_from(prices, settings.window_size + settings.horizon + 1)
     data = prepare(
         prices, settings.window_size, settings.horizon, settings.validation_fraction, settings.test_fraction,
-        settings.validation_from, settings.test_from,
+        settings.validation_from, settings.test_from, prior,
     )  # fmt: skip
     scale_kind = data.better_scale() if settings.scale == "auto" else settings.scale
     encoder = DayEncoder(base.tokenizer, settings.prompt, settings.indicators, anonymize=settings.anonymize)
     targets, examples = encode_splits(data, settings, encoder, scale_kind, base.context_tokens)
     sequences = {split: [example.encoded.sequence for example in part] for split, part in examples.items()}
-    return PreparedData(data, scale_kind, targets, examples, data_facts(data, sequences))
+    facts = data_facts(data, sequences)
+    if prior is not None and scale_kind == "prior":
+        facts["prior"] = {name: value for name, value in prior.made_from.items() if name != "markets"}
+    return PreparedData(data, scale_kind, targets, examples, facts)
 
 
 def with_a_day_to_learn_from(prices: Mapping[str, pd.DataFrame], least: int) -> dict[str, pd.DataFrame]:

@@ -26,6 +26,10 @@ from stocklora.runtime.machine import peak_memory_mb, versions
 WEIGHTS_NAME = "best_lora_weights.pth"
 HISTORY_NAME = "training_history.csv"
 CURVE_NAME = "training_curve.png"
+SCALE_NAMES = {
+    "ewma": "EWMA volatility", "har": "HAR-range volatility", "harx": "HAR-X volatility",
+    "prior": "the market prior's volatility, moved by the training days",
+}  # fmt: skip
 STORED_AS = {"none": "", "8bit": ", linear layers in int8", "4bit": ", linear layers in 4-bit nf4"}
 
 
@@ -82,7 +86,7 @@ def print_run_facts(
         ("prompt", f"{' + '.join([spec.prompt, *spec.indicators])}, {tokens / days_read:.1f} tokens a day"),
         ("sequences", f"{len(examples['train']):,} of up to {spec.window_size + spec.targets_per_sequence - 1} days, "
                       f"{spec.targets_per_sequence} forecasts each; {tokens:,} tokens an epoch"),
-        ("starts at", f"the random walk scaled by {scale_kind} volatility"
+        ("starts at", f"the random walk scaled by {SCALE_NAMES[scale_kind]}"
                       if settings.expand_rank_from is None else f"the forecasts of {settings.expand_rank_from}"),
     ]  # fmt: skip
     for name, text in facts:

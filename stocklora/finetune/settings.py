@@ -63,8 +63,12 @@ class TrainLoraSettings:
     )
     trust_remote_code: bool = setting(False, "run Python code that comes with the base model", section="model")
     scale: str = setting(
-        "auto", "volatility scale the forecast starts from; auto: the better on validation",
-        choices=("auto", "ewma", "har", "harx"), section="model",
+        "auto", "volatility scale the forecast starts from; auto: the prior's, or another that is clearly better on "
+        "validation", choices=("auto", "ewma", "har", "harx", "prior"), section="model",
+    )  # fmt: skip
+    prior: str = setting(
+        "builtin", "what hundreds of other stocks teach about volatility: builtin, none, or a FILE of "
+        "scripts/make_prior.py", section="model", metavar="FILE",
     )  # fmt: skip
     method: str = setting(
         "lora",
@@ -156,6 +160,8 @@ class TrainLoraSettings:
     keep_checkpoints: bool = setting(False, "keep the run's state (last/) when it is finished", section="output")
 
     def __post_init__(self) -> None:
+        if self.scale == "prior" and self.prior == "none":
+            raise UserError("--scale prior starts from a prior and --prior none leaves it out; drop one of the two")
         check_positive(
             self, "checkpoint_every", "window_size", "horizon", "targets_per_sequence",
             "max_tokens_per_sequence", "max_tokens_per_batch", "lora_rank", "lora_alpha", "lora_plus_ratio",

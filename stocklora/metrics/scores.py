@@ -23,6 +23,7 @@ FORECASTERS = {
     "ewma": "random walk, EWMA volatility",
     "har": "random walk, HAR-range volatility",
     "harx": "random walk, HAR-X volatility",
+    "prior": "random walk, market prior",
     "model": "this model",
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from arch.bootstrap import optimal_block_length
 from scipy import stats
 
 # Fewer separate stretches of `horizon` days say nothing reliable: with 10, Diebold and Mariano's test at the 5%
@@ -206,6 +205,8 @@ def _block_days(values: np.ndarray, least: int) -> int:
         optimal = count ** (1.0 / 3.0)
     else:
         with np.errstate(divide="ignore", invalid="ignore"):
+            from arch.bootstrap import optimal_block_length  # only here: it takes seconds to import
+
             optimal = float(optimal_block_length(values)["circular"].iloc[0])
     longest = max(1, count // 3)
     return max(least, min(longest, math.ceil(optimal))) if math.isfinite(optimal) else least

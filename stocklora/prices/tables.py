@@ -15,6 +15,7 @@ import csv
 import datetime as dt
 import difflib
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -34,6 +35,7 @@ QUOTES = PRICE_COLUMNS[:4]
 # Adjusting multiplies four prices by one factor, and rounding then lets a close stand a hair above its
 # high. A gap up to this fraction of the price is rounding, a wider one is a wrong bar.
 BAR_TOLERANCE = 1e-5
+MENDED_GAP, MENDED_SHARE = 0.02, 0.005  # of the price, and of a file's rows: what is mended rather than refused
 
 NAME_WITH_YEAR = re.compile(r"([A-Za-z0-9.^=-]+)_(19|20)\d{2}(\D.*)?$")
 
@@ -145,7 +147,7 @@ def read_table(path: Path, meta: Mapping[str, Any] | None = None) -> dict[str, p
     cells = {name: [row[place[name]] for row in rows] for name in place}
     dates = parse_dates(path, cells["Date"], lines)
     numbers = {name: parse_numbers(path, name, cells[name], lines) for name in PRICE_COLUMNS}
-    check_bars(path, numbers, lines)
+    mend_bars(path, numbers, dates, lines)
 
     if "Ticker" in place:
         tickers = np.array([cell.strip() for cell in cells["Ticker"]], dtype=object)
@@ -163,17 +165,38 @@ def read_table(path: Path, meta: Mapping[str, Any] | None = None) -> dict[str, p
     return frames
 
 
-def check_bars(path: Path, numbers: Mapping[str, np.ndarray], lines: np.ndarray) -> None:
-    """High is the highest and low the lowest of a bar, up to ``BAR_TOLERANCE``."""
+def mend_bars(path: Path, numbers: dict[str, np.ndarray], dates: np.ndarray, lines: np.ndarray) -> None:
+    """High is the highest and low the lowest of a bar, up to ``BAR_TOLERANCE``.
+
+    A few opens and closes a little outside, as real tables of tens of thousands of rows have them, widen their day's
+    range in ``numbers``, and a line says how many.
+
+    Raises:
+        UserError: a fault that is larger than ``MENDED_GAP``, or more of them than ``MENDED_SHARE`` of the rows.
+    """
     high, low = numbers["High"], numbers["Low"]
-    for name, faults in bar_faults(numbers).items():
-        for index in np.flatnonzero(faults):
+    faults = bar_faults(numbers)
+    rows = np.flatnonzero(faults["Open"] | faults["Close"])
+    body = np.stack([numbers["Open"], numbers["Close"]])[:, rows]
+    top, bottom = np.maximum(high[rows], body.max(axis=0)), np.minimum(low[rows], body.min(axis=0))
+    gap = np.maximum(top / high[rows], low[rows] / bottom) - 1.0
+    if not faults["High"].any() and (gap <= MENDED_GAP).all() and len(rows) <= MENDED_SHARE * len(high):
+        if len(rows):
+            numbers["High"], numbers["Low"] = high.copy(), low.copy()
+            numbers["High"][rows], numbers["Low"][rows] = top, bottom
+            days = ", ".join(str(date)[:10] for date in dates[rows[:3]]) + (", ..." if len(rows) > 3 else "")
+            warn(f"{path}: {len(rows)} of {len(high)} rows had an open or close up to {100 * gap.max():.2g}% outside "
+                 f"the day's range ({days}); their range was widened")  # fmt: skip
+        return
+    for name, mask in faults.items():
+        for index in np.flatnonzero(mask):
             what = f"{name.lower()} {numbers[name][index]:g} is "
             if name == "High":
                 what += f"below low {low[index]:g}"
             else:
                 what += f"outside the day's range {low[index]:g} to {high[index]:g}"
-            raise UserError(f"{at(path, lines[index], name)}: {what}; correct or delete that line")
+            more = f" ({len(rows)} of {len(high)} rows are such)" if len(rows) > 1 and name != "High" else ""
+            raise UserError(f"{at(path, lines[index], name)}: {what}{more}; correct or delete that line")
 
 
 def bar_faults(bars: Mapping[str, Any] | pd.DataFrame) -> dict[str, np.ndarray]:
@@ -316,6 +339,16 @@ def trusted_meta(path: Path) -> dict[str, Any] | None:
         warn(f"{path} has changed since {meta_path(path).name} was written; that sidecar is ignored")
         return None
     return meta
+
+
+def prices_sha256(prices: Mapping[str, pd.DataFrame]) -> str:
+    """Of names, dates and numbers, the tickers in alphabetical order."""
+    digest = hashlib.sha256()
+    for name in sorted(prices):
+        digest.update(name.encode())
+        digest.update(prices[name].index.to_numpy().astype("datetime64[D]").astype(np.int64).tobytes())
+        digest.update(np.ascontiguousarray(prices[name].to_numpy(dtype=np.float64)).tobytes())
+    return digest.hexdigest()
 
 
 def log_returns_ahead(close: np.ndarray, horizon: int) -> np.ndarray:

@@ -24,6 +24,21 @@ NEAR_ROWS = 3  # how far, in trading days, a report may be from its place a quar
 NEAR_DAYS, NEAR_SPREAD_DAYS = 5, 0.8  # and in calendar days, with a bell of this width
 EVENT_DAYS, EVENT_LEAST_DAYS, EVENT_SHARE = 250, 60, 0.05  # an event: among a year's strongest 5% of days
 
+# What ``harx_features`` returns, in order; a prior's file and its explanations go by these names.
+ALIKE_INPUTS = (
+    "log_range_250", "log_range_500", "log_size_66", "log_size_250",
+    *[f"log_overnight_{days}" for days in (1, 5, 22, 66)], "volume", "volume_5", "move_5", "move_22",
+    "market_today", "market_today_size",
+    *[f"market_log_range_{days}" for days in (1, 5, 22, 66)], "market_log_size_1", "market_log_size_5",
+    "market_log_ewma", "market_move_5", "market_move_22",
+)  # fmt: skip
+AHEAD_INPUTS = (
+    *[f"unrest_{quarter}_quarters_ago" for quarter in QUARTERS],
+    *[f"busy_{quarter}_quarters_ago" for quarter in QUARTERS],
+    "report_near", "report_near_two", "report_near_squared", "report_near_two_squared",
+    "event_5_days", "event_5_days_and_near", "event_15_days", "event_15_days_and_near",
+)  # fmt: skip
+
 
 def harx_features(frame: pd.DataFrame, market: Market, horizon: int) -> tuple[np.ndarray, np.ndarray]:
     """The inputs that come on top of ``scales.range_features``.

@@ -42,7 +42,7 @@ class Market:
         self._surprises: dict[np.datetime64, np.ndarray] = {}
         self._table: pd.DataFrame | None = None
         self._derived: dict[str, pd.DataFrame] = {}
-        self._running: tuple[float, pd.Series] | None = None  # and what it started from
+        self._running: tuple[float, pd.DataFrame] | None = None  # and what it started from
 
     def add(self, frame: pd.DataFrame) -> None:
         """One ticker's days: its log return, the size of it, and its log Garman-Klass range."""
@@ -81,21 +81,27 @@ class Market:
             self._derived[name] = compute(days)
         return self._derived[name]
 
-    def running_surprise(self, index: pd.DatetimeIndex, usual: float) -> np.ndarray:
-        """Exponentially weighted mean of the surprise over past days, at every date of ``index``.
+    def running_surprise(self, index: pd.DatetimeIndex, usual: float) -> tuple[np.ndarray, np.ndarray]:
+        """Exponentially weighted means over past days, at every date of ``index``.
 
         Args:
-            usual: its mean on training days; worth ``SURPRISE_PRIOR_DAYS`` before the first surprise.
+            usual: the surprise's mean on training days; worth ``SURPRISE_PRIOR_DAYS`` before the first surprise.
+
+        Returns:
+            (days,) the surprise, and (days,) how many tickers a day it is the mean of.
         """
         if self._running is None or self._running[0] != usual:
-            means = _means(self._surprises, ("surprise",))["surprise"]
             decay = 0.5 ** (1.0 / SURPRISE_HALF_LIFE_DAYS)
-            total, weight, running = usual * SURPRISE_PRIOR_DAYS, SURPRISE_PRIOR_DAYS, []
-            for value in means.to_numpy():
-                total, weight = decay * total + value, decay * weight + 1.0
-                running.append(total / weight)
-            self._running = usual, pd.Series(running, index=means.index, dtype=np.float64)
-        return self._running[1].reindex(index, method="ffill").fillna(usual).to_numpy()
+            total, weight, tickers, days, running = usual * SURPRISE_PRIOR_DAYS, SURPRISE_PRIOR_DAYS, 0.0, 0.0, []
+            dates = sorted(self._surprises)
+            for count, surprises in (self._surprises[date] for date in dates):
+                total, weight = decay * total + surprises / count, decay * weight + 1.0
+                tickers, days = decay * tickers + count, decay * days + 1.0
+                running.append((total / weight, tickers / days))
+            table = np.array(running, dtype=np.float64).reshape(len(dates), 2)
+            self._running = usual, pd.DataFrame(table, index=pd.DatetimeIndex(dates), columns=["surprise", "tickers"])
+        rows = self._running[1].reindex(index, method="ffill")
+        return rows["surprise"].fillna(usual).to_numpy(), rows["tickers"].fillna(1.0).to_numpy()
 
 
 class Markets:

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from stocklora.metrics.scores import median_index
-from stocklora.volatility.scales import MOST_FITTED_ORIGINS, SCALES, VolatilityScale, fit_scale, thinned
+from stocklora.volatility.prior import MarketPrior
+from stocklora.volatility.scales import MOST_FITTED_ORIGINS, OWN_SCALES, VolatilityScale, fit_scale, thinned
 
 
 def empirical_quantiles(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
@@ -38,7 +39,7 @@ class QuantileBaseline:
     """A baseline that knows only scale and past distribution: location(h) + scale(origin, h) * table(h, level).
 
     ``naive``: last close as the point forecast, unscaled empirical quantiles around it. ``drift``: the same,
-    moved by the mean training return. ``ewma``, ``har``, ``harx``: quantiles of the scaled returns.
+    moved by the mean training return. ``ewma``, ``har``, ``harx``, ``prior``: quantiles of the scaled returns.
 
     Attributes:
         location: (horizon,) log return that the quantiles stand around.
@@ -69,8 +70,9 @@ def fit_baselines(
     origins: Mapping[str, range],
     returns: Mapping[str, np.ndarray],
     levels: np.ndarray,
-    kinds: Sequence[str] = SCALES,
+    kinds: Sequence[str] = OWN_SCALES,
     scales: dict[str, dict[str, np.ndarray]] | None = None,
+    prior: MarketPrior | None = None,
 ) -> dict[str, QuantileBaseline]:
     """Fit ``naive``, ``drift`` and one baseline for each scale on the training origins of all tickers, pooled.
 
@@ -83,6 +85,7 @@ def fit_baselines(
         levels: (levels,) increasing, in (0, 1).
         kinds: the scales asked for.
         scales: filled with every scale's values: kind -> ticker -> (days, horizon).
+        prior: where the scale and the quantiles of ``prior`` start, if that is among ``kinds``.
     """
     rows = thinned(origins, MOST_FITTED_ORIGINS)
     pooled = np.concatenate([returns[name][rows[name]] for name in prices])
@@ -93,7 +96,8 @@ def fit_baselines(
         "drift": QuantileBaseline("drift", None, pooled.mean(axis=0), raw),
     }
     for kind in kinds:
-        scale = fit_scale(kind, prices, origins, returns)
+        start = prior.scale_for(pooled.shape[1]) if prior is not None and kind == "prior" else None
+        scale = fit_scale(kind, prices, origins, returns, start)
         markets = scale.markets_of(prices)
         scaled = []
         for name, frame in prices.items():
@@ -102,5 +106,7 @@ def fit_baselines(
             if scales is not None:
                 scales.setdefault(kind, {})[name] = values
         table = empirical_quantiles(np.concatenate(scaled), levels)
+        if prior is not None and kind == "prior":
+            table = prior.moved_table(table, len(pooled))
         baselines[kind] = QuantileBaseline(kind, scale, nothing, table)
     return baselines

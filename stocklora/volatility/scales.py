@@ -1,8 +1,9 @@
 """What a day's return should be measured in: volatility known at the close of the origin.
 
-Three scales. ``ewma`` has nothing to fit. ``har`` is a log-linear regression on past ranges. ``harx`` adds
+Four scales. ``ewma`` has nothing to fit. ``har`` is a log-linear regression on past ranges. ``harx`` adds
 the inputs of ``harx.py``, as many as the training days can bear, and follows the regime by the market's
-running surprise. Anything fitted is fitted on the training origins that the caller passes in.
+running surprise. ``prior`` is that regression as hundreds of other stocks have it (``prior.py``), moved by the
+training days as far as they deserve. Anything fitted is fitted on the training origins that the caller passes in.
 """
 
 from __future__ import annotations
@@ -15,13 +16,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stocklora.volatility.harx import centre_and_spread, harx_features, standardized, time_blocks
+from stocklora.volatility.harx import (
+    AHEAD_INPUTS,
+    ALIKE_INPUTS,
+    centre_and_spread,
+    harx_features,
+    standardized,
+    time_blocks,
+)
 from stocklora.volatility.market import RANGE_FLOOR, SURPRISE_LIMIT, Market, Markets, garman_klass_variance, markets_of
 
 EWMA_LAMBDA = 0.94  # RiskMetrics Technical Document (J.P. Morgan, 1996): daily data
 SCALE_FLOOR = RANGE_FLOOR  # keeps a ticker that never moves from dividing by zero
 RANGE_DAYS = (1, 5, 22, 66)  # a day, a week, a month, a quarter
-SCALES = ("ewma", "har", "harx")
+OWN_SCALES = ("ewma", "har", "harx")  # what the training days alone give
+SCALES = (*OWN_SCALES, "prior")
 FURTHEST = 3.0  # from the EWMA scale, either way: more than any regime needs
 
 # How many days the regression's pull toward plain HAR is worth; cross-validation on training days chooses.
@@ -30,6 +39,9 @@ CROSS_VALIDATION_BLOCKS = 4
 LEAST_HARX_ORIGINS = 250
 TRUST_ORIGINS = 1500.0  # with so many training origins half of what harx adds to har is believed
 MOST_FITTED_ORIGINS = 50_000  # more add time and memory, not accuracy
+# A prior's coefficients and level are worth so many training origins; chosen on the tickers and years that the prior
+# was made from, each forecast by a prior of the others: from 200 origins to 46,000 one number is best or near it.
+PRIOR_ORIGINS = 6400.0
 
 
 def ewma_volatility(close: pd.Series) -> np.ndarray:
@@ -71,6 +83,10 @@ def range_features(frame: pd.DataFrame) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
+RANGE_INPUTS = ("one", "log_ewma", *[f"log_range_{days}" for days in RANGE_DAYS], "last_move", "last_move_size")
+HARX_INPUTS = (*RANGE_INPUTS, *ALIKE_INPUTS, *AHEAD_INPUTS)  # the columns of ``regression_inputs``
+
+
 @dataclass(frozen=True)
 class VolatilityScale:
     """How far the h-day log return usually goes, known at the origin.
@@ -80,12 +96,13 @@ class VolatilityScale:
     Econometrics 7, 2009) with ranges for realised variance. ``harx``: the same with the inputs of ``harx.py``,
     times the running surprise of all tickers over ``usual``: when closes have lately gone further than the
     regression expected, it draws wider, in the manner of adaptive conformal inference (Gibbs and Candès,
-    NeurIPS 2021), with the size of past errors in place of a count of misses.
+    NeurIPS 2021), with the size of past errors in place of a count of misses. ``prior``: as ``harx``, with numbers
+    of other tickers; the mean surprise of m tickers a day is believed to the power m / (m + 1).
 
     Attributes:
         coefficients: (horizon, inputs); empty for ``ewma``.
-        centre, spread: (horizon, inputs) of the training days, for ``harx``.
-        usual: mean surprise on training days, for ``harx``.
+        centre, spread: (horizon, inputs) of the training days, for ``harx`` and ``prior``.
+        usual: mean surprise on training days, for ``harx`` and ``prior``.
         ridge_days: the pull toward ``har`` that cross-validation chose; infinite where it chose ``har`` itself.
         trust: the share of what ``harx`` adds to ``har`` that is believed: n / (n + TRUST_ORIGINS).
     """
@@ -101,7 +118,7 @@ class VolatilityScale:
 
     @property
     def adapts(self) -> bool:
-        return self.kind == "harx"
+        return self.kind in ("harx", "prior")
 
     def at(self, frame: pd.DataFrame, market: Market) -> np.ndarray:
         """The scale at every day of ``frame``: (days, horizon), at least ``SCALE_FLOOR``.
@@ -112,8 +129,13 @@ class VolatilityScale:
         fitted = self.before_adapting(frame, market)
         if not self.adapts:
             return fitted
-        factor = (market.running_surprise(pd.DatetimeIndex(frame.index), self.usual) / self.usual) ** self.trust
-        return np.maximum(fitted * np.clip(factor, 1.0 / FURTHEST, FURTHEST)[:, None], SCALE_FLOOR)
+        return np.maximum(fitted * self.surprise_factor(frame, market)[:, None], SCALE_FLOOR)
+
+    def surprise_factor(self, frame: pd.DataFrame, market: Market) -> np.ndarray:
+        """(days,) by how much the market's recent surprises widen or narrow a scale that adapts."""
+        surprise, tickers = market.running_surprise(pd.DatetimeIndex(frame.index), self.usual)
+        trust = tickers / (tickers + 1.0) if self.kind == "prior" else self.trust
+        return np.clip((surprise / self.usual) ** trust, 1.0 / FURTHEST, FURTHEST)
 
     def on(self, prices: Mapping[str, pd.DataFrame]) -> dict[str, np.ndarray]:
         """The scale at every day of every ticker, forecast together: ticker -> (days, horizon)."""
@@ -175,31 +197,43 @@ def regression_inputs(frame: pd.DataFrame, market: Market, horizon: int) -> np.n
 
 
 def fit_scale(
-    kind: str, prices: Mapping[str, pd.DataFrame], origins: Mapping[str, range], returns: Mapping[str, np.ndarray]
+    kind: str,
+    prices: Mapping[str, pd.DataFrame],
+    origins: Mapping[str, range],
+    returns: Mapping[str, np.ndarray],
+    prior: VolatilityScale | None = None,
 ) -> VolatilityScale:
     """Fit a scale on the given origins of each ticker, pooled.
 
     ``har`` minimises the Laplace quasi-likelihood ``mean(log s + |r| / s)``, ``log s = x'b``, by Newton's
     method: convex in ``b``, and a day without any move does no harm, as it would in a regression of log |r|.
-    ``harx`` minimises the same with a ridge toward the ``har`` solution.
+    ``harx`` minimises the same with a ridge toward the ``har`` solution, ``prior`` with one toward ``prior``.
 
     Args:
         kind: one of ``SCALES``.
         prices: ticker -> its table.
         origins: ticker -> training rows.
         returns: ticker -> (days, horizon) log returns ahead.
+        prior: where the scale ``prior`` starts, of the same horizon; without any training origin it stays there.
     """
     horizon = next(iter(returns.values())).shape[1]
     if kind == "ewma":
         return VolatilityScale("ewma", horizon)
     rows = thinned(origins, MOST_FITTED_ORIGINS)
+    if kind == "prior" and not any(rows.values()):
+        assert prior is not None
+        return prior
     sizes = np.abs(np.concatenate([returns[name][rows[name]] for name in prices]))
     sizes = np.maximum(sizes, 0.1 * SCALE_FLOOR)  # a ticker that never moved would pull log s to minus infinity
     if kind == "har":
         inputs = np.concatenate([range_features(prices[name])[rows[name]] for name in prices])
         fitted = [_numbers(_har_regression(inputs, sizes[:, step])) for step in range(horizon)]
         return VolatilityScale("har", horizon, tuple(fitted))
-    return _fit_harx(prices, rows, sizes, horizon)
+    inputs = _stacked_inputs(prices, rows, horizon)
+    if kind == "prior":
+        assert prior is not None
+        return _moved(prior, inputs, sizes)
+    return _fit_harx(prices, rows, inputs, sizes)
 
 
 def thinned(origins: Mapping[str, range], most: int) -> dict[str, list[int]]:
@@ -208,13 +242,33 @@ def thinned(origins: Mapping[str, range], most: int) -> dict[str, list[int]]:
     return {name: list(rows[::every]) for name, rows in origins.items()}
 
 
-def _fit_harx(
-    prices: Mapping[str, pd.DataFrame], rows: Mapping[str, list[int]], sizes: np.ndarray, horizon: int
-) -> VolatilityScale:
+def _stacked_inputs(prices: Mapping[str, pd.DataFrame], rows: Mapping[str, list[int]], horizon: int) -> np.ndarray:
+    """(horizon, n, inputs) of the regression at the given rows of all tickers."""
     markets = markets_of(prices)
-    inputs = np.concatenate(
+    return np.concatenate(
         [regression_inputs(frame, markets.of(name), horizon)[:, rows[name]] for name, frame in prices.items()], axis=1
     )
+
+
+def _moved(prior: VolatilityScale, inputs: np.ndarray, sizes: np.ndarray) -> VolatilityScale:
+    """The prior's coefficients, its level among them, moved by training origins: a ridge toward the prior.
+
+    Args:
+        inputs: (horizon, n, inputs). sizes: (n, horizon) absolute returns.
+    """
+    ridge = np.full(inputs.shape[2], PRIOR_ORIGINS / len(sizes))
+    coefficients = []
+    for step, (raw, *row) in enumerate(zip(inputs, prior.coefficients, prior.centre, prior.spread, strict=True)):
+        start, centre, spread = map(np.array, row)
+        fitted = _laplace_regression(standardized(raw, centre, spread), sizes[:, step], start, ridge, start)
+        coefficients.append(_numbers(fitted))
+    return replace(prior, coefficients=tuple(coefficients))
+
+
+def _fit_harx(
+    prices: Mapping[str, pd.DataFrame], rows: Mapping[str, list[int]], inputs: np.ndarray, sizes: np.ndarray
+) -> VolatilityScale:
+    markets, horizon = markets_of(prices), len(inputs)
     dates = np.concatenate([prices[name].index.to_numpy()[rows[name]] for name in prices])
     centre, spread = zip(*[centre_and_spread(step) for step in inputs], strict=True)
     for row, width in zip(centre, spread, strict=True):
@@ -226,8 +280,8 @@ def _fit_harx(
     trust = len(sizes) / (len(sizes) + TRUST_ORIGINS)
     fitted = []
     for step in range(horizon):
-        plain = _harx_regression(inputs[step], sizes[:, step], math.inf)
-        fitted.append(plain + trust * (_harx_regression(inputs[step], sizes[:, step], ridge_days) - plain))
+        plain = harx_regression(inputs[step], sizes[:, step], math.inf)
+        fitted.append(plain + trust * (harx_regression(inputs[step], sizes[:, step], ridge_days) - plain))
     tables = {"coefficients": fitted, "centre": centre, "spread": spread}
     fields: dict[str, Any] = {name: tuple(map(_numbers, part)) for name, part in tables.items()}
     scale = VolatilityScale("harx", horizon, **fields, ridge_days=ridge_days, trust=trust)
@@ -252,7 +306,7 @@ def _choose_ridge(inputs: np.ndarray, sizes: np.ndarray, dates: np.ndarray) -> f
             continue
         warm = None
         for strength in strengths:
-            warm = _harx_regression(inputs[~block], sizes[~block], strength, warm)
+            warm = harx_regression(inputs[~block], sizes[~block], strength, warm)
             line = inputs[block] @ warm
             loss[strength] += float(np.sum(line + sizes[block] * np.exp(-line)))
     return min(strengths, key=lambda strength: loss[strength])
@@ -275,7 +329,7 @@ def _har_regression(inputs: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return _laplace_regression(inputs, sizes, prior, ridge, start)
 
 
-def _harx_regression(
+def harx_regression(
     inputs: np.ndarray, sizes: np.ndarray, ridge_days: float, start: np.ndarray | None = None
 ) -> np.ndarray:
     har_inputs = len(RANGE_DAYS) + 4

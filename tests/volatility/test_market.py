@@ -144,7 +144,7 @@ def test_running_surprise_by_hand(seed: int) -> None:
     prices, scales = surprise_frames(seed)
     market = surprised(prices, scales)
     for frame in prices.values():
-        found = market.running_surprise(pd.DatetimeIndex(frame.index), USUAL)
+        found = market.running_surprise(pd.DatetimeIndex(frame.index), USUAL)[0]
         np.testing.assert_allclose(
             found, running_by_hand(prices, scales, pd.DatetimeIndex(frame.index), USUAL), rtol=1e-12
         )
@@ -153,12 +153,12 @@ def test_running_surprise_by_hand(seed: int) -> None:
 def test_running_surprise_starts_from_usual() -> None:
     prices, scales = surprise_frames()
     index = pd.DatetimeIndex(prices["A"].index)
-    found = surprised(prices, scales).running_surprise(index, USUAL)
+    found = surprised(prices, scales).running_surprise(index, USUAL)[0]
     assert (found[: 1 + SKIPPED] == USUAL).all()  # before the first surprise that counts
     assert (found[1 + SKIPPED :] != USUAL).all()
-    assert (Market().running_surprise(index, USUAL) == USUAL).all()  # nobody was added
+    assert (Market().running_surprise(index, USUAL)[0] == USUAL).all()  # nobody was added
     before = pd.bdate_range("2010-01-01", periods=3)
-    assert (surprised(prices, scales).running_surprise(before, USUAL) == USUAL).all()
+    assert (surprised(prices, scales).running_surprise(before, USUAL)[0] == USUAL).all()
 
 
 def test_running_surprise_follows_the_usual_it_is_asked_with() -> None:
@@ -166,7 +166,9 @@ def test_running_surprise_follows_the_usual_it_is_asked_with() -> None:
     index = pd.DatetimeIndex(prices["A"].index)
     market = surprised(prices, scales)
     for usual in (USUAL, 2.0, USUAL):
-        assert (market.running_surprise(index, usual) == surprised(prices, scales).running_surprise(index, usual)).all()
+        assert (
+            market.running_surprise(index, usual)[0] == surprised(prices, scales).running_surprise(index, usual)[0]
+        ).all()
 
 
 def test_a_scale_that_is_right_surprises_as_usual_from_the_first_day_on() -> None:
@@ -174,7 +176,7 @@ def test_a_scale_that_is_right_surprises_as_usual_from_the_first_day_on() -> Non
     prices = {f"T{n}": random_prices(250, n) for n in range(20)}
     scales = {name: ewma_volatility(frame["Close"]) for name, frame in prices.items()}
     usual = float(np.sqrt(2 / np.pi)) * 1.03  # mean |z| of a normal, and a little for the estimated scale
-    found = surprised(prices, scales).running_surprise(pd.DatetimeIndex(prices["T0"].index), usual)
+    found = surprised(prices, scales).running_surprise(pd.DatetimeIndex(prices["T0"].index), usual)[0]
     assert np.abs(found / usual - 1).max() < 0.08
 
 
@@ -184,7 +186,7 @@ def test_one_crash_counts_six_scales_at_most() -> None:
     crash.iloc[40:, :4] /= 1e6
     market, index = Market(), pd.DatetimeIndex(crash.index)
     market.add_surprise(crash, scales["A"])
-    found = market.running_surprise(index, USUAL)
+    found = market.running_surprise(index, USUAL)[0]
     total, weight = found[39] * _weight(39 - SKIPPED), _weight(39 - SKIPPED)
     assert found[40] == pytest.approx((DECAY * total + 6.0) / (DECAY * weight + 1.0))
 
@@ -198,7 +200,7 @@ def test_a_date_the_market_lacks_has_the_last_days_surprise() -> None:
     market = surprised(prices, scales)
     known = pd.DatetimeIndex(prices["A"].index)
     between = known[30:40] + pd.Timedelta(hours=12)
-    assert (market.running_surprise(between, USUAL) == market.running_surprise(known[30:40], USUAL)).all()
+    assert (market.running_surprise(between, USUAL)[0] == market.running_surprise(known[30:40], USUAL)[0]).all()
 
 
 @given(cut=st.integers(2, 59), seed=st.integers(0, 99), deleted=st.booleans())
@@ -218,8 +220,8 @@ def test_nothing_of_a_day_depends_on_later_days(cut: int, seed: int, deleted: bo
     before, after = market_of(prices).days.loc[:last], market_of(changed).days.loc[:last]
     pd.testing.assert_frame_equal(before, after, check_exact=True)
     index = pd.DatetimeIndex(prices["A"].index[:cut])
-    known = surprised(prices, scales).running_surprise(index, USUAL)
-    assert (known == surprised(changed, changed_scales).running_surprise(index, USUAL)).all()
+    known = surprised(prices, scales).running_surprise(index, USUAL)[0]
+    assert (known == surprised(changed, changed_scales).running_surprise(index, USUAL)[0]).all()
 
 
 def test_streamed_tickers_make_the_same_market_bit_for_bit() -> None:
@@ -230,11 +232,11 @@ def test_streamed_tickers_make_the_same_market_bit_for_bit() -> None:
         streamed.add(frame.copy())
         _ = streamed.days  # asked for in between: what comes later still counts
         streamed.add_surprise(frame.copy(), scales[name])
-        _ = streamed.running_surprise(pd.DatetimeIndex(frame.index), USUAL)
+        _ = streamed.running_surprise(pd.DatetimeIndex(frame.index), USUAL)[0]
     pd.testing.assert_frame_equal(streamed.days, whole.days, check_exact=True)
     index = pd.DatetimeIndex(prices["A"].index)
-    expected = surprised(prices, scales).running_surprise(index, USUAL)
-    assert (streamed.running_surprise(index, USUAL) == expected).all()
+    expected = surprised(prices, scales).running_surprise(index, USUAL)[0]
+    assert (streamed.running_surprise(index, USUAL)[0] == expected).all()
 
 
 def test_what_is_derived_from_the_days_is_computed_once_and_anew_after_another_ticker() -> None:
@@ -275,7 +277,7 @@ def test_the_shortest_tables() -> None:
     for rows in (1, 2, SKIPPED + 1):
         market.add_surprise(random_prices(rows), np.full(rows, 0.02))
     index = pd.DatetimeIndex(random_prices(30).index)
-    assert (market.running_surprise(index, USUAL) == USUAL).all()
+    assert (market.running_surprise(index, USUAL)[0] == USUAL).all()
 
 
 def test_a_price_that_never_moves_is_finite_and_at_the_floor() -> None:
@@ -283,7 +285,7 @@ def test_a_price_that_never_moves_is_finite_and_at_the_floor() -> None:
     market = market_of({"A": still})
     assert (market.days.to_numpy() == [0.0, 0.0, np.log(1e-4)]).all()
     market.add_surprise(still, np.full(len(still), 1e-4))
-    found = market.running_surprise(pd.DatetimeIndex(still.index), USUAL)
+    found = market.running_surprise(pd.DatetimeIndex(still.index), USUAL)[0]
     assert (found == USUAL).all()  # a halt is not a calm
 
 

@@ -13,6 +13,7 @@ from stocklora.dataset.prepare import prepare, select_tickers
 from stocklora.prices.tables import log_returns_ahead, read_prices
 from stocklora.runtime.files import bundled_folder
 from stocklora.volatility import scales as volatility
+from stocklora.volatility.prior import load_prior
 from stocklora.volatility.random_walk import empirical_quantiles
 from stocklora.volatility.scales import SCALES, VolatilityScale, ewma_volatility, fit_scale, range_features
 
@@ -64,7 +65,7 @@ def test_scales_do_not_see_the_future(cut, seed):
         frame.iloc[cut:] *= draw.uniform(0.5, 2.0, (600 - cut, 1))
     gone = {name: frame.iloc[:cut] for name, frame in prices.items()}
     for kind in SCALES:
-        scale = fit_scale(kind, prices, origins, returns)
+        scale = fit_scale(kind, prices, origins, returns, load_prior().scale_for(3))
         before = scale.on(prices)
         for after in (scale.on(changed), scale.on(gone)):
             assert all((before[name][:cut] == after[name][:cut]).all() for name in prices)

@@ -1,0 +1,77 @@
+"""Forecasts without any training: the market prior, moved by each file's own days; no torch, about a second."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stocklora.baselines.settings import HORIZON, FrameworkSettings
+from stocklora.cli.console import UserError, say, warn
+from stocklora.dataset.prepare import split_by_rows
+from stocklora.forecaster.predictions import prediction_rows, print_forecast, write_predictions
+from stocklora.metrics.scores import QUANTILE_LEVELS
+from stocklora.prices.tables import log_returns_ahead
+from stocklora.volatility.market import Markets
+from stocklora.volatility.prior import LEAST_ROWS, WARM_UP_DAYS, MarketPrior, prior_named
+from stocklora.volatility.random_walk import QuantileBaseline, fit_baselines
+
+
+def forecast_and_save(prices: Mapping[str, pd.DataFrame], settings: FrameworkSettings) -> None:
+    """What ``framework.py --model_path prior`` does: forecast every ticker, write and print the forecasts.
+
+    Raises:
+        UserError: no ticker with enough days, or a prior that cannot be read.
+    """
+    prior = prior_named(settings.prior)
+    assert prior is not None
+    rows = forecast_by_prior(known_to_prior(prices), prior, settings.horizon or HORIZON)
+    write_predictions(settings.output, rows)
+    print_forecast(rows)
+    say(f"saved: {settings.output}")
+
+
+def known_to_prior(prices: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The tickers with days enough for a forecast by the prior; the others are named and left out.
+
+    Raises:
+        UserError: none has enough.
+    """
+    known, short = split_by_rows(prices, LEAST_ROWS)
+    if not known:
+        raise UserError(f"a forecast by the prior needs {LEAST_ROWS} days of prices: {', '.join(short)} rows; "
+                        "download a longer --period")  # fmt: skip
+    if short:
+        warn(f"fewer than {LEAST_ROWS} rows, left out: {', '.join(short)}")
+    return known
+
+
+def move_prior(
+    prices: Mapping[str, pd.DataFrame], prior: MarketPrior, horizon: int
+) -> tuple[QuantileBaseline, Markets]:
+    """The prior as these tickers' own days move it, and their markets as it reads them.
+
+    Args:
+        prices: ticker -> its table, of at least ``LEAST_ROWS`` days.
+        prior: where it starts.
+        horizon: days ahead.
+    """
+    origins = {name: range(WARM_UP_DAYS, len(frame) - horizon) for name, frame in prices.items()}
+    returns = {name: log_returns_ahead(frame["Close"].to_numpy(), horizon) for name, frame in prices.items()}
+    moved = fit_baselines(prices, origins, returns, np.array(QUANTILE_LEVELS), ("prior",), prior=prior)["prior"]
+    assert moved.scale is not None
+    return moved, moved.scale.markets_of(prices)
+
+
+def forecast_by_prior(prices: Mapping[str, pd.DataFrame], prior: MarketPrior, horizon: int) -> list[dict[str, Any]]:
+    """The next closes of every ticker from its last row; rows of ``predictions.csv``."""
+    moved, markets = move_prior(prices, prior, horizon)
+    assert moved.scale is not None
+    rows = []
+    for name, frame in prices.items():
+        scale = moved.scale.at(frame, markets.of(name))[-1:]
+        rows += prediction_rows(name, frame, moved.quantiles(scale)[0], np.array(QUANTILE_LEVELS))
+    say(f"forecast by the market prior ({prior}), moved by {sum(map(len, prices.values())):,} days of the file")
+    return rows
