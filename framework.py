@@ -2,6 +2,7 @@
 
     python framework.py --model_path model.pth --test_csv sample_test.csv
     python framework.py --model_path prior --test_csv sample_test.csv        # what hundreds of other stocks teach
+    python framework.py --model_path prior --test_csv sample_test.csv --explain --paths 1000 --above 280
     python framework.py --test_csv prices/ --output predictions.csv
 
 The window comes from the model file that train.py wrote. Writes one row a ticker and day:

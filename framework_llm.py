@@ -4,6 +4,7 @@
         --lora_weights ./checkpoints/best_lora_weights.pth --output predictions.csv
     python framework_llm.py --test_csv prices/ --model_path models/smollm2-135m --plot forecast.png
     python framework_llm.py --ticker AAPL MSFT                 # downloads fresh prices itself
+    python framework_llm.py --ticker AAPL --explain --paths 1000 --above 280 --below 250
     python framework_llm.py --ticker AAPL --watch 15           # stays; forecasts anew after each close
     python framework_llm.py --test_csv sample_test.csv --lora_weights a.pth b.pth c.pth --ensemble median
     python framework_llm.py --ticker AAPL --lora_weights a.pth b.pth --model_path ./Qwen3-0.6B ./models/gpt2-medium

@@ -11,12 +11,14 @@ import pandas as pd
 from stocklora.baselines.settings import HORIZON, FrameworkSettings
 from stocklora.cli.console import UserError, say, warn
 from stocklora.dataset.prepare import split_by_rows
+from stocklora.forecaster.explain import explain, say_more
 from stocklora.forecaster.predictions import prediction_rows, print_forecast, write_predictions
 from stocklora.metrics.scores import QUANTILE_LEVELS
 from stocklora.prices.tables import log_returns_ahead
 from stocklora.volatility.market import Markets
 from stocklora.volatility.prior import LEAST_ROWS, WARM_UP_DAYS, MarketPrior, prior_named
 from stocklora.volatility.random_walk import QuantileBaseline, fit_baselines
+from stocklora.volatility.scales import VolatilityScale
 
 
 def forecast_and_save(prices: Mapping[str, pd.DataFrame], settings: FrameworkSettings) -> None:
@@ -27,10 +29,14 @@ def forecast_and_save(prices: Mapping[str, pd.DataFrame], settings: FrameworkSet
     """
     prior = prior_named(settings.prior)
     assert prior is not None
-    rows = forecast_by_prior(known_to_prior(prices), prior, settings.horizon or HORIZON)
+    prices = known_to_prior(prices)
+    moved, markets = move_prior(prices, prior, settings.horizon or HORIZON)
+    rows = forecast_by_prior(prices, moved, markets)
     write_predictions(settings.output, rows)
+    say(f"forecast by the market prior ({prior}), moved by {sum(map(len, prices.values())):,} days of the file")
     print_forecast(rows)
     say(f"saved: {settings.output}")
+    say_more(rows, settings, lambda: explain(rows, prices, scale_of(moved), markets))
 
 
 def known_to_prior(prices: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
@@ -61,17 +67,21 @@ def move_prior(
     origins = {name: range(WARM_UP_DAYS, len(frame) - horizon) for name, frame in prices.items()}
     returns = {name: log_returns_ahead(frame["Close"].to_numpy(), horizon) for name, frame in prices.items()}
     moved = fit_baselines(prices, origins, returns, np.array(QUANTILE_LEVELS), ("prior",), prior=prior)["prior"]
+    return moved, scale_of(moved).markets_of(prices)
+
+
+def scale_of(moved: QuantileBaseline) -> VolatilityScale:
+    """The scale of a baseline that has one."""
     assert moved.scale is not None
-    return moved, moved.scale.markets_of(prices)
+    return moved.scale
 
 
-def forecast_by_prior(prices: Mapping[str, pd.DataFrame], prior: MarketPrior, horizon: int) -> list[dict[str, Any]]:
+def forecast_by_prior(
+    prices: Mapping[str, pd.DataFrame], moved: QuantileBaseline, markets: Markets
+) -> list[dict[str, Any]]:
     """The next closes of every ticker from its last row; rows of ``predictions.csv``."""
-    moved, markets = move_prior(prices, prior, horizon)
-    assert moved.scale is not None
     rows = []
     for name, frame in prices.items():
-        scale = moved.scale.at(frame, markets.of(name))[-1:]
+        scale = scale_of(moved).at(frame, markets.of(name))[-1:]
         rows += prediction_rows(name, frame, moved.quantiles(scale)[0], np.array(QUANTILE_LEVELS))
-    say(f"forecast by the market prior ({prior}), moved by {sum(map(len, prices.values())):,} days of the file")
     return rows

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stocklora.cli.console import UserError
 from stocklora.cli.settings import DEVICES, check_horizon, check_positive, check_run, setting
+from stocklora.forecaster.settings import MoreOutputs
 
 HORIZON = 3  # closes that framework.py forecasts
 
@@ -49,7 +50,7 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
-class FrameworkSettings:
+class FrameworkSettings(MoreOutputs):
     """Settings of ``framework.py``."""
 
     test_csv: list[Path] = setting(
@@ -78,6 +79,9 @@ class FrameworkSettings:
 
     def __post_init__(self) -> None:
         check_positive(self, "window_size", "horizon")
+        self.check_more()
+        if self.explain and not self.by_prior:
+            raise UserError("--explain is for --model_path prior: the network of train.py has one scale for all days")
         if self.horizon is not None:
             check_horizon(self.horizon)
         if self.prior == "none":

@@ -30,6 +30,7 @@ from stocklora.baselines.simple_network import (
 from stocklora.cli.console import UserError, listed, progress, say
 from stocklora.dataset.prepare import ForecastData, data_facts, prepare
 from stocklora.dataset.windows import SPLITS
+from stocklora.forecaster.explain import say_more
 from stocklora.forecaster.predictions import prediction_rows, print_forecast, write_predictions
 from stocklora.metrics.scores import Scores, print_scores
 from stocklora.runtime.files import as_json_types
@@ -87,6 +88,7 @@ def forecast_and_save(prices: Mapping[str, pd.DataFrame], settings: FrameworkSet
     say(f"peak memory: {peak_memory_mb(device.type):,.0f} MB ({device.type})")
     print_forecast(rows)
     say(f"saved: {settings.output}")
+    say_more(rows, settings, None)
 
 
 def fit_simple(prices: Mapping[str, pd.DataFrame], settings: TrainSettings, *, quiet: bool = False) -> SimpleRun:

@@ -116,7 +116,8 @@ def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> None:
         help="JSON or YAML file with any of these settings; flags win over it",
     )
     groups: dict[str, Any] = {}
-    for field in dataclasses.fields(settings_class):
+    # Inherited fields come first in a dataclass; the section "more" is read last.
+    for field in sorted(dataclasses.fields(settings_class), key=lambda field: field.metadata["section"] == "more"):
         info = field.metadata
         if info["section"] not in groups:
             groups[info["section"]] = parser.add_argument_group(info["section"])

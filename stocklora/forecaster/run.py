@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from stocklora.cli.console import UserError, say, warn
+from stocklora.forecaster.explain import explain, say_more
 from stocklora.forecaster.live import Prices, price_feed, watch
 from stocklora.forecaster.predictions import print_forecast, write_predictions
 from stocklora.forecaster.settings import ForecastSettings
 from stocklora.runtime.machine import choose_device, choose_dtype, peak_memory_mb
+from stocklora.volatility.scales import VolatilityScale
 
 if TYPE_CHECKING:
     from stocklora.forecaster.ensemble import Ensemble
@@ -48,11 +52,21 @@ def forecast_prices(settings: ForecastSettings) -> int:
         say(f"saved: {settings.output}")
         if settings.plot is not None:
             plot_each_ticker(settings.plot, prices, rows)
+        say_more(rows, settings, lambda: explain_by_ensemble(ensemble, rows, {**prices, **feed.market_only}))
 
     forecast(prices)
     if settings.watch is None:
         return feed.exit_code()
     return watch(feed, prices, settings.watch, forecast)
+
+
+def explain_by_ensemble(ensemble: Ensemble, rows: list[dict[str, Any]], prices: Prices) -> list[dict[str, Any]]:
+    """Why the forecasts of the one member are as wide as they are; ``prices`` of all tickers that make its markets."""
+    (spec,) = ensemble.each(lambda forecaster: forecaster.spec)
+    scale = VolatilityScale.from_dict(spec.scale)
+    ends = [spec.levels.index(level) for level in (0.1, 0.9)]
+    table = np.array(spec.table)[:, ends]
+    return explain(rows, prices, scale, scale.markets_of(prices), table)
 
 
 def check_window(settings: ForecastSettings, ensemble: Ensemble) -> None:

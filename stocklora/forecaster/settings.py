@@ -11,7 +11,32 @@ from stocklora.cli.settings import DEVICES, DTYPES, check_positive, setting
 
 
 @dataclass(frozen=True)
-class ForecastSettings:
+class MoreOutputs:
+    """What ``framework.py`` and ``framework_llm.py`` say of a forecast beside its table."""
+
+    explain: bool = setting(
+        False, "say why each interval is as wide as it is: the factors that multiply to its scale", section="more"
+    )
+    explain_output: Path = setting(
+        Path("explanation.csv"), "with --explain: the factors of every ticker and day", section="more", metavar="CSV"
+    )
+    paths: int | None = setting(
+        None, "also draw so many joint paths of the days ahead, whose quantiles are the forecast's", section="more",
+        metavar="N",
+    )  # fmt: skip
+    paths_output: Path = setting(Path("paths.csv"), "with --paths: where they go", section="more", metavar="CSV")
+    above: float | None = setting(
+        None, "say how probable closes above this price are (of one ticker)", section="more", metavar="PRICE"
+    )
+    below: float | None = setting(None, "and below this price", section="more", metavar="PRICE")
+
+    def check_more(self) -> None:
+        """Raise a UserError for a number that cannot be."""
+        check_positive(self, "paths", "above", "below")
+
+
+@dataclass(frozen=True)
+class ForecastSettings(MoreOutputs):
     """Settings of ``framework_llm.py``."""
 
     # Empty lists, not their defaults, so that a flag beside one that excludes it is seen; read price_files.
@@ -69,6 +94,9 @@ class ForecastSettings:
 
     def __post_init__(self) -> None:
         check_positive(self, "window_size", "watch")
+        self.check_more()
+        if self.explain and len(self.lora_weights) > 1:
+            raise UserError("--explain explains the forecast of one weights file; give one, or leave --explain out")
         if self.ticker and self.test_csv:
             raise UserError("--test_csv reads prices and --ticker downloads them; give one of the two")
         if self.ticker and self.tickers:

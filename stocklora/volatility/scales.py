@@ -154,25 +154,32 @@ class VolatilityScale:
 
     def before_adapting(self, frame: pd.DataFrame, market: Market) -> np.ndarray:
         """The scale without the running surprise: (days, horizon)."""
-        steps = np.sqrt(np.arange(1, self.horizon + 1))
-        plain = ewma_volatility(frame["Close"])[:, None] * steps[None, :]
+        plain = ewma_volatility(frame["Close"])[:, None] * np.sqrt(np.arange(1, self.horizon + 1))[None, :]
         if self.kind == "ewma":
             return plain
-        coefficients = np.array(self.coefficients)
-        if self.kind == "har":
-            base = range_features(frame)
-            inputs = np.broadcast_to(base, (self.horizon, *base.shape))
-        else:
-            raw = regression_inputs(frame, market, self.horizon)
-            parts = zip(raw, self.centre, self.spread, strict=True)
-            inputs = np.stack(
-                [standardized(step, np.array(centre), np.array(spread)) for step, centre, spread in parts]
-            )
         # Summed row by row: a matrix product's last bit depends on how many rows stand below.
-        fitted = (inputs * coefficients[:, None, :]).sum(axis=2).T
+        fitted = self.terms(frame, market).sum(axis=2).T
         # exp of a line can run away on inputs far outside the training days.
         anchor = np.log(plain)
         return np.exp(np.clip(fitted, anchor - math.log(FURTHEST), anchor + math.log(FURTHEST)))
+
+    def terms(self, frame: pd.DataFrame, market: Market) -> np.ndarray:
+        """(horizon, days, inputs) what each of ``HARX_INPUTS``, or the first of them, adds to the log of the scale.
+
+        A scale far from the EWMA's is clipped after their sum; see ``before_adapting``.
+        """
+        if self.kind == "ewma":
+            ewma = np.log(ewma_volatility(frame["Close"]))
+            steps = 0.5 * np.log(np.arange(1, self.horizon + 1))
+            return np.stack([np.stack([np.full_like(ewma, step), ewma], axis=1) for step in steps])
+        if self.kind == "har":
+            inputs = np.broadcast_to(base := range_features(frame), (self.horizon, *base.shape))
+        else:
+            parts = zip(regression_inputs(frame, market, self.horizon), self.centre, self.spread, strict=True)
+            inputs = np.stack(
+                [standardized(step, np.array(centre), np.array(spread)) for step, centre, spread in parts]
+            )
+        return inputs * np.array(self.coefficients)[:, None, :]
 
     def to_dict(self) -> dict[str, Any]:
         return {
