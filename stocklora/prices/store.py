@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from stocklora.cli.console import UserError
+from stocklora.prices.bars import MendedBars
 from stocklora.prices.csv_columns import PRICE_COLUMNS
 from stocklora.prices.tables import each_ticker, log_returns_ahead, read_table
 from stocklora.runtime.files import write_errors, write_json
@@ -148,14 +149,18 @@ def _tables(path: Path, meta: Mapping[str, object] | None, folder: Path) -> Iter
     if column is None:
         yield from read_table(path, meta).items()
         return
+    mended = MendedBars()
     for piece in _split(path, meta, column, folder):
         try:
-            tables = read_table(piece)
+            tables = read_table(piece, mended=mended)
         except UserError:
             read_table(path, meta)  # says where in the user's own file the fault is
             raise
         piece.unlink()
         yield from tables.items()
+    if mended.too_many:
+        read_table(path, meta)  # says so
+    mended.tell(path)
 
 
 def _is_gzip(path: Path) -> bool:

@@ -27,15 +27,9 @@ import numpy as np
 import pandas as pd
 
 from stocklora.cli.console import UserError, warn
+from stocklora.prices.bars import MendedBars, bar_faults, mend_bars
 from stocklora.prices.csv_columns import PRICE_COLUMNS, at, decoded, parse_dates, parse_numbers, split_rows
 from stocklora.runtime.files import replacing, sha256_of, write_json
-
-QUOTES = PRICE_COLUMNS[:4]
-
-# Adjusting multiplies four prices by one factor, and rounding then lets a close stand a hair above its
-# high. A gap up to this fraction of the price is rounding, a wider one is a wrong bar.
-BAR_TOLERANCE = 1e-5
-MENDED_GAP, MENDED_SHARE = 0.02, 0.005  # of the price, and of a file's rows: what is mended rather than refused
 
 NAME_WITH_YEAR = re.compile(r"([A-Za-z0-9.^=-]+)_(19|20)\d{2}(\D.*)?$")
 
@@ -140,14 +134,27 @@ def is_table(path: Path) -> bool:
     return path.name.lower().endswith((".csv", ".csv.gz"))
 
 
-def read_table(path: Path, meta: Mapping[str, Any] | None = None) -> dict[str, pd.DataFrame]:
-    """Read one file; see :func:`read_prices`. ``meta`` is its sidecar, used for a single ticker's name."""
+def read_table(
+    path: Path, meta: Mapping[str, Any] | None = None, mended: MendedBars | None = None
+) -> dict[str, pd.DataFrame]:
+    """Read one file; see :func:`read_prices`.
+
+    Args:
+        path: the file.
+        meta: its sidecar, used for a single ticker's name.
+        mended: counts on, of a file that is read in pieces: whether there are too many, and saying so, is then the
+            caller's.
+    """
     columns, rows, lines = split_rows(path, decoded(path))
     place = {name: index for index, name in enumerate(columns)}
     cells = {name: [row[place[name]] for row in rows] for name in place}
     dates = parse_dates(path, cells["Date"], lines)
     numbers = {name: parse_numbers(path, name, cells[name], lines) for name in PRICE_COLUMNS}
-    mend_bars(path, numbers, dates, lines)
+    if mended is None:
+        mend_bars(path, numbers, dates, lines, whole := MendedBars())
+        whole.tell(path)
+    else:
+        mend_bars(path, numbers, dates, lines, mended, most=len(rows))
 
     if "Ticker" in place:
         tickers = np.array([cell.strip() for cell in cells["Ticker"]], dtype=object)
@@ -163,55 +170,6 @@ def read_table(path: Path, meta: Mapping[str, Any] | None = None) -> dict[str, p
         check_order(path, str(ticker) if "Ticker" in place else "", dates[index], lines[index])
         frames[str(ticker)] = table.iloc[index]
     return frames
-
-
-def mend_bars(path: Path, numbers: dict[str, np.ndarray], dates: np.ndarray, lines: np.ndarray) -> None:
-    """High is the highest and low the lowest of a bar, up to ``BAR_TOLERANCE``.
-
-    A few opens and closes a little outside, as real tables of tens of thousands of rows have them, widen their day's
-    range in ``numbers``, and a line says how many.
-
-    Raises:
-        UserError: a fault that is larger than ``MENDED_GAP``, or more of them than ``MENDED_SHARE`` of the rows.
-    """
-    high, low = numbers["High"], numbers["Low"]
-    faults = bar_faults(numbers)
-    rows = np.flatnonzero(faults["Open"] | faults["Close"])
-    body = np.stack([numbers["Open"], numbers["Close"]])[:, rows]
-    top, bottom = np.maximum(high[rows], body.max(axis=0)), np.minimum(low[rows], body.min(axis=0))
-    gap = np.maximum(top / high[rows], low[rows] / bottom) - 1.0
-    if not faults["High"].any() and (gap <= MENDED_GAP).all() and len(rows) <= MENDED_SHARE * len(high):
-        if len(rows):
-            numbers["High"], numbers["Low"] = high.copy(), low.copy()
-            numbers["High"][rows], numbers["Low"][rows] = top, bottom
-            days = ", ".join(str(date)[:10] for date in dates[rows[:3]]) + (", ..." if len(rows) > 3 else "")
-            warn(f"{path}: {len(rows)} of {len(high)} rows had an open or close up to {100 * gap.max():.2g}% outside "
-                 f"the day's range ({days}); their range was widened")  # fmt: skip
-        return
-    for name, mask in faults.items():
-        for index in np.flatnonzero(mask):
-            what = f"{name.lower()} {numbers[name][index]:g} is "
-            if name == "High":
-                what += f"below low {low[index]:g}"
-            else:
-                what += f"outside the day's range {low[index]:g} to {high[index]:g}"
-            more = f" ({len(rows)} of {len(high)} rows are such)" if len(rows) > 1 and name != "High" else ""
-            raise UserError(f"{at(path, lines[index], name)}: {what}{more}; correct or delete that line")
-
-
-def bar_faults(bars: Mapping[str, Any] | pd.DataFrame) -> dict[str, np.ndarray]:
-    """Where a bar's high is below its low, or its open or close outside them, beyond rounding.
-
-    Args:
-        bars: columns of (days,) prices.
-
-    Returns:
-        (days,) masks by the column that is at fault: ``High``, ``Open`` and ``Close``.
-    """
-    price = {name: np.asarray(bars[name]) for name in QUOTES}
-    highest, lowest = price["High"] * (1 + BAR_TOLERANCE), price["Low"] * (1 - BAR_TOLERANCE)
-    outside = {name: (price[name] > highest) | (price[name] < lowest) for name in ("Open", "Close")}
-    return {"High": price["High"] < lowest, **outside}
 
 
 def check_order(path: Path, ticker: str, dates: np.ndarray, lines: np.ndarray) -> None:

@@ -348,8 +348,8 @@ def test_a_large_file_is_never_read_whole(form: str, tmp_path: Path, monkeypatch
     path.write_bytes(gzip.compress(text) if form.startswith("gzip") else text)
     seen: list[tuple[Path, int]] = []
 
-    def reading(piece: Path, meta: Any = None) -> dict[str, pd.DataFrame]:
-        tables = read_table(piece, meta)
+    def reading(piece: Path, *given: Any, **named: Any) -> dict[str, pd.DataFrame]:
+        tables = read_table(piece, *given, **named)
         seen.append((piece, sum(map(len, tables.values()))))
         return tables
 
@@ -374,7 +374,7 @@ def test_the_size_of_a_gzip_is_taken_unpacked(tmp_path: Path, monkeypatch: pytes
     path.write_bytes(gzip.compress(LONG.encode()))
     seen: list[Path] = []
     read_table = price_store.read_table
-    monkeypatch.setattr(price_store, "read_table", lambda piece, meta=None: seen.append(piece) or read_table(piece))
+    monkeypatch.setattr(price_store, "read_table", lambda piece, *_, **__: seen.append(piece) or read_table(piece))
     for limit, is_split in ((2 * path.stat().st_size, True), (5 * path.stat().st_size, False)):
         seen.clear()
         monkeypatch.setattr(price_store, "LARGE_FILE_BYTES", limit)

@@ -78,8 +78,8 @@ def clean_bars(frame: pd.DataFrame, unfinished: bool = False) -> tuple[pd.DataFr
     """
     import numpy as np
 
+    from stocklora.prices.bars import QUOTES, bar_faults
     from stocklora.prices.csv_columns import PRICE_COLUMNS
-    from stocklora.prices.tables import QUOTES, bar_faults
 
     frame = frame.iloc[: len(frame) - unfinished]
     frame = frame[PRICE_COLUMNS].astype("float64").replace([np.inf, -np.inf], np.nan)

@@ -23,10 +23,11 @@ from yahoo_server import (
     zone_at_noon,
 )
 
+from stocklora.prices.bars import QUOTES
 from stocklora.prices.calendar import SETTLING, sessions_between
 from stocklora.prices.sources.request import Request, SourceError
 from stocklora.prices.sources.yahoo import YahooSource, is_unfinished, state_of_today
-from stocklora.prices.tables import QUOTES, validated
+from stocklora.prices.tables import validated
 
 TODAY = pd.Timestamp.now().normalize()
 UTC = dt.UTC
