@@ -25,7 +25,10 @@ def settings(tmp_path_factory) -> BacktestSettings:
     prices = {name: random_prices(420, seed) for seed, name in enumerate(["A", "B"])}
     write_prices(prices, home / "prices.csv", {"source": "test", "adjust": "all", "interval": "1d"})
     return BacktestSettings(
-        data=[home / "prices.csv"], models=["naive", "drift", "ewma", "har", "harx"], leakage_cuts=1, start="2021-03-01"
+        data=[home / "prices.csv"],
+        models=["naive", "drift", "ewma", "har", "harx", "prior"],
+        leakage_cuts=1,
+        start="2021-03-01",
     )
 
 
@@ -74,8 +77,8 @@ def plant_scaler_fitted_on_everything(monkeypatch):
         whole.update(prices)
         return cut_off(prices, names, cut)
 
-    def fitted_on_all(before, known, returns, levels, kinds):
-        result = real(before, known, returns, levels, kinds)
+    def fitted_on_all(before, known, returns, levels, kinds, prior):
+        result = real(before, known, returns, levels, kinds, prior=prior)
         everything = np.concatenate([np.diff(np.log(frame["Close"])) for frame in whole.values()])
         drift = np.full(3, float(np.nanmean(everything)))
         return {**result, "drift": baselines.QuantileBaseline("drift", None, drift, result["drift"].table)}
