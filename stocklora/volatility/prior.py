@@ -124,14 +124,18 @@ def _lines(part: Any) -> str:
     return json.dumps(part)
 
 
-@functools.cache
 def load_prior(path: Path = BUILTIN) -> MarketPrior:
-    """Read a prior.
+    """Read a prior, or take the one read before from a file that is as it was.
 
     Raises:
         OSError: there is no such file.
         ValueError: it is no prior, or one of other inputs or quantiles than this version has.
     """
+    return _read(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _read(path: Path, _written_ns: int) -> MarketPrior:
     content = json.loads(path.read_text(encoding="utf-8"))
     try:
         if tuple(content["inputs"]) != HARX_INPUTS or tuple(content["levels"]) != QUANTILE_LEVELS:
@@ -147,11 +151,24 @@ def load_prior(path: Path = BUILTIN) -> MarketPrior:
             fields[name] = tuple(map(tuple, np.stack(columns, axis=1).tolist()))
         scale = VolatilityScale("prior", horizon, **fields, usual=float(content["usual_surprise"]))
         prior = MarketPrior(scale, table, paths, content["made_from"])
-        if table.shape != (horizon, len(QUANTILE_LEVELS)) or paths.shape[1:] != (horizon,) or not str(prior):
-            raise ValueError("its tables do not go together")
+        _check(prior)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"not a file of scripts/make_prior.py: {error!r}") from None
     return prior
+
+
+def _check(prior: MarketPrior) -> None:
+    """Raise a ValueError, or what a missing or wrong entry raises, unless forecasts and notes can be made of it."""
+    tables = np.array([prior.scale.coefficients, prior.scale.centre, prior.scale.spread])
+    if prior.table.shape != (prior.scale.horizon, len(QUANTILE_LEVELS)) or prior.paths.shape[1:] != tables.shape[1:2]:
+        raise ValueError("its tables do not go together")
+    numbers = np.concatenate([np.ravel(part) for part in (tables, prior.table, prior.paths, prior.scale.usual)])
+    if not np.isfinite(numbers).all() or tables[2].min() <= 0.0 or prior.scale.usual <= 0.0:
+        raise ValueError("a number in it cannot be")
+    if (np.diff(prior.table, axis=1) < 0.0).any():
+        raise ValueError("its quantiles do not increase")
+    prior_note(prior.made_from, np.empty(0, dtype="datetime64[D]"))
+    str(prior.made_from["prices_sha256"])
 
 
 def prior_note(made_from: Mapping[str, Any], days: np.ndarray) -> str:
