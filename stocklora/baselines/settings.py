@@ -84,6 +84,8 @@ class FrameworkSettings(MoreOutputs):
             raise UserError("--explain is for --model_path prior: the network of train.py has one scale for all days")
         if self.horizon is not None:
             check_horizon(self.horizon)
+        if self.window_size is not None and self.by_prior:
+            raise UserError("--window_size is a model file's; the market prior reads all days of the file")
         if self.prior == "none":
             raise UserError("--prior none: leave --model_path prior out instead")
         for name in ("horizon",) + ("prior",) * (self.prior != "builtin"):
