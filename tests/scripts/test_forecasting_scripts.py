@@ -17,6 +17,7 @@ from source_tree import RunScript
 from stocklora.forecaster.weights import load_weights
 from stocklora.prices.calendar import sessions_between
 from stocklora.prices.tables import write_prices
+from stocklora.volatility.prior import fit_prior, load_prior
 
 COLUMNS = "Ticker,Origin,Date,Day,Last_Close,Predicted_Close,P05,P10,P25,P50,P75,P90,P95"
 META = {"source": "test", "adjust": "all", "interval": "1d"}
@@ -62,7 +63,7 @@ def test_weights_load_as_plain_data_and_hold_the_metadata(trained, tiny_model):
     assert training["seed"] == 42
     assert training["data"]["tickers"] == ["AAPL"]
     assert len(training["data"]["sha256"]) == 64
-    assert set(training["test_scores"]) == {"naive", "drift", "ewma", "har", "harx", "model"}
+    assert set(training["test_scores"]) == {"naive", "drift", "ewma", "har", "harx", "prior", "model"}
     assert "torch" in training["versions"]
 
 
@@ -120,6 +121,43 @@ def test_the_documents_prompt_trains_and_forecasts(call_script, tiny_models, sam
     assert result.returncode == 0, result.stderr
 
 
+def trained_for_nothing(call_script, tiny_model, sample_csv, folder, *options):
+    """What the weights file of no epoch says, and what the run printed."""
+    result = call_script(
+        "train_lora.py", "--data", sample_csv, "--model_path", tiny_model, "--epochs", 0, *options, cwd=folder
+    )
+    assert result.returncode == 0, result.stderr
+    return torch.load(folder / "checkpoints/best_lora_weights.pth", weights_only=True), result.stdout
+
+
+def test_training_starts_from_the_prior_that_it_is_told(call_script, tiny_model, sample_csv, tmp_path):
+    given = (call_script, tiny_model, sample_csv, tmp_path)
+    content, printed = trained_for_nothing(*given, "--scale", "prior")
+    made_from = load_prior().made_from
+    assert content["spec"]["scale"]["kind"] == "prior"
+    assert content["training"]["data"]["prior"] == {key: made_from[key] for key in made_from if key != "markets"}
+    assert "scaled by the market prior's volatility, moved by the training days" in printed
+    assert "random walk, market prior" in printed  # its row
+    fit_prior({"one": {f"T{seed}": random_prices(300, seed) for seed in range(2)}}).save(tmp_path / "mine.json")
+    other, printed = trained_for_nothing(*given, "--scale", "prior", "--prior", "mine.json")
+    assert other["training"]["data"]["prior"]["tickers"] == 2
+    assert other["spec"]["scale"]["coefficients"] != content["spec"]["scale"]["coefficients"]
+    content, printed = trained_for_nothing(*given, "--prior", "none")
+    assert content["spec"]["scale"]["kind"] in ("ewma", "har", "harx")
+    assert "prior" not in content["training"]["data"]
+    assert set(content["training"]["test_scores"]) == {"naive", "drift", "ewma", "har", "harx", "model"}
+    assert "market prior" not in printed
+
+
+def test_weights_that_start_from_a_prior_forecast_without_its_file(call_script, tiny_model, sample_csv, tmp_path):
+    fit_prior({"one": {f"T{seed}": random_prices(300, seed) for seed in range(2)}}).save(tmp_path / "mine.json")
+    trained_for_nothing(call_script, tiny_model, sample_csv, tmp_path, "--scale", "prior", "--prior", "mine.json")
+    (tmp_path / "mine.json").unlink()
+    result = call_script("framework_llm.py", "--test_csv", sample_csv, "--model_path", tiny_model, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(pd.read_csv(tmp_path / "predictions.csv")) == 3
+
+
 def test_a_config_file_speaks_and_flags_win(call_script, tiny_model, sample_csv, tmp_path):
     (tmp_path / "run.yaml").write_text(
         f"data: ['{sample_csv}']\nmodel_path: '{tiny_model}'\nepochs: 0\nlora_rank: 4\nsave_dir: here\n"
@@ -148,6 +186,12 @@ def test_a_config_file_speaks_and_flags_win(call_script, tiny_model, sample_csv,
         (["--data", "SAMPLE", "--model_path", "MODEL", "--backbone_layers", "9"], "has 2 layers"),
         (["--data", "SAMPLE", "--model_path", "MODEL", "--targets_per_sequence", "400", "--epochs", "0"], None),
         (["--data", "SAMPLE", "--model_path", "MODEL", "--device", "cuda"], "--device cuda"),
+        (["--data", "SAMPLE", "--model_path", "MODEL", "--scale", "prior", "--prior", "none"], "drop one of the two"),
+        (
+            ["--data", "SAMPLE", "--model_path", "MODEL", "--prior", "nowhere.json"],
+            "--prior nowhere.json: No such file",
+        ),
+        (["--data", "SAMPLE", "--model_path", "MODEL", "--prior", "SAMPLE"], "make it anew with scripts/make_prior.py"),
     ],
 )
 def test_mistakes_in_training_are_one_line_and_write_nothing(
