@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -44,8 +43,7 @@ def test_prices_are_hashed_and_the_base_models_folder_is_read_once_in_a_run(
     tokenizer = transformers.AutoTokenizer
     monkeypatch.setattr(tokenizer, "from_pretrained", counted("tokenizer", tokenizer.from_pretrained))
     prepare = stocklora.dataset.prepare
-    hashes = types.SimpleNamespace(sha256=counted("prices hashed", prepare.hashlib.sha256))
-    monkeypatch.setattr(prepare, "hashlib", hashes)
+    monkeypatch.setattr(prepare, "prices_sha256", counted("prices hashed", prepare.prices_sha256))
     settings = TrainLoraSettings(
         model_path=tiny_model, window_size=20, epochs=1, device="cpu", scale="ewma", dtype="float32", lora_rank=2,
         save_dir=tmp_path, keep_checkpoints=True,

@@ -102,7 +102,7 @@ def test_contents(wheel: Path) -> None:
     stems = [name.removesuffix(".py") for name in scripts()]
     top = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert top == {"stocklora", *[f"{stem}.py" for stem in [*stems, *LEAVES]]}
-    sources = {str(path) for path in project_files() if path.parts[0] == "stocklora" and path.suffix == ".py"}
+    sources = {path.as_posix() for path in project_files() if path.parts[0] == "stocklora"}
     assert sources <= set(names)
     samples = {path.name for path in project_files() if path.parts[:2] == ("data", "sample")}
     assert {name.rpartition("/")[2] for name in names if name.startswith("stocklora/_sample/")} == samples
