@@ -150,6 +150,17 @@ def test_running_surprise_by_hand(seed: int) -> None:
         )
 
 
+def test_a_running_surprise_says_of_how_many_tickers_it_is_the_mean() -> None:
+    prices = {"A": random_prices(200, 1), "B": random_prices(200, 2).iloc[100:]}
+    scales = {name: ewma_volatility(frame["Close"]) for name, frame in prices.items()}
+    market, index = surprised(prices, scales), pd.DatetimeIndex(prices["A"].index)
+    tickers = market.running_surprise(index, USUAL)[1]
+    np.testing.assert_allclose(tickers[: 100 + SKIPPED], 1.0)
+    assert (np.diff(tickers[101 + SKIPPED :]) > 0).all()  # B counts more with every day that it has
+    assert 1.5 < tickers[-1] < 2.0
+    assert (Market().running_surprise(index, USUAL)[1] == 1.0).all()
+
+
 def test_running_surprise_starts_from_usual() -> None:
     prices, scales = surprise_frames()
     index = pd.DatetimeIndex(prices["A"].index)

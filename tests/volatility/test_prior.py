@@ -352,6 +352,20 @@ def test_the_baseline_joins_both() -> None:
     assert (np.diff(found, axis=1) > 0).all()
 
 
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_the_surprise_of_many_tickers_is_believed_further(count: int) -> None:
+    prices = {f"T{seed}": random_prices(300, seed, volatility=0.05) for seed in range(count)}
+    scale = load_prior().scale_for(1)
+    market = scale.markets_of(prices).of("T0")
+    surprise, tickers = market.running_surprise(pd.DatetimeIndex(prices["T0"].index), scale.usual)
+    np.testing.assert_allclose(tickers[20:], count)
+    factor = scale.surprise_factor(prices["T0"], market)
+    np.testing.assert_allclose(factor, (surprise / scale.usual) ** (count / (count + 1)), rtol=1e-12)
+    np.testing.assert_allclose(
+        factor, scale.at(prices["T0"], market)[:, 0] / scale.before_adapting(prices["T0"], market)[:, 0]
+    )
+
+
 # --- honest about itself ----------------------------------------------------------------------------------
 
 
