@@ -31,7 +31,7 @@ def run(settings: FrameworkSettings) -> None:
     from stocklora.dataset.prepare import select_tickers
     from stocklora.prices.tables import read_prices
 
-    prices = select_tickers(read_prices(settings.test_csv), settings.tickers)
+    prices = select_tickers(read_prices(settings.test_csv, reading=settings), settings.tickers)
 
     if settings.by_prior:
         from stocklora.baselines.by_prior import forecast_and_save

@@ -27,7 +27,7 @@ def run(settings: TrainSettings) -> None:
     from stocklora.dataset.prepare import select_tickers
     from stocklora.prices.tables import read_prices
 
-    prices = select_tickers(read_prices(settings.data), settings.tickers)
+    prices = select_tickers(read_prices(settings.data, reading=settings), settings.tickers)
 
     from stocklora.baselines.simple_fit import train_and_save
 

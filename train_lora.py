@@ -33,7 +33,7 @@ def run(settings: TrainLoraSettings) -> None:
     from stocklora.dataset.prepare import select_tickers
     from stocklora.prices.tables import read_prices
 
-    prices = select_tickers(read_prices(settings.data), settings.tickers)
+    prices = select_tickers(read_prices(settings.data, reading=settings), settings.tickers)
 
     from stocklora.finetune.fit import finetune
     from stocklora.finetune.report import print_outcome

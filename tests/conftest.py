@@ -53,6 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+@pytest.fixture(autouse=True)
+def _no_exchange_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test's rows told of a ticker's exchange is nothing to the next."""
+    monkeypatch.setattr("stocklora.prices.exchanges._assigned", {})
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return REPO_ROOT

@@ -197,7 +197,7 @@ def check_backtest(settings: BacktestSettings) -> int:
         UserError: as a backtest with these settings.
     """
     with tempfile.TemporaryDirectory(prefix="leakage-", ignore_cleanup_errors=True) as folder:
-        prices = dict(spool(settings.data, Path(folder), settings.tickers).items())
+        prices = dict(spool(settings.data, Path(folder), settings.tickers, settings).items())
     if len(prices) > MOST_TICKERS:
         names = np.random.default_rng(settings.seed).choice(list(prices), MOST_TICKERS, replace=False)
         warn(f"{len(prices)} tickers: checking {MOST_TICKERS} of them, {', '.join(sorted(names))}")

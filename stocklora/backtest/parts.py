@@ -54,7 +54,7 @@ def open_parts(parts: Path, settings: BacktestSettings) -> None:
             warn(f"nothing to resume in {parts}: starting anew")
             shutil.rmtree(parts, ignore_errors=True)
         try:
-            spool(settings.data, parts / PRICES, settings.tickers)
+            spool(settings.data, parts / PRICES, settings.tickers, settings)
         except UserError:
             remove_parts(parts)
             raise

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stocklora.cli.console import UserError
 from stocklora.cli.settings import DEVICES, DTYPES, check_horizon, check_positive, check_range, setting
+from stocklora.prices.settings import ReadingSettings
 
 BACKTEST_MODELS = (
     "naive", "drift", "ewma", "har", "harx", "prior", "simple", "llm", "autoarima", "autoets", "autotheta", "garch",
@@ -15,7 +16,7 @@ BACKTEST_MODELS = (
 
 
 @dataclass(frozen=True)
-class BacktestSettings:
+class BacktestSettings(ReadingSettings):
     """Settings of ``backtest.py``."""
 
     data: list[Path] = setting([], "price CSV file(s) or folder(s)", section="data", nargs="+", metavar="CSV")

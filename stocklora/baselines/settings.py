@@ -8,12 +8,13 @@ from pathlib import Path
 from stocklora.cli.console import UserError
 from stocklora.cli.settings import DEVICES, check_horizon, check_positive, check_run, setting
 from stocklora.forecaster.settings import MoreOutputs
+from stocklora.prices.settings import ReadingSettings
 
 HORIZON = 3  # closes that framework.py forecasts
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(ReadingSettings):
     """Settings of ``train.py``."""
 
     data: list[Path] = setting(
@@ -50,7 +51,7 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
-class FrameworkSettings(MoreOutputs):
+class FrameworkSettings(MoreOutputs, ReadingSettings):
     """Settings of ``framework.py``."""
 
     test_csv: list[Path] = setting(

@@ -29,6 +29,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 METHODS = ("lora", "peft", "full", "head")
 QUANTIZATIONS = ("none", "8bit", "4bit")
 MOST_DAYS_AHEAD = 20
+READ_LAST = ("reading prices", "more")  # sections of flags that several scripts inherit
 # Packages that one command alone needs: module -> package.
 SERVER = {"fastapi": "fastapi", "uvicorn": "uvicorn"}
 SCORES = {"sacrebleu": "sacrebleu", "rouge_chinese": "rouge-chinese"}
@@ -116,8 +117,8 @@ def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> None:
         help="JSON or YAML file with any of these settings; flags win over it",
     )
     groups: dict[str, Any] = {}
-    # Inherited fields come first in a dataclass; the section "more" is read last.
-    for field in sorted(dataclasses.fields(settings_class), key=lambda field: field.metadata["section"] == "more"):
+    # Inherited fields come first in a dataclass; what they are for is read last.
+    for field in sorted(dataclasses.fields(settings_class), key=lambda field: field.metadata["section"] in READ_LAST):
         info = field.metadata
         if info["section"] not in groups:
             groups[info["section"]] = parser.add_argument_group(info["section"])

@@ -17,10 +17,11 @@ from stocklora.cli.settings import (
     check_run,
     setting,
 )
+from stocklora.prices.settings import ReadingSettings
 
 
 @dataclass(frozen=True)
-class TrainLoraSettings:
+class TrainLoraSettings(ReadingSettings):
     """Settings of ``train_lora.py``."""
 
     data: list[Path] = setting(

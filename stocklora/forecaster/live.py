@@ -19,7 +19,9 @@ import pandas as pd
 from stocklora.cli.console import UserError, listed, say, warn
 from stocklora.dataset.prepare import select_tickers
 from stocklora.forecaster.settings import ForecastSettings
-from stocklora.prices.calendar import Clock, exchange_of, is_complete, next_sessions, utc_now
+from stocklora.prices.calendar import Clock, is_complete, next_sessions, utc_now
+from stocklora.prices.exchanges import exchange_of
+from stocklora.prices.settings import AS_THEY_ARE, ReadingSettings
 from stocklora.prices.sources.download import describe, fetch_or_fail, print_failures
 from stocklora.prices.sources.fetch import fetch_prices
 from stocklora.prices.sources.request import DownloadSettings, request_of, tickers_of
@@ -78,7 +80,7 @@ def price_feed(settings: ForecastSettings, clock: Clock = utc_now) -> Feed:
     """What ``--ticker`` or ``--test_csv`` mean."""
     watching = settings.watch is not None
     if not settings.ticker:
-        return FilePrices(settings.price_files, settings.tickers, watching, clock)
+        return FilePrices(settings.price_files, settings.tickers, watching, clock, settings)
     asked = {name: getattr(settings, name) for name in ("source", "period", "retries")}
     given = {name: value for name, value in asked.items() if value is not None}
     return FetchedPrices(DownloadSettings(ticker=settings.ticker, **given), watching, clock)
@@ -160,9 +162,15 @@ class FilePrices:
     """
 
     def __init__(
-        self, paths: Sequence[Path], tickers: Sequence[str] = (), watching: bool = False, clock: Clock = utc_now
+        self,
+        paths: Sequence[Path],
+        tickers: Sequence[str] = (),
+        watching: bool = False,
+        clock: Clock = utc_now,
+        reading: ReadingSettings = AS_THEY_ARE,
     ) -> None:
         self.paths, self.tickers, self.watching, self.clock = list(paths), list(tickers), watching, clock
+        self.reading = reading
         self.rows: Prices = {}  # as read
         self.prices: Prices = {}
         self.market_only: Prices = {}
@@ -191,7 +199,7 @@ class FilePrices:
 
     def read(self) -> Prices:
         """The tickers asked for; those that are not asked for become ``market_only``."""
-        everything = read_prices(self.paths)
+        everything = read_prices(self.paths, reading=self.reading)
         wanted = select_tickers(everything, self.tickers)
         now = self.clock()
         self.market_only = {

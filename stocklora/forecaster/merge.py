@@ -200,5 +200,5 @@ def verification_prices(settings: MergeSettings) -> Mapping[str, pd.DataFrame]:
     from stocklora.prices.sources.fetch import sample_prices
     from stocklora.prices.tables import read_prices
 
-    prices = read_prices(settings.data) if settings.data else sample_prices("AAPL", "1y")[0]
+    prices = read_prices(settings.data, reading=settings) if settings.data else sample_prices("AAPL", "1y")[0]
     return select_tickers(prices, list(prices)[:VERIFY_TICKERS])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stocklora.cli.console import UserError
 from stocklora.cli.settings import DEVICES, DTYPES, check_positive, setting
+from stocklora.prices.settings import ReadingSettings
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class MoreOutputs:
 
 
 @dataclass(frozen=True)
-class ForecastSettings(MoreOutputs):
+class ForecastSettings(MoreOutputs, ReadingSettings):
     """Settings of ``framework_llm.py``."""
 
     # Empty lists, not their defaults, so that a flag beside one that excludes it is seen; read price_files.
@@ -147,7 +148,7 @@ def split_share(path: Path) -> tuple[Path, float | None]:
 
 
 @dataclass(frozen=True)
-class MergeSettings:
+class MergeSettings(ReadingSettings):
     """Settings of ``merge_lora.py``."""
 
     lora_weights: Path = setting(

@@ -19,6 +19,7 @@ QUOTES = PRICE_COLUMNS[:4]
 # high. A gap up to this fraction of the price is rounding, a wider one is a wrong bar.
 BAR_TOLERANCE = 1e-5
 MENDED_GAP, MENDED_SHARE = 0.02, 0.005  # of the price, and of a file's rows: what is mended rather than refused
+CLOSE_ALONE_SHARE, LEAST_ROWS = 0.2, 20  # of the rows with the close outside the bar: it alone is adjusted
 
 
 @dataclass
@@ -79,6 +80,13 @@ def mend_bars(
         numbers["High"], numbers["Low"] = high.copy(), low.copy()
         numbers["High"][rows], numbers["Low"][rows] = top, bottom
         return
+    alone = faults["Close"] & ~faults["Open"]
+    if len(alone) >= LEAST_ROWS and alone.mean() > CLOSE_ALONE_SHARE:
+        raise UserError(
+            f"{path}: in {alone.sum()} of {len(alone)} rows the close alone lies outside the day's range, as where it "
+            "is adjusted for dividends and open, high and low are not; get all four adjusted, or the adjusted close in "
+            "a column of its own (Adj Close) beside the quoted one"
+        )
     for name, mask in faults.items():
         for index in np.flatnonzero(mask):
             what = f"{name.lower()} {numbers[name][index]:g} is "

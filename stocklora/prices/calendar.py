@@ -9,70 +9,24 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
 
 from stocklora.cli.console import warn
+from stocklora.prices.exchanges import EVERY_DAY, WEEKDAYS, exchange_of
 
 Clock = Callable[[], dt.datetime]  # UTC
 
-UNITED_STATES = "XNYS"
-EVERY_DAY = "24/7"
-WEEKDAYS = "24/5"
 EARLIEST_ZONE = dt.timedelta(hours=14)  # where a day begins first
 SETTLING = dt.timedelta(minutes=15)  # after the close, until the auction and late trades are in
 
-# Yahoo's suffix -> exchange_calendars' name. Regional boards keep the days of their main exchange.
-SUFFIXES = {
-    "SS": "XSHG", "SH": "XSHG", "SZ": "XSHG", "BJ": "XSHG", "HK": "XHKG", "TW": "XTAI", "TWO": "XTAI",
-    "T": "XTKS", "KS": "XKRX", "KQ": "XKRX", "SI": "XSES", "KL": "XKLS", "JK": "XIDX", "BK": "XBKK", "PS": "XPHS",
-    "NS": "XBOM", "BO": "XBOM", "KA": "XKAR", "AX": "XASX", "XA": "XASX", "NZ": "XNZE",
-    "L": "XLON", "IL": "XLON", "IR": "XDUB", "PA": "XPAR", "AS": "XAMS", "BR": "XBRU", "LS": "XLIS",
-    "DE": "XETR", "F": "XFRA", "BE": "XFRA", "DU": "XDUS", "HM": "XHAM", "MU": "XFRA", "SG": "XSTU", "HA": "XFRA",
-    "MI": "XMIL", "MC": "XMAD", "SW": "XSWX", "VI": "XWBO", "ST": "XSTO", "HE": "XHEL", "CO": "XCSE", "OL": "XOSL",
-    "IC": "XICE", "TL": "XTAL", "RG": "XRIS", "VS": "XLIT", "WA": "XWAR", "PR": "XPRA", "BD": "XBUD", "RO": "XBSE",
-    "AT": "ASEX", "IS": "XIST", "ME": "XMOS", "TA": "XTAE", "SR": "XSAU", "JO": "XJSE",
-    "TO": "XTSE", "V": "XTSE", "NE": "XTSE", "CN": "XTSE", "MX": "XMEX", "SA": "BVMF", "BA": "XBUE", "SN": "XSGO",
-    "CL": "XBOG", "LM": "XLIM",
-    # share classes written with a point: BRK.B
-    "A": UNITED_STATES, "B": UNITED_STATES, "C": UNITED_STATES, "US": UNITED_STATES,
-}  # fmt: skip
-
-INDICES = {
-    "^FTSE": "XLON", "^GDAXI": "XETR", "^MDAXI": "XETR", "^FCHI": "XPAR", "^STOXX50E": "XETR", "^N225": "XTKS",
-    "^HSI": "XHKG", "^HSCE": "XHKG", "^AXJO": "XASX", "^AORD": "XASX", "^GSPTSE": "XTSE", "^BVSP": "BVMF",
-    "^MXX": "XMEX", "^KS11": "XKRX", "^KQ11": "XKRX", "^TWII": "XTAI", "^STI": "XSES", "^BSESN": "XBOM",
-    "^NSEI": "XBOM", "^IBEX": "XMAD", "^AEX": "XAMS", "^SSMI": "XSWX", "^OMX": "XSTO", "^ATX": "XWBO",
-}  # fmt: skip
-
-CRYPTO = re.compile(r"[A-Z0-9]{2,}-(USD|EUR|GBP|JPY|CNY|KRW|INR|CAD|AUD|CHF|BRL|TRY|BTC|ETH|USDT|USDC)", re.IGNORECASE)
 YEARS_AT_ONCE = 5
 
 # Days closed every year, for years beyond a calendar that is a list (Shanghai's ends with the current year).
 CLOSED_ANYWHERE = ((1, 1),)
 CLOSED_AT = {"XSHG": ((5, 1), (10, 1), (10, 2), (10, 3))}
-
-
-def exchange_of(ticker: str) -> str | None:
-    """The exchange_calendars name for a ticker, or None where its suffix names no exchange known here."""
-    name = ticker.strip().upper()
-    if CRYPTO.fullmatch(name):
-        return EVERY_DAY
-    if name.endswith("=X"):
-        return WEEKDAYS
-    if name.endswith("=F"):
-        return "CMES"
-    if name.startswith("^"):
-        return INDICES.get(name, UNITED_STATES)
-    stem, point, suffix = name.rpartition(".")
-    if point and stem:
-        return SUFFIXES.get(suffix)
-    if re.fullmatch(r"\d{6}", name):
-        return "XSHG"  # A-shares are often written without a suffix; Shanghai and Shenzhen keep the same days
-    return UNITED_STATES
 
 
 def next_sessions(ticker: str, after: dt.date | pd.Timestamp, count: int) -> pd.DatetimeIndex:
@@ -104,14 +58,7 @@ def sessions_between(ticker: str, first: dt.date | pd.Timestamp, last: dt.date |
             "its trading days are taken to be weekdays, holidays included"
         )
         code = WEEKDAYS
-    parts = [
-        block_of_sessions(code, year, YEARS_AT_ONCE)
-        for year in range(start.year - start.year % YEARS_AT_ONCE, end.year + 1, YEARS_AT_ONCE)
-    ]
-    if not parts:
-        return pd.DatetimeIndex([], name="Date")
-    days = parts[0].append(parts[1:])
-    days = days[(days >= start) & (days <= end)].rename("Date")
+    days = sessions_of(code, start, end)
     if len(days) and code not in {EVERY_DAY, WEEKDAYS}:
         bottom, top = known_range(code)
         if start < bottom or days[-1] > top:
@@ -120,6 +67,35 @@ def sessions_between(ticker: str, first: dt.date | pd.Timestamp, last: dt.date |
                 "beyond that, weekdays stand in for trading days"
             )
     return days
+
+
+def sessions_of(code: str, start: pd.Timestamp, end: pd.Timestamp) -> pd.DatetimeIndex:
+    """All sessions of an exchange from ``start`` to ``end``, both included."""
+    parts = [
+        block_of_sessions(code, year, YEARS_AT_ONCE)
+        for year in range(start.year - start.year % YEARS_AT_ONCE, end.year + 1, YEARS_AT_ONCE)
+    ]
+    if not parts:
+        return pd.DatetimeIndex([], name="Date")
+    days = parts[0].append(parts[1:])
+    return days[(days >= start) & (days <= end)].rename("Date")
+
+
+def zone_of(code: str | None) -> str | None:
+    """The time zone of an exchange; UTC where trading never stops, None where nothing is known."""
+    if code in (EVERY_DAY, WEEKDAYS):
+        return "UTC"
+    from exchange_calendars.calendar_utils import _default_calendar_factories as factories
+
+    zone = getattr(factories.get(code), "tz", None) if code else None
+    return str(zone) if zone is not None and not isinstance(zone, property) else None
+
+
+def known_exchanges() -> list[str]:
+    """The names that ``--exchange`` takes."""
+    from exchange_calendars.calendar_utils import _default_calendar_factories as factories
+
+    return [EVERY_DAY, WEEKDAYS, *(name for name in factories if name not in (EVERY_DAY, WEEKDAYS))]
 
 
 @functools.lru_cache(maxsize=256)

@@ -45,16 +45,23 @@ def decoded(path: Path) -> str:
     if not content.strip():
         raise UserError(f"{path}: the file is empty; run: python download.py --output {path}")
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{path}: the text is UTF-16; save it as 'CSV UTF-8'")
+        return content.decode("utf-16", errors="replace")
     if b"\0" in content:
         raise UserError(f"{path}: this is a binary file, not a CSV; export it as 'CSV UTF-8'")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{at(path, line)}: byte 0x{content[error.start]:02x} is not UTF-8 text; save the file as 'CSV UTF-8'"
-        ) from None
+        fault = f"{at(path, line)}: byte 0x{content[error.start]:02x} is not UTF-8 text; save the file as 'CSV UTF-8'"
+    # Excel in China and in Europe. Either decodes nearly anything; in the right one the header makes sense.
+    for encoding in ("gb18030", "cp1252"):
+        try:
+            text = content.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if re.search("日期|时间|开盘|收盘|代码" if encoding == "gb18030" else r"[äöüÄÖÜßéèêáíóúñç]", text[:2000]):
+            return text
+    raise UserError(fault)
 
 
 def split_rows(path: Path, text: str) -> tuple[list[str], list[list[str]], np.ndarray]:

@@ -16,8 +16,10 @@ import numpy as np
 import pandas as pd
 
 from stocklora.cli.console import listed, print_table, say
-from stocklora.prices.calendar import exchange_of, sessions_between
-from stocklora.prices.tables import price_files, read_prices, read_table, trusted_meta
+from stocklora.prices.calendar import sessions_between
+from stocklora.prices.exchanges import exchange_of
+from stocklora.prices.reading import read_table
+from stocklora.prices.tables import price_files, read_prices, trusted_meta
 
 JUMP = 0.25  # simple return in one bar
 STALE_RUN = 5  # bars with the same close
@@ -140,7 +142,7 @@ def print_quality(path: Path) -> None:
             print_quality(file)
         return
     meta = trusted_meta(path)
-    frames = read_prices(path) if meta is None else read_table(path, meta)
+    frames = read_prices(path, any_interval=True) if meta is None else read_table(path, meta, any_interval=True)
     say(f"{path}: {sum(map(len, frames.values())):,} rows, {len(frames)} ticker{'s' * (len(frames) > 1)}")
     say(f"  source: {source_text(meta)}")
     if meta and (zones := sorted(set(map(str, (meta.get("timezones") or {}).values())))):

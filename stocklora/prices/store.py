@@ -22,7 +22,10 @@ import pandas as pd
 from stocklora.cli.console import UserError
 from stocklora.prices.bars import MendedBars
 from stocklora.prices.csv_columns import PRICE_COLUMNS
-from stocklora.prices.tables import each_ticker, log_returns_ahead, read_table
+from stocklora.prices.exchanges import assign_exchange, assigned_exchanges
+from stocklora.prices.reading import read_table
+from stocklora.prices.settings import AS_THEY_ARE, ReadingSettings
+from stocklora.prices.tables import each_ticker, log_returns_ahead
 from stocklora.runtime.files import write_errors, write_json
 
 LARGE_FILE_BYTES = 8 * 2**20  # unpacked; a larger table of several tickers is split before it is read
@@ -65,7 +68,10 @@ class PriceStore(PerTicker[pd.DataFrame]):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(json.loads((folder / INDEX_NAME).read_text(encoding="utf-8")), self._read)
+        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+        super().__init__(index["tickers"], self._read)
+        for ticker, code in index["exchanges"].items():  # what its reader found
+            assign_exchange(ticker, code)
         self.folder = folder
         self._last: tuple[str, pd.DataFrame] | None = None
 
@@ -84,7 +90,9 @@ def returns_ahead(prices: Mapping[str, pd.DataFrame], horizon: int) -> PerTicker
     return PerTicker(prices, lambda ticker: log_returns_ahead(prices[ticker]["Close"].to_numpy(), horizon))
 
 
-def spool(paths: Sequence[Path], folder: Path, only: Sequence[str] = ()) -> PriceStore:
+def spool(
+    paths: Sequence[Path], folder: Path, only: Sequence[str] = (), reading: ReadingSettings = AS_THEY_ARE
+) -> PriceStore:
     """Validate price files and write each ticker into ``folder``, in place of a store that is there.
 
     A file of ``LARGE_FILE_BYTES`` or more with a Ticker column is split on disk first, so that no more than one
@@ -93,6 +101,7 @@ def spool(paths: Sequence[Path], folder: Path, only: Sequence[str] = ()) -> Pric
     Args:
         paths: CSV files or folders of them.
         only: these tickers; all if none is named.
+        reading: what the user says of the files.
 
     Raises:
         UserError: as ``read_prices``; a ticker of ``only`` that no file has; a folder that cannot be written.
@@ -104,19 +113,22 @@ def spool(paths: Sequence[Path], folder: Path, only: Sequence[str] = ()) -> Pric
         with write_errors(folder):
             pieces = tempfile.TemporaryDirectory(prefix=".pieces-", dir=folder)
         with pieces as name:  # gone afterwards, come what may
-            names = _spool(paths, folder, Path(name), only)
-        write_json(folder / INDEX_NAME, names)  # last: half a store is no store
+            names = _spool(paths, folder, Path(name), only, reading)
+        assigned = {name: code for name, code in assigned_exchanges().items() if name in names}
+        write_json(folder / INDEX_NAME, {"tickers": names, "exchanges": assigned})  # last: half a store is no store
     except BaseException:
         _clear(folder)
         raise
     return PriceStore(folder)
 
 
-def _spool(paths: Sequence[Path], folder: Path, pieces: Path, only: Sequence[str]) -> list[str]:
+def _spool(
+    paths: Sequence[Path], folder: Path, pieces: Path, only: Sequence[str], reading: ReadingSettings
+) -> list[str]:
     """Write the tickers; their names in order."""
     present: list[str] = []
     names: list[str] = []
-    for _, ticker, frame in each_ticker(paths, lambda path, meta: _tables(path, meta, pieces)):
+    for _, ticker, frame in each_ticker(paths, lambda path, meta: _tables(path, meta, pieces, reading)):
         present.append(ticker)
         if not only or ticker in only:
             _write(folder / f"{len(names):05d}.npz", frame)
@@ -141,25 +153,27 @@ def _write(path: Path, frame: pd.DataFrame) -> None:
         np.savez(path, dates=dates, values=frame[list(PRICE_COLUMNS)].to_numpy(dtype=np.float64))
 
 
-def _tables(path: Path, meta: Mapping[str, object] | None, folder: Path) -> Iterator[tuple[str, pd.DataFrame]]:
+def _tables(
+    path: Path, meta: Mapping[str, object] | None, folder: Path, reading: ReadingSettings
+) -> Iterator[tuple[str, pd.DataFrame]]:
     """``read_table`` ticker by ticker, by way of pieces in ``folder`` where the file is large."""
     size = path.stat().st_size  # of a pipe 0, which nobody but read_table may open
     is_large = 4 * size >= LARGE_FILE_BYTES and size * (4 if _is_gzip(path) else 1) >= LARGE_FILE_BYTES
     column = _ticker_column(path) if is_large else None
     if column is None:
-        yield from read_table(path, meta).items()
+        yield from read_table(path, meta, reading).items()
         return
     mended = MendedBars()
     for piece in _split(path, meta, column, folder):
         try:
-            tables = read_table(piece, mended=mended)
+            tables = read_table(piece, None, reading, mended=mended)
         except UserError:
-            read_table(path, meta)  # says where in the user's own file the fault is
+            read_table(path, meta, reading)  # says where in the user's own file the fault is
             raise
         piece.unlink()
         yield from tables.items()
     if mended.too_many:
-        read_table(path, meta)  # says so
+        read_table(path, meta, reading)  # says so
     mended.tell(path)
 
 

@@ -18,7 +18,6 @@ import gzip
 import hashlib
 import io
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,19 +26,27 @@ import numpy as np
 import pandas as pd
 
 from stocklora.cli.console import UserError, warn
-from stocklora.prices.bars import MendedBars, bar_faults, mend_bars
-from stocklora.prices.csv_columns import PRICE_COLUMNS, at, decoded, parse_dates, parse_numbers, split_rows
+from stocklora.prices.bars import bar_faults
+from stocklora.prices.csv_columns import PRICE_COLUMNS
+from stocklora.prices.reading import read_table
+from stocklora.prices.settings import AS_THEY_ARE, ReadingSettings
 from stocklora.runtime.files import replacing, sha256_of, write_json
 
-NAME_WITH_YEAR = re.compile(r"([A-Za-z0-9.^=-]+)_(19|20)\d{2}(\D.*)?$")
 
-
-def read_prices(paths: Path | Sequence[Path], *, min_rows: int = 0) -> dict[str, pd.DataFrame]:
+def read_prices(
+    paths: Path | Sequence[Path],
+    *,
+    min_rows: int = 0,
+    reading: ReadingSettings = AS_THEY_ARE,
+    any_interval: bool = False,
+) -> dict[str, pd.DataFrame]:
     """Read and validate one or several price files or folders of them.
 
     Args:
         paths: CSV or ``.csv.gz`` files, or folders, whose ``*.csv`` and ``*.csv.gz`` are all read.
         min_rows: the fewest rows a ticker may have.
+        reading: what the user says of the files.
+        any_interval: weeks and months too; a forecast wants days.
 
     Returns:
         One frame a ticker, in the order of the files and of first appearance in them.
@@ -50,7 +57,9 @@ def read_prices(paths: Path | Sequence[Path], *, min_rows: int = 0) -> dict[str,
     """
     files = [paths] if isinstance(paths, (str, Path)) else paths
     frames = {}
-    for path, ticker, frame in each_ticker(files, lambda file, meta: read_table(file, meta).items()):
+    for path, ticker, frame in each_ticker(
+        files, lambda file, meta: read_table(file, meta, reading, any_interval).items()
+    ):
         if len(frame) < min_rows:
             raise UserError(
                 f"{path}: {ticker} has {len(frame)} rows, but {min_rows} are needed; "
@@ -132,66 +141,6 @@ def siblings(path: Path) -> list[str]:
 def is_table(path: Path) -> bool:
     """Whether the name is that of a table."""
     return path.name.lower().endswith((".csv", ".csv.gz"))
-
-
-def read_table(
-    path: Path, meta: Mapping[str, Any] | None = None, mended: MendedBars | None = None
-) -> dict[str, pd.DataFrame]:
-    """Read one file; see :func:`read_prices`.
-
-    Args:
-        path: the file.
-        meta: its sidecar, used for a single ticker's name.
-        mended: counts on, of a file that is read in pieces: whether there are too many, and saying so, is then the
-            caller's.
-    """
-    columns, rows, lines = split_rows(path, decoded(path))
-    place = {name: index for index, name in enumerate(columns)}
-    cells = {name: [row[place[name]] for row in rows] for name in place}
-    dates = parse_dates(path, cells["Date"], lines)
-    numbers = {name: parse_numbers(path, name, cells[name], lines) for name in PRICE_COLUMNS}
-    if mended is None:
-        mend_bars(path, numbers, dates, lines, whole := MendedBars())
-        whole.tell(path)
-    else:
-        mend_bars(path, numbers, dates, lines, mended, most=len(rows))
-
-    if "Ticker" in place:
-        tickers = np.array([cell.strip() for cell in cells["Ticker"]], dtype=object)
-        for index in np.flatnonzero(tickers == ""):
-            raise UserError(f"{at(path, lines[index], 'Ticker')}: the cell is empty; name the ticker of this row")
-    else:
-        tickers = np.full(len(rows), ticker_of(path, meta), dtype=object)
-
-    table = pd.DataFrame(numbers, index=pd.DatetimeIndex(dates, name="Date"), dtype="float64")
-    frames = {}
-    for ticker, places in pd.Series(np.arange(len(rows))).groupby(tickers, sort=False):
-        index = places.to_numpy()
-        check_order(path, str(ticker) if "Ticker" in place else "", dates[index], lines[index])
-        frames[str(ticker)] = table.iloc[index]
-    return frames
-
-
-def check_order(path: Path, ticker: str, dates: np.ndarray, lines: np.ndarray) -> None:
-    """Dates of one ticker strictly increase."""
-    steps = np.diff(dates)
-    for index in np.flatnonzero(steps <= np.timedelta64(0)):
-        whose = f" of {ticker}" if ticker else ""
-        day, before = (str(dates[i])[:10] for i in (index + 1, index))
-        place = at(path, lines[index + 1], "Date")
-        if day == before:
-            raise UserError(f"{place}: {day}{whose} is there twice; delete one of the two lines")
-        raise UserError(f"{place}: {day}{whose} comes after {before}; sort the file by date, oldest first")
-
-
-def ticker_of(path: Path, meta: Mapping[str, Any] | None = None) -> str:
-    """The ticker of a file without a ``Ticker`` column: from the sidecar, ``AAPL_2024_2025`` or the stem."""
-    named = (meta or {}).get("tickers") or []
-    if len(named) == 1:
-        return str(named[0])
-    stem = re.sub(r"\.csv(\.gz)?$", "", path.name, flags=re.IGNORECASE)
-    match = NAME_WITH_YEAR.fullmatch(stem)
-    return match[1] if match else stem
 
 
 def validated(frame: pd.DataFrame, ticker: str) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 
-from stocklora.prices.calendar import exchange_of
+from stocklora.prices.exchanges import exchange_of
 
 MARKET_COLUMNS = ("market_return", "market_size", "market_log_range")
 SURPRISE_HALF_LIFE_DAYS = 66.0  # a quarter

@@ -11,15 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stocklora.prices import calendar as sessions
-from stocklora.prices.calendar import (
-    SUFFIXES,
-    exchange_of,
-    is_complete,
-    known_range,
-    next_sessions,
-    session_close,
-    sessions_between,
-)
+from stocklora.prices import exchanges
+from stocklora.prices.calendar import is_complete, known_range, next_sessions, session_close, sessions_between
+from stocklora.prices.exchanges import SUFFIXES, exchange_of
 
 
 def at(text: str) -> dt.datetime:
@@ -88,7 +82,7 @@ def test_exchange_by_suffix(ticker: str, exchange: str | None) -> None:
 
 
 def test_every_suffix_names_a_calendar_there_is() -> None:
-    for code in {*SUFFIXES.values(), *sessions.INDICES.values(), "CMES"}:
+    for code in {*SUFFIXES.values(), *exchanges.INDICES.values(), "CMES"}:
         bottom, top = known_range(code)
         assert bottom < pd.Timestamp("2025-01-01") < top, code
 

@@ -16,7 +16,8 @@ from price_files import BAD_FILES, GOOD, GOOD_FILES, HEADER
 import download
 from stocklora.cli.console import UserError
 from stocklora.prices.csv_columns import PRICE_COLUMNS
-from stocklora.prices.tables import meta_path, read_meta, read_prices, ticker_of, validated, write_prices
+from stocklora.prices.reading import ticker_of
+from stocklora.prices.tables import meta_path, read_meta, read_prices, validated, write_prices
 
 
 def frame_of(days: int = 3, start: str = "2024-01-02") -> pd.DataFrame:

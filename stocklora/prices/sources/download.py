@@ -163,9 +163,11 @@ def update_tables(settings: DownloadSettings, as_folder: bool) -> int:
 def _tables_to_update(settings: DownloadSettings, as_folder: bool) -> dict[Path, dict[str, pd.DataFrame]]:
     """The table that ``--output`` names; of a folder those that hold a ticker named, or all."""
     if not as_folder:
-        return {settings.output: read_prices(settings.output)}
+        return {settings.output: read_prices(settings.output, any_interval=True)}
     named = set(tickers_of(settings.ticker)) if settings.ticker else None
-    tables = {path: read_prices(path) for path in sorted(settings.output.iterdir()) if is_table(path)}
+    tables = {
+        path: read_prices(path, any_interval=True) for path in sorted(settings.output.iterdir()) if is_table(path)
+    }
     return {path: frames for path, frames in tables.items() if named is None or named & set(frames)}
 
 

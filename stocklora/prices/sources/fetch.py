@@ -26,6 +26,7 @@ from typing import Any
 import pandas as pd
 
 from stocklora.cli.console import UserError, progress, warn
+from stocklora.prices.reading import read_table
 from stocklora.prices.sources.request import (
     SOURCE_NAMES,
     Answer,
@@ -37,7 +38,7 @@ from stocklora.prices.sources.request import (
     request_of,
     tickers_of,
 )
-from stocklora.prices.tables import meta_path, read_meta, read_table, write_prices
+from stocklora.prices.tables import meta_path, read_meta, write_prices
 from stocklora.runtime.files import BUNDLED_PRICES, bundled_folder
 
 CACHE_VARIABLE = "STOCKLORA_CACHE"
@@ -250,7 +251,7 @@ class PriceCache:
             fetched, until = (dt.datetime.fromisoformat(meta[name]) for name in ("time", "fresh_until"))
             if not fetched <= now < until:
                 return None
-            frames = read_table(path, meta)
+            frames = read_table(path, meta, any_interval=True)
             if list(frames) != [ticker] or len(frames[ticker]) != meta["rows"]:
                 return None
             kept = {name: meta[name] for name in KEPT}

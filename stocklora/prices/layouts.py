@@ -1,0 +1,281 @@
+"""The price tables that people have, brought into ours: columns, dates and numbers of other programs and sites.
+
+A layout is recognised as a whole: where the header stands, what separates the cells, what each column is, how dates
+and numbers are written, which rows are none. What was done is said in one line. Cells that cannot be read stay as
+they are, so that ``csv_columns`` names them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stocklora.cli.console import UserError
+from stocklora.prices.cells import MISSING, Numbers, is_missing, plain_date_cells
+from stocklora.prices.csv_columns import PRICE_COLUMNS, at
+
+QUOTES = tuple(PRICE_COLUMNS[:4])
+SEPARATORS = (",", ";", "\t", "|")
+HEADER_WITHIN = 40  # lines of a preface before the header, at most
+FIELDS = ("Date", "Time", "Ticker", *PRICE_COLUMNS, "Adjusted", "Split")
+
+# How others write a column's name, in lower case without blanks and marks; the first that a file has is taken.
+SPELLINGS: dict[str, tuple[str, ...]] = {
+    "Date": (
+        "date", "tradedate", "tradingdate", "datum", "fecha", "data", "jour", "timestamp", "timestamps", "datetime",
+        "dtyyyymmdd", "dateandtime", "opentime", "day", "dt", "eob", "bob", "candlebegintime", "effectivedate",
+        "日期", "交易日期", "时间", "交易时间", "时间戳", "日付", "일자", "날짜", "time", "unnamed0", "index", "",
+    ),
+    "Time": ("time", "时间", "交易时间"),
+    "Ticker": (
+        "ticker", "symbol", "tic", "tscode", "股票代码", "证券代码", "代码", "code", "instrument", "stockcode",
+        "seccode", "orderbookid", "actsymbol", "uniqueid", "security", "isin", "stock", "name", "简称",
+        "股票名称", "证券名称", "名称",
+    ),
+    "Open": (
+        "open", "o", "openprice", "first", "öffnung", "eröffnung", "eröffnungskurs", "erster", "ouverture", "apertura",
+        "abertura", "开盘", "开盘价", "今开", "始値", "시가", "pxopen",
+    ),
+    "High": (
+        "high", "h", "highprice", "max", "hoch", "tageshoch", "höchst", "höchstkurs", "plushaut", "máximo", "maximo",
+        "massimo", "最高", "最高价", "高値", "고가", "pxhigh",
+    ),
+    "Low": (
+        "low", "l", "lowprice", "min", "tief", "tagestief", "tiefst", "tiefstkurs", "plusbas", "mínimo", "minimo",
+        "最低", "最低价", "安値", "저가", "pxlow",
+    ),
+    "Close": (
+        "close", "c", "closelast", "closeprice", "closingprice", "schluss", "schlusskurs", "letzter", "clôture",
+        "cierre", "chiusura", "fechamento", "收盘", "收盘价", "終値", "종가", "pxlast", "last", "lastprice", "price",
+        "zuletzt",
+    ),
+    "Volume": (
+        "volume", "vol", "v", "totalvolume", "volumen", "umsatz", "stück", "qty", "tickvol", "tickvolume", "tottrdqty",
+        "成交量", "出来高", "거래량", "pxvolume", "volumeshares",
+    ),
+    "Adjusted": (
+        "adjclose", "adjustedclose", "closeadj", "adjcloseprice", "adjustedcloseprice", "复权收盘价", "后复权价",
+    ),
+    "Split": ("splitcoefficient", "stocksplits", "splitratio"),
+}  # fmt: skip
+MEANINGS = {spelling: name for name in reversed(SPELLINGS) for spelling in SPELLINGS[name]}
+# What yfinance and its like put beside prices, one a ticker.
+BESIDE = {"dividends", "stocksplits", "capitalgains", "adjclose"}
+BINANCE_COLUMNS = ["Date", *PRICE_COLUMNS]  # the first six of twelve
+EVENT_WORDS = re.compile(r"dividend|stock split|capital gain", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file's cells under our names.
+
+    Attributes:
+        columns: of ``FIELDS``, each once.
+        rows: their cells. lines: the line of the file that each row stands on.
+        notes: what was done, in a few words each.
+    """
+
+    columns: list[str]
+    rows: list[list[str]]
+    lines: list[int]
+    notes: list[str] = field(default_factory=list)
+
+
+def spelling(name: str) -> str:
+    """As ``SPELLINGS`` has it: ``<CLOSE>``, ``Close*``, ``4. close`` and ``Close (USD)`` are ``close``."""
+    name = re.sub(r"\(.*?\)|（.*?）|\[.*?\]", "", name.strip().lower())
+    return re.sub(r"[\s_\-<>*.:/\"'%$#]", "", re.sub(r"^\d+\.\s", "", name))
+
+
+def find_layout(path: Path, text: str) -> Layout | None:
+    """The table of a file whose columns can be told; None where they cannot.
+
+    Raises:
+        UserError: a line with another number of cells than its header.
+    """
+    lines = text.splitlines()
+    for separator in SEPARATORS:
+        head = list(csv.reader(io.StringIO("\n".join(lines[:HEADER_WITHIN])), delimiter=separator))
+        for reader in (_several_headers, _without_header, _one_header):
+            found = reader(path, text, head, separator)
+            if found is not None:
+                return found
+    return None
+
+
+def _cells(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    for row in reader:
+        if any(cell.strip() for cell in row):
+            yield reader.line_num, row
+
+
+def _one_header(path: Path, text: str, head: list[list[str]], separator: str) -> Layout | None:
+    place = next((place for place, row in enumerate(head) if _columns_of(row) is not None), None)
+    if place is None:
+        return None
+    columns = _columns_of(head[place])
+    assert columns is not None
+    rows = list(_cells(text, separator))
+    first = next(i for i, (_, row) in enumerate(rows) if row == head[place])
+    notes = [f"{first} lines before the header left out"] if first else []
+    if separator != ",":
+        notes.append({";": "semicolons", "\t": "tabs", "|": "bars"}[separator] + " between the cells")
+    kept, at_lines, dropped = _table_rows(path, rows[first + 1 :], head[place], columns)
+    notes += [f"{count} {what} left out" for what, count in dropped.items()]
+    names = list(columns)
+    return Layout(names, [[row[columns[name]] for name in names] for row in kept], at_lines, notes)
+
+
+def _columns_of(header: Sequence[str]) -> dict[str, int] | None:
+    """Our name -> place, where a line names a date and the four prices; the better spelling wins."""
+    spelt = [spelling(name) for name in header]
+    columns: dict[str, int] = {}
+    for name in FIELDS:
+        for candidate in SPELLINGS[name]:
+            if candidate in spelt and spelt.index(candidate) not in columns.values():
+                if candidate in ("", "index", "unnamed0") and spelt.index(candidate) != 0:
+                    continue
+                columns[name] = spelt.index(candidate)
+                break
+    if "Close" not in columns and "Adjusted" in columns:
+        columns["Close"] = columns.pop("Adjusted")
+    # A name that stands there twice is a question, not an answer.
+    clear = all(spelt.count(spelt[place]) == 1 for place in columns.values())
+    return columns if {"Date", *QUOTES} <= set(columns) and clear else None
+
+
+def _table_rows(
+    path: Path, rows: Sequence[tuple[int, list[str]]], header: list[str], columns: dict[str, int]
+) -> tuple[list[list[str]], list[int], Counter[str]]:
+    """The rows that are days: without repeated headers, events, empty days and what stands below the table."""
+    kept, lines, dropped = [], [], Counter[str]()
+    width = len(header)
+    date_at, prices_at = columns["Date"], [columns[name] for name in QUOTES]
+    last = max((i for i, (_, row) in enumerate(rows) if len(row) >= width and _is_day(row[date_at])), default=-1)
+    for place, (line, row) in enumerate(rows):
+        if [cell.strip() for cell in row[:width]] == [cell.strip() for cell in header]:
+            dropped["repeated headers"] += 1
+        elif any(EVENT_WORDS.search(cell) for cell in row):
+            dropped["rows of dividends and splits"] += 1
+        elif place > last >= 0 and (len(row) < width or not _is_day(row[date_at])):
+            dropped["lines below the table"] += 1
+        elif len(row) != width and (len(row) < width or any(cell.strip() for cell in row[width:])):
+            raise UserError(
+                f"{at(path, line)}: {len(row)} values under {width} columns; "
+                "put commas inside quotes, or complete the line"
+            )
+        elif all(is_missing(row[index]) for index in prices_at) and row[date_at].strip():
+            dropped["rows without a price"] += 1
+        else:
+            kept.append(row)
+            lines.append(line)
+    return kept, lines, dropped
+
+
+def _is_day(cell: str) -> bool:
+    return sum(map(str.isdigit, cell)) >= 3
+
+
+def _several_headers(path: Path, text: str, head: list[list[str]], separator: str) -> Layout | None:
+    """yfinance's table: a line of prices and one of tickers, in either order, and mostly a third for the index."""
+    if len(head) < 3 or len(head[0]) < 5 or len(head[0]) != len(head[1]):
+        return None
+    first, second = ([cell.strip() for cell in row[1:]] for row in head[:2])
+    known = {*MEANINGS, *BESIDE} - {""}
+    if all(spelling(cell) in known for cell in first) and not all(spelling(cell) in known for cell in second):
+        prices, tickers = first, second
+    elif all(spelling(cell) in known for cell in second) and not all(spelling(cell) in known for cell in first):
+        prices, tickers = second, first
+    else:
+        return None
+    rows = list(_cells(text, separator))[2:]
+    if rows and not any(cell.strip() for cell in rows[0][1][1:]):
+        rows = rows[1:]  # "Date,,,,"
+    columns: dict[str, dict[str, int]] = {}
+    for place, (price, ticker) in enumerate(zip(prices, tickers, strict=True), start=1):
+        name = "Adjusted" if spelling(price) == "adjclose" else MEANINGS.get(spelling(price))
+        if name in (*PRICE_COLUMNS, "Adjusted", "Split"):
+            columns.setdefault(ticker, {})[name] = place
+    if not columns or any(not set(QUOTES) <= set(own) for own in columns.values()):
+        return None
+    names = ["Ticker", "Date", *[name for name in FIELDS[3:] if all(name in own for own in columns.values())]]
+    kept, lines, dropped = [], [], 0
+    for ticker, own in columns.items():
+        for line, row in rows:
+            if all(is_missing(row[own[name]]) for name in QUOTES if own[name] < len(row)):
+                dropped += 1
+                continue
+            kept.append([ticker, row[0], *[row[own[name]] for name in names[2:]]])
+            lines.append(line)
+    notes = ["yfinance's header of several lines"]
+    return Layout(names, kept, lines, notes + ([f"{dropped} rows without a price left out"] if dropped else []))
+
+
+def _without_header(path: Path, text: str, head: list[list[str]], separator: str) -> Layout | None:
+    """Files that are known by their cells: Binance's klines, MetaTrader's history."""
+    row = next((row for row in head if any(cell.strip() for cell in row)), [])
+    if len(row) >= 11 and re.fullmatch(r"\d{13}(\d{3})?", row[0].strip()):
+        columns, note = BINANCE_COLUMNS, "Binance's klines without a header"
+    elif len(row) == 7 and re.fullmatch(r"\d{4}\.\d{2}\.\d{2}", row[0].strip()) and re.match(r"\d{2}:\d{2}", row[1]):
+        columns, note = ["Date", "Time", *PRICE_COLUMNS], "MetaTrader's history without a header"
+    else:
+        return None
+    rows = list(_cells(text, separator))
+    return Layout(columns, [row[: len(columns)] for _, row in rows], [line for line, _ in rows], [note])
+
+
+def plain_cells(path: Path, layout: Layout, date_format: str | None, zone: str | None) -> Layout:
+    """Dates as 2024-01-31, numbers as 1234.56, and a volume where there is none; what cannot be read stays as it is.
+
+    Args:
+        path: for messages.
+        layout: as found.
+        date_format: how dates are written, where the user says so.
+        zone: of the exchange, for stamps with a time zone.
+
+    Raises:
+        UserError: dates that can be read in two ways, or several bars a day.
+    """
+    place = {name: index for index, name in enumerate(layout.columns)}
+    cells = {name: [row[index] for row in layout.rows] for name, index in place.items()}
+    notes = list(layout.notes)
+    cells["Date"], note = plain_date_cells(path, cells["Date"], layout.lines, date_format, zone)
+    notes += note
+    numbers = Numbers.of([cell for name in QUOTES for cell in cells[name][:500]])
+    notes += numbers.notes
+    for name in (*QUOTES, "Adjusted"):
+        if name in cells:
+            cells[name] = [numbers.plain(cell) for cell in cells[name]]
+    if "Volume" in cells:
+        cells["Volume"] = ["0" if cell.strip().lower() in MISSING else numbers.plain(cell, counts=True)
+                           for cell in cells["Volume"]]  # fmt: skip
+    else:
+        notes.append("no volume: zeros")
+        cells["Volume"] = ["0"] * len(layout.rows)
+    halts = 0
+    for row, (opening, high, low, close) in enumerate(zip(*[cells[name] for name in QUOTES], strict=True)):
+        if not any(map(_amount, (opening, high, low))) and _amount(close) > 0.0:
+            for name in QUOTES[:3]:
+                cells[name][row] = close
+            halts += 1
+    if halts:
+        notes.append(f"{halts} halted days without open, high and low: at their close")
+    columns = [name for name in ("Ticker", "Date", *PRICE_COLUMNS, "Adjusted", "Split") if name in cells]
+    rows = [list(row) for row in zip(*[cells[name] for name in columns], strict=True)]
+    return Layout(columns, rows, layout.lines, notes)
+
+
+def _amount(cell: str) -> float:
+    """0 for nothing."""
+    if is_missing(cell):
+        return 0.0
+    try:
+        return float(cell)
+    except ValueError:
+        return float("inf")
