@@ -6,6 +6,7 @@
     python download.py --ticker AAPL MSFT 600519.SS --start 2020-01-01 --output prices.csv
     python download.py --ticker tickers.txt --period 10y --output prices/   # a folder, one CSV a ticker
     python download.py --update --output prices.csv           # append the days since
+    python download.py --convert HistoricalData.csv --output QZX.csv    # a table of another site: see docs/data.md
     python download.py --check prices.csv                     # gaps, jumps, stale runs; downloads nothing
 
 Beside each CSV stands FILE.meta.json: source, adjustment, dates, sha256. Exit code 0: all is written;

@@ -28,6 +28,7 @@ from stocklora.prices.exchanges import assign_exchange, exchange_of, settle_exch
 from stocklora.prices.layouts import Layout, find_layout, plain_cells
 from stocklora.prices.settings import AS_THEY_ARE, ReadingSettings
 
+ADJUSTED_CLOSES, SPLITS = "adjusted closes", "splits"  # columns to adjust by
 NAME_WITH_YEAR = re.compile(r"([A-Za-z0-9.^=-]+)_(19|20)\d{2}(\D.*)?$")
 SPACINGS = {"weeks": (5, 9), "months": (26, 35), "quarters": (85, 96)}  # calendar days from one bar to the next
 LEAST_JUMP, JUMP_FIT = 0.4, 0.03  # of the log price, and how near a ratio it must be
@@ -66,14 +67,17 @@ def read_table(
     numbers = {name: parse_numbers(path, name, cells[name], lines) for name in PRICE_COLUMNS}
     tickers = _tickers(path, cells.get("Ticker"), lines, meta)
     notes = list(table.notes)
-    if reading.adjust == "all":
-        notes += adjust(path, numbers, cells, tickers, dates, lines)
+    by = adjust(path, numbers, cells, tickers, dates, lines) if reading.adjust == "all" else None
+    if by is not None:
+        notes.append(f"all four prices adjusted by its column of {by} (--adjust none keeps them as quoted)")
     if mended is None:
         mend_bars(path, numbers, dates, lines, whole_file := MendedBars())
         whole_file.tell(path)
     else:
         mend_bars(path, numbers, dates, lines, mended, most=len(dates))
     whole = pd.DataFrame(numbers, index=pd.DatetimeIndex(dates, name="Date"), dtype="float64")
+    if by is not None:
+        whole.attrs["adjust"] = "all" if by == ADJUSTED_CLOSES else "splits"
     frames = {}
     turned, doubled = 0, 0
     for ticker, places in pd.Series(np.arange(len(table.rows))).groupby(tickers, sort=False):
@@ -181,8 +185,8 @@ def adjust(
     tickers: np.ndarray,
     dates: np.ndarray,
     lines: np.ndarray,
-) -> list[str]:
-    """Adjust all four prices by a column of adjusted closes, or of splits; what was done, in words.
+) -> str | None:
+    """Adjust all four prices by a column of adjusted closes, or of splits; by which, None where nothing changed.
 
     Args:
         path, lines: for messages.
@@ -192,7 +196,7 @@ def adjust(
     """
     if "Adjusted" in cells and not all(is_missing(cell) for cell in cells["Adjusted"]):
         factor = parse_numbers(path, "Adj Close", cells["Adjusted"], lines) / numbers["Close"]
-        what = "its column of adjusted closes"
+        by = ADJUSTED_CLOSES
     elif "Split" in cells:
         step = np.array([1.0 if is_missing(cell) or float(cell) == 0.0 else float(cell) for cell in cells["Split"]])
         factor = np.ones(len(step))
@@ -201,14 +205,14 @@ def adjust(
             rows = rows[np.argsort(dates[rows], kind="stable")]
             later = np.append(np.cumprod(step[rows][::-1])[::-1][1:], 1.0)  # a split counts for the days before it
             factor[rows] = 1.0 / later
-        what = "its column of splits"
+        by = SPLITS
     else:
-        return []
+        return None
     if np.allclose(factor, 1.0, rtol=1e-6):
-        return []
+        return None
     for name in QUOTES:
         numbers[name] = numbers[name] * factor
-    return [f"all four prices adjusted by {what} (--adjust none keeps them as quoted)"]
+    return by
 
 
 # ------------------------------------------------------------------------------------------- days of an exchange
@@ -233,8 +237,9 @@ def check_days(
                 f"{path}: the bars of {ticker} are {kind}, and forecasts are made of days and for days; get days, as "
                 f"with python download.py --ticker {ticker} --interval 1d"
             )
-        if reading.exchange is not None:
-            assign_exchange(ticker, reading.exchange)
+        exchange = reading.exchange or ((meta or {}).get("exchanges") or {}).get(ticker)
+        if exchange is not None:
+            assign_exchange(ticker, str(exchange))
             continue
         try:
             decided = settle_exchange(ticker, index, sessions_of)

@@ -300,3 +300,22 @@ def test_an_assigned_exchange_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert next_sessions("QZX", dt.date(2024, 2, 22), 1)[0] == pd.Timestamp(
         "2024-02-26"
     )  # the emperor's birthday between
+
+
+def test_convert_writes_a_table_that_reads_back(tmp_path: Path, call_script: Callable) -> None:
+    frame = prices_of("7203.T", 240)
+    text = LAYOUTS["Nasdaq"](frame)
+    assert isinstance(text, str)
+    (tmp_path / "HistoricalData.csv").write_text(text)
+    done = call_script(
+        "download.py", "--convert", "HistoricalData.csv", "--ticker", "QZX", "--output", "QZX.csv",
+        "--exchange", "XTKS", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "dates month first" in done.stdout
+    read = read_prices(tmp_path / "QZX.csv")
+    pd.testing.assert_frame_equal(read["QZX"], frame, check_freq=False)
+    assert exchange_of("QZX") == "XTKS"  # as the sidecar says
+    again = call_script("download.py", "--convert", "QZX.csv", "--output", "QZX.csv", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "same file" in again.stderr

@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 
 from stocklora.cli.console import UserError, one_line, say, warn
+from stocklora.prices.exchanges import UNITED_STATES, assign_exchange, exchange_of
+from stocklora.prices.settings import ReadingSettings
 from stocklora.prices.sources.fetch import NothingCame, bundled_prices, days_of, fetch_prices
 from stocklora.prices.sources.request import SOURCE_NAMES, DownloadSettings, Request, request_of, tickers_of
 from stocklora.prices.tables import is_table, read_prices, trusted_meta, write_prices
@@ -41,6 +43,9 @@ def download(settings: DownloadSettings) -> int:
         for path in settings.check:
             print_quality(path)
         return 0
+    if settings.convert is not None:
+        convert(settings.convert, settings)
+        return 0
     as_folder = is_folder(settings.output)
     if settings.update and settings.source == "sample":
         raise UserError("--update cannot add to bundled prices, which do not grow; leave out --source sample")
@@ -53,6 +58,36 @@ def download(settings: DownloadSettings) -> int:
     frames, meta = fetch_prices(settings)
     write_out(settings.output, as_folder, frames, meta)
     return print_failures(meta.get("failed", {}))
+
+
+def convert(path: Path, settings: DownloadSettings) -> None:
+    """Write a table of any known layout as one of ours, with its sidecar, and report on it.
+
+    Raises:
+        UserError: it cannot be read, or would be written over itself.
+    """
+    from stocklora.prices.quality import print_quality
+
+    if settings.output.resolve() == path.resolve():
+        raise UserError(f"--convert {path}: --output is the same file; give it another name, so that nothing is lost")
+    reading = ReadingSettings(
+        settings.exchange, settings.date_format, "none" if settings.adjust == "none" else "all", settings.mend_jumps
+    )
+    frames = read_prices(path, reading=reading)
+    if settings.ticker and len(frames) == len(settings.ticker):  # a file seldom says whose prices it holds
+        named = dict(zip(frames, tickers_of(settings.ticker), strict=True))
+        for read, ticker in named.items():
+            assign_exchange(ticker, exchange_of(read) or UNITED_STATES)
+        frames = {named[read]: frame for read, frame in frames.items()}
+    meta: dict[str, Any] = {"source": "converted", "origins": dict.fromkeys(frames, path.name), "interval": "1d"}
+    adjusted = {frame.attrs.get("adjust") for frame in frames.values()}
+    told = (trusted_meta(path) or {}).get("adjust")
+    if told or adjusted != {None}:
+        meta["adjust"] = told or next(iter(adjusted))
+    meta["exchanges"] = {ticker: code for ticker in frames if (code := exchange_of(ticker)) is not None}
+    write_prices(frames, settings.output, meta)
+    say(f"saved: {settings.output}")
+    print_quality(settings.output)
 
 
 def print_bundled_tickers() -> None:

@@ -130,6 +130,21 @@ class DownloadSettings:
     check: list[Path] | None = setting(
         None, "download nothing: report on the quality of these CSVs or folders", nargs="+", section="where"
     )
+    convert: Path | None = setting(
+        None, "download nothing: read this table of another program or site, say what it is, and write it to --output",
+        section="where", metavar="FILE",
+    )  # fmt: skip
+    exchange: str | None = setting(
+        None, "with --convert: exchange of its tickers, such as XSHG, where nothing else tells", section="where",
+        metavar="CODE",
+    )  # fmt: skip
+    date_format: str | None = setting(
+        None, "with --convert: how its dates are written, such as %d/%m/%Y, where rows do not tell", section="where",
+        metavar="FORMAT",
+    )  # fmt: skip
+    mend_jumps: bool = setting(
+        False, "with --convert: divide out jumps that look like a split or a change of unit", section="where"
+    )
     cache: bool = setting(True, "a second run within the day asks for nothing twice", section="network")
     retries: int = setting(4, "how often to ask again when a source says too many requests", section="network")
     retry_wait_s: float = setting(2.0, "seconds before the first retry; they double, with jitter", section="network")
