@@ -9,8 +9,13 @@
 *pool*: 59 large US stocks, trained before 2016, validated on its first half, tested from July 2016 to August
 2017. *four*: AAPL, GOOG, IBM and MSFT, trained before 2010, validated in 2010 and 2011, tested from 2012. All
 choices (scale, epoch, calibration) are made on validation days. Prices of *four* are bundled; those of *pool* are a
-file of yours (--pool FILE), and where there is none a line says how to download them. Writes
-bench/results/accuracy.json.
+file of yours (--pool FILE), and where there is none a line says how to download them.
+
+The market prior is made for each benchmark, of other tickers than its own and none of its validation or test days, and
+lies as prior.json beside the weights. *pool*: of days before its training ends. *four*: of days after its last test
+day, hence none of its days, though later ones than it forecasts. It learns from the bundled prices and the development
+data beside the repository; where those are not, a line says so and there is no prior. With --data it is the built-in
+one, and a line says how many of the test days that was made from. Writes bench/results/accuracy.json.
 """
 
 from __future__ import annotations
@@ -22,21 +27,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, ROOT, run_benchmark, save_result
+from harness import DEVELOPMENT, POOL_FILE, RESULTS, ROOT, markets_in, run_benchmark, save_result
 
 BENCHMARKS = {
     "pool": {
         "tickers": (),
         "dates": ("2016-01-01", "2016-07-01"),
+        "prior_is_later": False,
         "target": 0.985,
     },
     "four": {
         "tickers": ("AAPL", "GOOG", "IBM", "MSFT"),
         "dates": ("2010-01-01", "2012-01-01"),
+        "prior_is_later": True,
         "target": 0.990,
     },
 }  # fmt: skip
-POOL_FILE = ROOT.parent / "shared" / "data" / "prices" / "us_large_2012_2017.csv.gz"
 POOL_TICKERS = """
 AAPL ABB AEP AGFS AMZN BA BAC BBL BHP BP BSAC BUD CAT CELG CHTR CMCSA CSCO CVX DHR DIS EXC FB GE GMRE HD HON
 HSBC IEP JNJ JPM LMT MA MDT MMM MRK MSFT NGG NVS PCG PCLN PFE PG PM PPL RDS-B REX SNP SNY SPLP SRE TM TOT UL
@@ -59,7 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=1, help="passes over the training days (default: %(default)s)")
     parser.add_argument("--prompt", default="returns", choices=("returns", "ohlcv", "zscores"))
     parser.add_argument("--indicators", nargs="+", default=[], metavar="NAME")
-    parser.add_argument("--scale", default="auto", choices=("auto", "ewma", "har", "harx"))
+    parser.add_argument("--scale", default="auto", choices=("auto", "ewma", "har", "harx", "prior"))
+    parser.add_argument("--prior", metavar="FILE", help="builtin, none or a file of scripts/make_prior.py (default: "
+                        "one made of other tickers; with --data builtin)")  # fmt: skip
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--head_learning_rate", type=float, default=1e-4)
     parser.add_argument("--max_tokens_per_sequence", type=int, default=1400)
@@ -85,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.data:
         prices = read_prices(arguments.data)
         dates = (arguments.validation_from, arguments.test_from)
-        results["data"] = one_benchmark("data", prices, dates, 1.003, arguments)
+        results["data"] = one_benchmark("data", prices, dates, 1.003, arguments.prior or "builtin", arguments)
     else:
         for name in arguments.benchmarks:
             facts: Mapping[str, Any] = BENCHMARKS[name]
@@ -93,7 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
             if found is None:
                 continue
             prices = select_tickers(found, facts["tickers"])
-            results[name] = one_benchmark(name, prices, facts["dates"], facts["target"], arguments)
+            prior = arguments.prior or made_prior(name, prices, arguments)
+            results[name] = one_benchmark(name, prices, facts["dates"], facts["target"], prior, arguments)
     save_result(arguments.output, {"benchmarks": results})
     return 0
 
@@ -117,22 +126,51 @@ def prices_of(name: str, arguments: argparse.Namespace) -> Mapping[str, Any] | N
     return None
 
 
-def one_benchmark(
-    name: str, prices: Mapping[str, Any], dates: tuple[str, str], target: float, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Train, score on test, print the table."""
-    from stocklora.cli.console import say
-    from stocklora.finetune.fit import finetune
-    from stocklora.finetune.settings import TrainLoraSettings
-    from stocklora.metrics.scores import print_scores
+def made_prior(name: str, prices: Mapping[str, Any], arguments: argparse.Namespace) -> str:
+    """``--prior`` of a benchmark: a file, made of other tickers and other days; "none", after a line, without the data.
 
-    settings = TrainLoraSettings(
+    Args:
+        name: of the benchmark.
+        prices: its own.
+    """
+    import pandas as pd
+
+    from stocklora.cli.console import say
+    from stocklora.finetune.settings import TrainLoraSettings
+    from stocklora.prices.sources.fetch import bundled_prices
+    from stocklora.volatility.prior import fit_prior
+
+    markets = DEVELOPMENT / "markets"
+    if not markets.is_dir():
+        say(f"{name}: no prior, since no prices to make one of lie at {markets}")
+        return "none"
+    pool = arguments.pool or POOL_FILE
+    teachers = {"bundled": bundled_prices(), **markets_in([markets, *([pool] if pool.is_file() else [])])}
+    others = {market: {ticker: frame for ticker, frame in tables.items() if ticker not in prices}
+              for market, tables in teachers.items()}  # fmt: skip
+    if BENCHMARKS[name]["prior_is_later"]:
+        last = max(frame.index[-1] for frame in prices.values())
+        prior = fit_prior(others, None, TrainLoraSettings.horizon, start=last + pd.Timedelta(days=1))
+    else:
+        prior = fit_prior(others, pd.Timestamp(BENCHMARKS[name]["dates"][0]), TrainLoraSettings.horizon)
+    path = Path(arguments.save_dir / name / "prior.json")
+    prior.save(path)
+    say(f"{name}: a prior of {prior}")
+    return str(path)
+
+
+def settings_of(arguments: argparse.Namespace, name: str, dates: tuple[str, str], prior: str) -> Any:
+    """The benchmark's ``TrainLoraSettings``."""
+    from stocklora.finetune.settings import TrainLoraSettings
+
+    return TrainLoraSettings(
         model_path=arguments.model_path,
         validation_from=dates[0],
         test_from=dates[1],
         prompt=arguments.prompt,
         indicators=arguments.indicators,
         scale=arguments.scale,
+        prior=prior,
         backbone_layers=arguments.backbone_layers,
         epochs=arguments.epochs,
         learning_rate=arguments.learning_rate,
@@ -142,6 +180,21 @@ def one_benchmark(
         device=arguments.device,
         save_dir=arguments.save_dir / name,
     )
+
+
+def one_benchmark(
+    name: str, prices: Mapping[str, Any], dates: tuple[str, str], target: float, prior: str,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
+    """Train, score on test, print the table."""
+    import numpy as np
+
+    from stocklora.cli.console import say
+    from stocklora.finetune.fit import finetune
+    from stocklora.metrics.scores import print_scores
+    from stocklora.volatility.prior import prior_named, prior_note
+
+    settings = settings_of(arguments, name, dates, prior)
     say(f"== {name} ==")
     fitted = finetune(prices, settings)
     scores = dict(fitted.test_scores)
@@ -150,32 +203,47 @@ def one_benchmark(
         scores[peer] = peer_scores(peer, fitted.data)
     print_scores(scores, f"{name}: test days from {fitted.data.dates.test:%Y-%m-%d}, mean of 1 to {settings.horizon}")
     # The table's EWMA is calibrated on validation days as the model is; the published figure is without.
+    ratios = {kind: entry.pinball_bp / raw_ewma.pinball_bp for kind, entry in scores.items()}
+    say("quantile loss over EWMA's: " + ", ".join(f"{kind} {ratio:.4f}" for kind, ratio in ratios.items()))
+    known = prior_named(prior)
+    if known is not None:
+        say(prior_note(known.made_from, np.unique(fitted.data.dates_of("test").astype("datetime64[D]"))))
     model = scores["model"]
-    ratio = model.pinball_bp / raw_ewma.pinball_bp
     simple = min(scores[kind].mae for kind in ("naive", "drift", "ewma", "har"))
     simple_bp = min(scores[kind].mae_bp for kind in ("naive", "drift", "ewma", "har"))
     best_scale = min(scores["ewma"].pinball_bp, scores["har"].pinball_bp, raw_ewma.pinball_bp)
-    say(f"pinball over EWMA's {ratio:.4f} (target {target}); over the better of EWMA and HAR "
+    say(f"pinball over EWMA's {ratios['model']:.4f} (target {target}); over the better of EWMA and HAR "
         f"{model.pinball_bp / best_scale:.4f}; MAE over the best simple baseline's {model.mae / simple:.4f} "
         f"(log return: {model.mae_bp / simple_bp:.4f}); 80% interval covers {model.coverage_80:.1f}%")  # fmt: skip
-    outcome = fitted.outcome
+    return run_facts(fitted, settings) | {
+        "test": {kind: asdict(entry) for kind, entry in scores.items()},
+        "ewma_uncalibrated_pinball_bp": raw_ewma.pinball_bp,
+        "pinball_ratio_to_ewma": ratios["model"],
+        "pinball_ratios_to_ewma": ratios,
+        "pinball_ratio_to_better_of_ewma_and_har": model.pinball_bp / best_scale,
+        "mae_ratio_to_best_simple": model.mae / simple,
+        "mae_bp_ratio_to_best_simple": model.mae_bp / simple_bp,
+        "coverage_80": model.coverage_80,
+    }
+
+
+def run_facts(fitted: Any, settings: Any) -> dict[str, Any]:
+    """What was trained and how, for the record."""
+    from stocklora.volatility.prior import prior_named
+
+    outcome, spec, prior = fitted.outcome, fitted.forecaster.spec, prior_named(settings.prior)
+    facts = {key: value.name if isinstance(value, Path) else value for key, value in asdict(settings).items()}
     return {
         # Names, not where they lie: the record is read elsewhere.
-        "settings": {key: value.name if isinstance(value, Path) else value for key, value in asdict(settings).items()},
-        "scale": fitted.forecaster.spec.scale["kind"],
-        "calibration": fitted.forecaster.spec.calibration,
+        "settings": facts | {"prior": Path(settings.prior).name},
+        "prior": None if prior is None else {key: part for key, part in prior.made_from.items() if key != "markets"},
+        "scale": spec.scale["kind"],
+        "calibration": spec.calibration,
         "history": [{key: None if value != value else value for key, value in row.items()} for row in outcome.history],
         "best_epoch": outcome.best_epoch,
         "unproven_epoch": outcome.unproven_epoch,
         "gain_in_standard_errors": outcome.gain_in_errors,
         "validation_ratio_to_start": outcome.best_ratio,
-        "test": {kind: asdict(entry) for kind, entry in scores.items()},
-        "ewma_uncalibrated_pinball_bp": raw_ewma.pinball_bp,
-        "pinball_ratio_to_ewma": ratio,
-        "pinball_ratio_to_better_of_ewma_and_har": model.pinball_bp / best_scale,
-        "mae_ratio_to_best_simple": model.mae / simple,
-        "mae_bp_ratio_to_best_simple": model.mae_bp / simple_bp,
-        "coverage_80": model.coverage_80,
     }
 
 

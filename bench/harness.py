@@ -1,4 +1,4 @@
-"""What the benchmarks share: the frame of a script, a run in a process of its own, a result with the machine's facts.
+"""What the benchmarks share: a script's frame, price files as markets, a run in a process of its own, a result's facts.
 
 A benchmark is started by path, so this file is found as ``harness``, and the project's own modules once it is imported.
 """
@@ -10,10 +10,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+DEVELOPMENT = ROOT.parent / "shared" / "data"  # prices that are not the repository's: markets/, a file a market, and
+POOL_FILE = DEVELOPMENT / "prices" / "us_large_2012_2017.csv.gz"
 sys.path.insert(0, str(ROOT))  # started by path, a script sees only its own folder
 
 
@@ -25,6 +30,24 @@ def run_benchmark(
     from stocklora.cli.console import run_script
 
     return run_script(lambda: run(arguments))
+
+
+def markets_in(paths: Sequence[Path]) -> dict[str, dict[str, pd.DataFrame]]:
+    """Price files, and folders of them, as markets: file's name -> ticker -> its table.
+
+    Raises:
+        UserError: a file that is not there or not whole, or two of one name.
+    """
+    from stocklora.cli.console import UserError
+    from stocklora.prices.tables import price_files, read_prices
+
+    markets: dict[str, dict[str, pd.DataFrame]] = {}
+    for path in price_files(paths):
+        name = path.name.removesuffix(".gz").removesuffix(".csv")
+        if name in markets:
+            raise UserError(f"{path}: another file is named {name} too, and a file is a market; rename one of them")
+        markets[name] = read_prices(path)
+    return markets
 
 
 def error_of(command: Sequence[str], name: object, cwd: Path | None = None) -> dict[str, str]:

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import RESULTS, ROOT, run_benchmark, save_result
+from harness import DEVELOPMENT, POOL_FILE, RESULTS, markets_in, run_benchmark, save_result
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,8 +41,7 @@ if TYPE_CHECKING:
 
     from stocklora.volatility.prior import MarketPrior
 
-DEVELOPMENT = ROOT.parent / "shared" / "data"
-POOL = "us_large_2012_2017"
+POOL = POOL_FILE.name.removesuffix(".csv.gz")
 BUNDLED = "bundled sample"
 FOLDS = 5
 LEARNT_ROWS, VALIDATION_ROWS, TESTED_ROWS = 250, 37, 60
@@ -178,28 +177,11 @@ def development_files() -> list[Path]:
     """
     from stocklora.cli.console import UserError
 
-    folder, pool = DEVELOPMENT / "markets", DEVELOPMENT / "prices" / f"{POOL}.csv.gz"
-    if not (folder.is_dir() and pool.is_file()):
-        raise UserError(f"no development data in {DEVELOPMENT}; give --data FILE ..., daily prices, one file a market")
-    return [folder, pool]
-
-
-def markets_in(paths: Sequence[Path]) -> dict[str, dict[str, pd.DataFrame]]:
-    """File's name -> ticker -> its table.
-
-    Raises:
-        UserError: a file that is not there or not whole, or two of one name.
-    """
-    from stocklora.cli.console import UserError
-    from stocklora.prices.tables import price_files, read_prices
-
-    markets: dict[str, dict[str, pd.DataFrame]] = {}
-    for path in price_files(paths):
-        name = path.name.removesuffix(".gz").removesuffix(".csv")
-        if name in markets:
-            raise UserError(f"{path}: another file is named {name} too, and a file is a market; rename one of them")
-        markets[name] = read_prices(path)
-    return markets
+    paths = [DEVELOPMENT / "markets", POOL_FILE]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"no development data at {path}; give --data FILE ..., daily prices, one file a market")
+    return paths
 
 
 def fold_of(ticker: str) -> int:
