@@ -28,7 +28,7 @@ from stocklora.baselines.simple_network import (
     windows_at,
 )
 from stocklora.cli.console import UserError, listed, progress, say
-from stocklora.dataset.prepare import ForecastData, data_facts, prepare
+from stocklora.dataset.prepare import ForecastData, data_facts, prepare, with_a_day_to_learn_from
 from stocklora.dataset.windows import SPLITS
 from stocklora.forecaster.explain import say_more
 from stocklora.forecaster.predictions import prediction_rows, print_forecast, write_predictions
@@ -102,6 +102,7 @@ def fit_simple(prices: Mapping[str, pd.DataFrame], settings: TrainSettings, *, q
     Raises:
         UserError: too few days for three parts.
     """
+    prices = with_a_day_to_learn_from(prices, settings.window_size + HORIZON + 1)
     data = prepare(
         prices, settings.window_size, HORIZON, settings.validation_fraction, settings.test_fraction,
         settings.validation_from, settings.test_from,
@@ -216,8 +217,9 @@ def forecast_simple(forecaster: SimpleForecaster, prices: Mapping[str, pd.DataFr
     """The next closes of every ticker from its last row; rows of ``predictions.csv``.
 
     Raises:
-        UserError: a ticker with fewer days than the window.
+        UserError: no ticker has the days of the window.
     """
+    prices = with_a_day_to_learn_from(prices, forecaster.window_size)
     for name, frame in prices.items():
         if len(frame) < forecaster.window_size:
             raise UserError(

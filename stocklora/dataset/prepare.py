@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stocklora.cli.console import UserError
+from stocklora.cli.console import UserError, warn
 from stocklora.dataset.prompts import DayEncoder, EncodedSequence, check_lengths
 from stocklora.dataset.windows import (
     SPLITS,
@@ -280,3 +280,11 @@ def split_by_rows(prices: Mapping[str, pd.DataFrame], least: int) -> tuple[dict[
     """The tickers with at least so many rows, and the others, each as ``NAME (rows)``."""
     known = {name: frame for name, frame in prices.items() if len(frame) >= least}
     return known, [f"{name} ({len(frame)})" for name, frame in prices.items() if name not in known]
+
+
+def with_a_day_to_learn_from(prices: Mapping[str, pd.DataFrame], least: int) -> dict[str, pd.DataFrame]:
+    """The tickers that have at least so many rows; the others are named and left out, unless none is left."""
+    known, short = split_by_rows(prices, least)
+    if short and known:
+        warn(f"fewer than {least} rows, left out: {', '.join(short)}")
+    return known or dict(prices)

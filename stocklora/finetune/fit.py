@@ -21,7 +21,7 @@ from stocklora.dataset.prepare import (
     fitted_to_context,
     make_examples,
     prepare,
-    split_by_rows,
+    with_a_day_to_learn_from,
 )
 from stocklora.dataset.prompts import DayEncoder, check_lengths, fit_targets_per_sequence
 from stocklora.dataset.windows import SPLITS
@@ -152,14 +152,6 @@ def prepare_data(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings
     if prior is not None and scale_kind == "prior":
         facts["prior"] = {name: value for name, value in prior.made_from.items() if name != "markets"}
     return PreparedData(data, scale_kind, targets, examples, facts)
-
-
-def with_a_day_to_learn_from(prices: Mapping[str, pd.DataFrame], least: int) -> dict[str, pd.DataFrame]:
-    """The tickers that have at least so many rows; the others are named and left out, unless none is left."""
-    known, short = split_by_rows(prices, least)
-    if short and known:
-        warn(f"fewer than {least} rows, left out: {', '.join(short)}")
-    return known or dict(prices)
 
 
 def encode_splits(

@@ -78,20 +78,8 @@ def read_table(
     whole = pd.DataFrame(numbers, index=pd.DatetimeIndex(dates, name="Date"), dtype="float64")
     if by is not None:
         whole.attrs["adjust"] = "all" if by == ADJUSTED_CLOSES else "splits"
-    frames = {}
-    turned, doubled = 0, 0
-    for ticker, places in pd.Series(np.arange(len(table.rows))).groupby(tickers, sort=False):
-        index = places.to_numpy()
-        if (np.diff(dates[index]) < np.timedelta64(0)).any():
-            turned += 1
-            index = index[np.argsort(dates[index], kind="stable")]
-        kept = _once(path, str(ticker) if "Ticker" in place else "", dates[index], lines[index], whole.iloc[index])
-        doubled += len(index) - int(kept.sum())
-        frames[str(ticker)] = whole.iloc[index[kept]]
-    if turned:
-        notes.append("sorted, oldest day first")
-    if doubled:
-        notes.append(f"{doubled} rows that were there twice left out")
+    frames, in_order = _in_order(path, whole, tickers, lines, "Ticker" in place)
+    notes += in_order
     if notes:
         rows = sum(map(len, frames.values()))
         names = ", ".join(list(frames)[:5]) + (", ..." if len(frames) > 5 else "")
@@ -99,6 +87,30 @@ def read_table(
     if not any_interval:
         check_days(path, frames, meta, reading)
     return frames
+
+
+def _in_order(
+    path: Path, whole: pd.DataFrame, tickers: np.ndarray, lines: np.ndarray, named: bool
+) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """One frame a ticker, oldest day first and each day once, and what that took.
+
+    Args:
+        path, lines: for messages. named: whether the file names tickers.
+        whole: (rows, prices) by date. tickers: (rows,).
+    """
+    frames = {}
+    turned, doubled = 0, 0
+    dates = whole.index.to_numpy()
+    for ticker, places in pd.Series(np.arange(len(whole))).groupby(tickers, sort=False):
+        index = places.to_numpy()
+        if (np.diff(dates[index]) < np.timedelta64(0)).any():
+            turned += 1
+            index = index[np.argsort(dates[index], kind="stable")]
+        kept = _once(path, str(ticker) if named else "", dates[index], lines[index], whole.iloc[index])
+        doubled += len(index) - int(kept.sum())
+        frames[str(ticker)] = whole.iloc[index[kept]]
+    notes = ["sorted, oldest day first"] if turned else []
+    return frames, notes + ([f"{doubled} rows that were there twice left out"] if doubled else [])
 
 
 def _of_ours(path: Path, text: str) -> Layout | None:
