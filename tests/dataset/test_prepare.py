@@ -30,7 +30,10 @@ def test_where_nothing_is_clearly_better_a_run_starts_from_the_prior(seed: int) 
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_prior_that_is_clearly_wrong_is_left(seed: int) -> None:
+def test_a_prior_that_is_clearly_wrong_is_left(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = prepared({"X": random_prices(250, seed)}, hopeless())
+    assert few.better_scale() == "prior"  # so few validation days choose by luck
+    monkeypatch.setattr("stocklora.dataset.prepare.LEAST_DAYS_TO_LEAVE", 20)
     data = prepared({"X": random_prices(250, seed)}, hopeless())
     losses = {kind: data.validation_loss(kind) for kind in data.scales}
     assert data.better_scale() == min(losses, key=losses.__getitem__) != "prior"
