@@ -1,6 +1,6 @@
 """Does the language model help? The same training with and without what a language model could bring.
 
-    python bench/ablation.py                                      # SmolLM2-135M's first layers, half an hour or more a seed
+    python bench/ablation.py                                      # SmolLM2-135M's first layers, half an hour a seed
     python bench/ablation.py --tickers AAPL ADBE AMZN AXP JPM XOM --layers 8 --epochs 3 --seeds 5
     python bench/ablation.py --data my_prices.csv --tickers A B C --first_day 2018-01-02 \\
         --validation_from 2021-01-04 --test_from 2022-01-03
