@@ -32,6 +32,7 @@ def run(settings: FrameworkSettings) -> None:
     from stocklora.prices.tables import read_prices
 
     prices = select_tickers(read_prices(settings.test_csv, reading=settings), settings.tickers)
+    settings.check_price(prices)
 
     if settings.by_prior:
         from stocklora.baselines.by_prior import forecast_and_save

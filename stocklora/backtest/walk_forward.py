@@ -226,7 +226,9 @@ class LanguageModel:
             home = folder / f"{cut:%Y-%m-%d}-{number}"
             if self.is_main and not (home / WEIGHTS_NAME).is_file():
                 known = training_prices(prices, plan, cut, after=2 * plan.horizon + 1)
-                saved = restored(self.ensemble.weights[number].training["settings"], TrainLoraSettings)
+                kept = self.ensemble.weights[number].training["settings"]
+                # Weights from before there was a prior are trained again without one.
+                saved = restored({"prior": "none", **kept}, TrainLoraSettings)
                 again = replace(
                     saved, data=[], tickers=[], model_path=model_path, save_dir=home, validation_from=None,
                     test_from=f"{cut:%Y-%m-%d}", device=str(self.ensemble.device.type),

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from stocklora.baselines.settings import HORIZON, FrameworkSettings
-from stocklora.cli.console import UserError, say, warn
-from stocklora.dataset.prepare import split_by_rows
+from stocklora.cli.console import UserError, say
+from stocklora.dataset.prepare import with_a_day_to_learn_from
 from stocklora.forecaster.explain import explain, say_more
 from stocklora.forecaster.predictions import prediction_rows, print_forecast, write_predictions
 from stocklora.metrics.scores import QUANTILE_LEVELS
@@ -45,13 +45,12 @@ def known_to_prior(prices: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame
     Raises:
         UserError: none has enough.
     """
-    known, short = split_by_rows(prices, LEAST_ROWS)
-    if not known:
-        raise UserError(f"a forecast by the prior needs {LEAST_ROWS} days of prices: {', '.join(short)} rows; "
-                        "download a longer --period")  # fmt: skip
-    if short:
-        warn(f"fewer than {LEAST_ROWS} rows, left out: {', '.join(short)}")
-    return known
+    if all(len(frame) < LEAST_ROWS for frame in prices.values()):
+        short = ", ".join(f"{name} ({len(frame)})" for name, frame in prices.items())
+        raise UserError(
+            f"a forecast by the prior needs {LEAST_ROWS} days of prices: {short} rows; download a longer --period"
+        )
+    return with_a_day_to_learn_from(prices, LEAST_ROWS)
 
 
 def move_prior(

@@ -79,8 +79,7 @@ class FrameworkSettings(MoreOutputs, ReadingSettings):
     output: Path = setting(Path("predictions.csv"), "where the forecast goes", section="output", metavar="CSV")
 
     def __post_init__(self) -> None:
-        check_positive(self, "window_size", "horizon")
-        self.check_more()
+        check_positive(self, "window_size", "horizon", "paths", "above", "below")
         if self.explain and not self.by_prior:
             raise UserError("--explain is for --model_path prior: the network of train.py has one scale for all days")
         if self.horizon is not None:

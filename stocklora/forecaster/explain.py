@@ -25,17 +25,21 @@ from stocklora.volatility.scales import HARX_INPUTS, VolatilityScale
 YEAR_DAYS = 250
 NAMED_FROM = 0.01  # a factor closer to 1 is left out of the words, not of the file
 
-# column -> (what it is called in words, which inputs)
+MARKET = "Market"
+
+# column -> (what it is called in words, which inputs). The EWMA's half-life is eleven days, most of them in its weight.
 FACTORS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "Last_Day": ("the last day", ("log_range_1", "last_move", "last_move_size", "log_overnight_1")),
-    "Last_Weeks": ("the last weeks", ("log_ewma", "log_range_5", "log_range_22", "log_overnight_5", "log_overnight_22",
-                                      "move_5", "move_22")),
-    "Last_Months": ("the last months", ("log_range_66", "log_range_250", "log_range_500", "log_size_66", "log_size_250",
-                                        "log_overnight_66")),
+    "Last_Days": ("the last days", ("log_ewma", "log_range_1", "log_range_5", "last_move", "last_move_size", "move_5",
+                                    "log_overnight_1", "log_overnight_5")),
+    "Last_Month": ("the last month", ("log_range_22", "move_22", "log_overnight_22")),
+    "Long_Run": ("the long run", ("log_range_66", "log_range_250", "log_range_500", "log_size_66", "log_size_250",
+                                  "log_overnight_66")),
     "Volume": ("trading volume", ("volume", "volume_5")),
-    "Market": ("the market's days", tuple(name for name in HARX_INPUTS if name.startswith("market_"))),
+    MARKET: ("the market's days", tuple(name for name in HARX_INPUTS if name.startswith("market_"))),
     "Report_Expected": ("the company's calendar", AHEAD_INPUTS),
 }  # fmt: skip
+# A market of one ticker says again what the ticker's own days say, and is told as them.
+MARKET_AS_OWN = {"22": "Last_Month", "66": "Long_Run"}
 SURPRISES, LIMIT, MODEL = "Recent_Surprises", "Limit", "Language_Model"
 WORDS = {
     **{name: words for name, (words, _) in FACTORS.items()},
@@ -43,6 +47,20 @@ WORDS = {
     LIMIT: "the limit to three times the EWMA scale",
     MODEL: "the language model and its calibration",
 }
+
+
+def inputs_of_factors(one_ticker: bool) -> dict[str, list[str]]:
+    """Which inputs make each factor.
+
+    Args:
+        one_ticker: whether the market is the ticker itself.
+    """
+    inputs = {column: list(names) for column, (_, names) in FACTORS.items()}
+    if one_ticker:
+        for name in FACTORS[MARKET][1]:
+            inputs[MARKET_AS_OWN.get(name.rpartition("_")[2], "Last_Days")].append(name)
+        inputs[MARKET] = []
+    return inputs
 
 
 def width_factors(scale: VolatilityScale, frame: pd.DataFrame, market: Market) -> list[dict[str, float]]:
@@ -65,7 +83,7 @@ def width_factors(scale: VolatilityScale, frame: pd.DataFrame, market: Market) -
     for step, whole in enumerate(scale.at(frame, market)[-1]):
         factors = {
             column: float(np.exp(sum(excess[step, names.index(name)] for name in inputs if name in names)))
-            for column, (_, inputs) in FACTORS.items()
+            for column, inputs in inputs_of_factors(market.is_one_ticker).items()
         }
         factors[SURPRISES] = surprise
         factors[LIMIT] = float(whole / (np.exp(terms[step, -1].sum()) * surprise))
@@ -127,7 +145,7 @@ def say_more(
         explained: the rows of ``explain``; None for a forecaster that has no scale of its own.
 
     Raises:
-        UserError: a price for several tickers, or a file that cannot be written.
+        UserError: a file that cannot be written.
     """
     if settings.explain and explained is not None:
         content = explained()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stocklora.cli.console import UserError, say
+from stocklora.cli.console import say
 from stocklora.metrics.scores import INTERVAL_COLUMNS
 from stocklora.runtime.files import replacing
 from stocklora.volatility.prior import load_prior
@@ -92,15 +92,8 @@ def write_paths(path: Path, rows: Sequence[Mapping[str, Any]], paths: Mapping[st
 
 
 def print_probabilities(rows: Sequence[Mapping[str, Any]], above: float | None, below: float | None) -> None:
-    """Say how probable closes above and below a price are, day by day and on any of the days.
-
-    Raises:
-        UserError: several tickers, of which a price can only be one's.
-    """
-    paths = paths_of(rows, PATHS_FOR_PROBABILITIES)
-    if len(paths) > 1:
-        raise UserError(f"--above and --below are a price of one ticker; choose it with --tickers: {', '.join(paths)}")
-    ((name, closes),) = paths.items()
+    """Say how probable closes of the one ticker above and below a price are, day by day and on any of the days."""
+    ((name, closes),) = paths_of(rows, PATHS_FOR_PROBABILITIES).items()
     for word, price in (("above", above), ("below", below)):
         if price is None:
             continue

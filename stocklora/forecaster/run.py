@@ -30,6 +30,7 @@ def forecast_prices(settings: ForecastSettings) -> int:
     """
     feed = price_feed(settings)
     prices = feed.first()
+    settings.check_price(prices)
 
     from stocklora.forecaster.ensemble import Ensemble  # only now: torch takes seconds, and prices may be missing
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +32,12 @@ class MoreOutputs:
     )
     below: float | None = setting(None, "and below this price", section="more", metavar="PRICE")
 
-    def check_more(self) -> None:
-        """Raise a UserError for a number that cannot be."""
-        check_positive(self, "paths", "above", "below")
+    def check_price(self, tickers: Collection[str]) -> None:
+        """Raise a UserError where a price is asked about and several tickers are forecast."""
+        if (self.above is not None or self.below is not None) and len(tickers) > 1:
+            raise UserError(
+                f"--above and --below are a price of one ticker; choose it with --tickers: {', '.join(tickers)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,13 @@ class ForecastSettings(MoreOutputs, ReadingSettings):
 
     def __post_init__(self) -> None:
         check_positive(self, "window_size", "watch")
-        self.check_more()
+        check_positive(self, "paths", "above", "below")
         if self.explain and len(self.lora_weights) > 1:
             raise UserError("--explain explains the forecast of one weights file; give one, or leave --explain out")
         if self.ticker and self.test_csv:
             raise UserError("--test_csv reads prices and --ticker downloads them; give one of the two")
+        if self.ticker:
+            self.refuse_reading("says how --test_csv is read, and --ticker downloads")
         if self.ticker and self.tickers:
             raise UserError("--tickers chooses among those of --test_csv; with --ticker, name there what you want")
         for name in ("source", "period", "retries"):

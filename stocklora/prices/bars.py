@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from stocklora.cli.console import UserError, warn
-from stocklora.prices.csv_columns import PRICE_COLUMNS, at
+from stocklora.prices.csv_columns import PRICE_COLUMNS, Faults
 
 QUOTES = PRICE_COLUMNS[:4]
 
@@ -50,52 +50,60 @@ class MendedBars:
 
 
 def mend_bars(
-    path: Path,
     numbers: dict[str, np.ndarray],
     dates: np.ndarray,
     lines: np.ndarray,
     mended: MendedBars,
+    faults: Faults,
     most: float | None = None,
 ) -> None:
     """High is the highest and low the lowest of a bar, up to ``BAR_TOLERANCE``.
 
     A few opens and closes a little outside, as real tables of tens of thousands of rows have them, widen their day's
-    range in ``numbers`` and are counted in ``mended``.
+    range in ``numbers`` and are counted in ``mended``. One further out than ``MENDED_GAP`` is among the ``faults``, and
+    so are all where they are more than ``most``, by default ``MENDED_SHARE`` of the rows.
 
     Raises:
-        UserError: a fault that is larger than ``MENDED_GAP``, or more of them than ``most``, by default
-            ``MENDED_SHARE`` of the rows.
+        UserError: a table whose closes alone are adjusted.
     """
     high, low = numbers["High"], numbers["Low"]
-    faults = bar_faults(numbers)
-    rows = np.flatnonzero(faults["Open"] | faults["Close"])
+    wrong = bar_faults(numbers)
+    rows = np.flatnonzero(wrong["Open"] | wrong["Close"])
     body = np.stack([numbers["Open"], numbers["Close"]])[:, rows]
     top, bottom = np.maximum(high[rows], body.max(axis=0)), np.minimum(low[rows], body.min(axis=0))
     gap = np.maximum(top / high[rows], low[rows] / bottom) - 1.0
-    most = MENDED_SHARE * len(high) if most is None else most
-    if not faults["High"].any() and (gap <= MENDED_GAP).all() and len(rows) <= most:
-        mended.rows += len(high)
-        mended.days += [str(date)[:10] for date in dates[rows]]
-        mended.gap = max([mended.gap, *gap.tolist()])
-        numbers["High"], numbers["Low"] = high.copy(), low.copy()
-        numbers["High"][rows], numbers["Low"][rows] = top, bottom
-        return
-    alone = faults["Close"] & ~faults["Open"]
+    alone = wrong["Close"] & ~wrong["Open"]
     if len(alone) >= LEAST_ROWS and alone.mean() > CLOSE_ALONE_SHARE:
         raise UserError(
-            f"{path}: in {alone.sum()} of {len(alone)} rows the close alone lies outside the day's range, as where it "
-            "is adjusted for dividends and open, high and low are not; get all four adjusted, or the adjusted close in "
-            "a column of its own (Adj Close) beside the quoted one"
+            f"{faults.path}: in {alone.sum()} of {len(alone)} rows the close alone lies outside the day's range, as "
+            "where it is adjusted for dividends and open, high and low are not; get all four adjusted, or the adjusted "
+            "close in a column of its own (Adj Close) beside the quoted one"
         )
-    for name, mask in faults.items():
-        for index in np.flatnonzero(mask):
+    small = (gap <= MENDED_GAP) & ~wrong["High"][rows]
+    if small.sum() <= (MENDED_SHARE * len(high) if most is None else most):
+        few = rows[small]
+        mended.rows += len(high)
+        mended.days += [str(date)[:10] for date in dates[few]]
+        mended.gap = max([mended.gap, *gap[small].tolist()])
+        numbers["High"], numbers["Low"] = high.copy(), low.copy()
+        numbers["High"][few], numbers["Low"][few] = top[small], bottom[small]
+        for name in ("Open", "Close"):
+            wrong[name][few] = False
+    _add_faults(wrong, numbers, lines, faults)
+
+
+def _add_faults(
+    wrong: Mapping[str, np.ndarray], numbers: Mapping[str, np.ndarray], lines: np.ndarray, faults: Faults
+) -> None:
+    for name, mask in wrong.items():
+        for index in np.flatnonzero(mask if name == "High" else mask & ~wrong["High"]):
             what = f"{name.lower()} {numbers[name][index]:g} is "
             if name == "High":
-                what += f"below low {low[index]:g}"
+                kind, what = "a high below the low", what + f"below low {numbers['Low'][index]:g}"
             else:
-                what += f"outside the day's range {low[index]:g} to {high[index]:g}"
-            more = f" ({len(rows)} of {len(high)} rows are such)" if len(rows) > 1 and name != "High" else ""
-            raise UserError(f"{at(path, lines[index], name)}: {what}{more}; correct or delete that line")
+                what += f"outside the day's range {numbers['Low'][index]:g} to {numbers['High'][index]:g}"
+                kind = f"the {name.lower()} outside the day's range"
+            faults.add(lines[index], name, kind, f"{what}; correct or delete that line")
 
 
 def bar_faults(bars: Mapping[str, Any] | pd.DataFrame) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from zoneinfo import ZoneInfo
 import numpy as np
 
 from stocklora.cli.console import UserError
+from stocklora.prices.csv_columns import MOST_DROPPED
 
 MISSING = {"", "nan", "na", "n/a", "#n/a", "nat", "null", "none", "-", "--", "—", "."}
 MONTHS = {
@@ -116,14 +117,18 @@ def plain_date_cells(
 
 
 def _by_format(path: Path, cells: Sequence[str], lines: Sequence[int], date_format: str) -> list[str]:
-    days = []
+    days, others = [], []
     for cell, line in zip(cells, lines, strict=True):
         try:
             days.append(f"{dt.datetime.strptime(cell, date_format):%Y-%m-%d}")
         except ValueError:
-            raise UserError(
-                f"{path}, row {line}: '{cell}' is not written as --date_format {date_format} says; mend the format"
-            ) from None
+            days.append(cell)
+            others.append((line, cell))
+    if len(others) > MOST_DROPPED * len(cells):
+        line, cell = others[0]
+        raise UserError(
+            f"{path}, row {line}: '{cell}' is not written as --date_format {date_format} says; mend the format"
+        )
     return days
 
 

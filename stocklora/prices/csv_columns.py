@@ -1,7 +1,8 @@
 """From the bytes of a CSV to checked columns: text, header, dates and numbers.
 
-Each check that fails raises a ``UserError`` naming file, row and column. Rows are counted as an editor
-counts lines: the header is row 1. What the columns must hold *together* is checked in ``prices.py``.
+What is wrong with a row goes into ``Faults``, which names file, row and column and tells all of a file at once;
+what is wrong with the whole file raises a ``UserError``. Rows are counted as an editor counts lines: the header is
+row 1. What the columns must hold *together* is checked in ``bars.py`` and ``reading.py``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import gzip
 import io
 import re
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +29,80 @@ MIDNIGHT = re.compile(r"([T ]00:00(:00(\.0+)?)?)?( ?(Z|UTC|[+-]\d{2}:?\d{2}))?")
 NOT_A_VALUE = {"nan", "na", "n/a", "null", "none", "-", "inf", "-inf", "+inf", "infinity", "#n/a"}
 
 
+MOST_DROPPED = 0.1  # of the rows: above it, a file is not one with some broken rows
+
+
 def at(path: Path, line: int, column: str = "") -> str:
     """A place in a file, as error messages name it."""
     return f"{path}, row {line}" + (f", column {column}" if column else "")
+
+
+@dataclass
+class Faults:
+    """Broken rows of a file, so that they can be told all at once, or left out.
+
+    Attributes:
+        path: what messages call the file.
+        found: line, column, kind and what is wrong, in words, of each fault.
+    """
+
+    path: Path
+    found: list[tuple[int, str, str, str]] = field(default_factory=list)
+
+    def add(self, line: int, column: str, kind: str, problem: str) -> None:
+        """Take one.
+
+        Args:
+            line: of the file.
+            column: by our name; empty for the row as a whole.
+            kind: what such rows have, in a few words, such as ``no date``.
+            problem: what this one has and what to do.
+        """
+        self.found.append((int(line), column, kind, problem))
+
+    @property
+    def lines(self) -> list[int]:
+        """The lines with a fault, each once, in order."""
+        return sorted({line for line, *_ in self.found})
+
+    def refuse(self) -> None:
+        """Raise a UserError that names the first fault, and the rows of each kind, if there is any."""
+        if not self.found:
+            return
+        line, column, _, problem = min(self.found, key=lambda fault: fault[0])
+        if len(broken := self.lines) == 1:
+            raise UserError(f"{at(self.path, line, column)}: {problem}")
+        kinds: dict[str, list[int]] = {}
+        for number, _, kind, _ in sorted(self.found):
+            if number not in kinds.setdefault(kind, []):
+                kinds[kind].append(number)
+        told = "; ".join(f"{len(rows)} with {kind} ({_few(rows)})" for kind, rows in kinds.items())
+        raise UserError(
+            f"{at(self.path, line, column)}: {problem}; {len(broken)} broken rows in all: {told}; to leave them out: "
+            f"python download.py --convert {self.path} --output clean.csv --drop_bad_rows"
+        )
+
+    def kept(self, lines: np.ndarray) -> np.ndarray:
+        """Mask of the rows without a fault.
+
+        Args:
+            lines: (rows,) of the file.
+
+        Raises:
+            UserError: more than ``MOST_DROPPED`` of them have one.
+        """
+        broken = self.lines
+        if len(broken) > MOST_DROPPED * max(1, len(lines)):
+            line, column, _, problem = min(self.found, key=lambda fault: fault[0])
+            raise UserError(
+                f"{at(self.path, line, column)}: {problem}; {len(broken)} of {len(lines)} rows are broken, more than "
+                f"--drop_bad_rows leaves out ({MOST_DROPPED:.0%}); look whether this is a table of prices"
+            )
+        return ~np.isin(lines, broken)
+
+
+def _few(lines: Sequence[int]) -> str:
+    return ", ".join(str(line) for line in lines[:5]) + (", ..." if len(lines) > 5 else "")
 
 
 def decoded(path: Path) -> str:
@@ -64,29 +138,33 @@ def decoded(path: Path) -> str:
     raise UserError(fault)
 
 
-def split_rows(path: Path, text: str) -> tuple[list[str], list[list[str]], np.ndarray]:
-    """Column names in their usual spelling, the rows, and the line each row stands on."""
+def split_rows(path: Path, text: str, faults: Faults) -> tuple[list[str], list[list[str]], list[int]]:
+    """Column names in their usual spelling, the whole rows, and the line each row stands on."""
     reader = csv.reader(io.StringIO(text, newline=""))
     rows, lines = [], []
     try:
         columns = checked_header(path, [cell.strip() for cell in next(reader)])
-        width = len(columns)
         for row in reader:
-            if not any(cell.strip() for cell in row):
-                continue
-            # A comma at the end of every line is harmless, a value without a column is not.
-            if len(row) != width and (len(row) < width or any(cell.strip() for cell in row[width:])):
-                raise UserError(
-                    f"{at(path, reader.line_num)}: {len(row)} values under {width} columns; "
-                    "put commas inside quotes, or complete the line"
-                )
-            rows.append(row)
-            lines.append(reader.line_num)
+            if any(cell.strip() for cell in row) and is_whole(reader.line_num, row, len(columns), faults):
+                rows.append(row)
+                lines.append(reader.line_num)
     except csv.Error as error:
         raise UserError(f"{at(path, reader.line_num)}: not a CSV line ({error}); correct or delete it") from None
     if not rows:
+        faults.refuse()
         raise UserError(f"{path}: there is a header but no row under it; run: python download.py --output {path}")
-    return columns, rows, np.array(lines)
+    return columns, rows, lines
+
+
+def is_whole(line: int, row: Sequence[str], width: int, faults: Faults) -> bool:
+    """Whether a row has a cell for each column; commas at its end are harmless, a value without a column not."""
+    whole = len(row) >= width and not any(cell.strip() for cell in row[width:])
+    if not whole:
+        faults.add(
+            line, "", "another number of cells than the header",
+            f"{len(row)} values under {width} columns; put commas inside quotes, or complete the line",
+        )  # fmt: skip
+    return whole
 
 
 def checked_header(path: Path, header: list[str]) -> list[str]:
@@ -113,32 +191,33 @@ def checked_header(path: Path, header: list[str]) -> list[str]:
     raise UserError(f"{path}: missing column{'s' * (len(missing) > 1)} {', '.join(missing)}; the file has: {there}")
 
 
-def parse_dates(path: Path, cells: list[str], lines: np.ndarray) -> np.ndarray:
-    """Days as ``datetime64[ns]``; a time of day other than midnight is refused, since rows are days."""
-    days = []
-    for cell, line in zip(cells, lines, strict=True):
+def parse_dates(cells: list[str], lines: np.ndarray, faults: Faults) -> np.ndarray:
+    """Days as ``datetime64[ns]``, NaT for a fault; a time of day other than midnight is one, since rows are days."""
+    days = np.full(len(cells), "NaT", dtype="datetime64[D]")
+    for place, (cell, line) in enumerate(zip(cells, lines, strict=True)):
         text = cell.strip()
         match = ISO_DATE.fullmatch(text)
-        problem = "is not a date; write it as 2024-01-31"
+        problem, kind = "is not a date; write it as 2024-01-31", "a Date that is none"
         if not text:
-            problem = "the cell is empty; fill it in or delete that line"
+            problem, kind = "the cell is empty; fill it in or delete that line", "an empty Date"
         elif match and not MIDNIGHT.fullmatch(match[5]):
             problem = "has a time of day; tables hold one row a day: download with --interval 1d"
+            kind = "a time of day"
         elif match:
             try:
                 day = dt.date(int(match[1]), int(match[3]), int(match[4]))
                 if day.year >= 1800:
-                    days.append(day)
+                    days[place] = day
                     continue
                 problem = "is before there were prices; write it as 2024-01-31"
             except ValueError:
                 problem = "is no day of the calendar; write it as 2024-01-31"
-        raise UserError(f"{at(path, line, 'Date')}: {quoted(text)}{problem}")
-    return np.array(days, dtype="datetime64[D]").astype("datetime64[ns]")
+        faults.add(line, "Date", kind, f"{quoted(text)}{problem}")
+    return days.astype("datetime64[ns]")
 
 
-def parse_numbers(path: Path, column: str, cells: list[str], lines: np.ndarray) -> np.ndarray:
-    """One column as float64, or a ``UserError`` at the first cell that is not a finite, allowed number."""
+def parse_numbers(column: str, cells: list[str], lines: np.ndarray, faults: Faults) -> np.ndarray:
+    """One column as float64; NaN for a cell that is not a finite, allowed number."""
     try:
         values = np.array([float(cell) for cell in cells])
     except ValueError:
@@ -147,17 +226,23 @@ def parse_numbers(path: Path, column: str, cells: list[str], lines: np.ndarray) 
     wrong = ~np.isfinite(values) | (values < 0 if column == "Volume" else values <= 0)
     for index in np.flatnonzero(wrong):
         text = cells[index].strip()
-        place = at(path, lines[index], column)
         if not text:
-            raise UserError(f"{place}: the cell is empty; fill it in or delete that line")
-        if np.isfinite(values[index]):
+            kind, problem = f"an empty {column}", "the cell is empty; fill it in or delete that line"
+        elif np.isfinite(values[index]):
             sign = "negative" if values[index] < 0 else "zero"
             noun = "a volume" if column == "Volume" else "a price"
-            raise UserError(f"{place}: {quoted(text)}is {sign}, which {noun} cannot be; correct or delete that line")
-        if text.lower() in NOT_A_VALUE:
-            raise UserError(f"{place}: {quoted(text)}is not a value; fill it in or delete that line")
-        raise UserError(f"{place}: {quoted(text)}is not a number; write it like 1234.56")
-    return values
+            kind = f"{_a(column)} that is {sign}"
+            problem = f"is {sign}, which {noun} cannot be; correct or delete that line"
+        elif text.lower() in NOT_A_VALUE:
+            kind, problem = f"{_a(column)} without a value", "is not a value; fill it in or delete that line"
+        else:
+            kind, problem = f"{_a(column)} that is no number", "is not a number; write it like 1234.56"
+        faults.add(lines[index], column, kind, f"{quoted(text)}{problem}")
+    return np.where(wrong, np.nan, values)
+
+
+def _a(column: str) -> str:
+    return f"an {column}" if column[0] in "AO" else f"a {column}"
 
 
 def number_or_nan(cell: str) -> float:

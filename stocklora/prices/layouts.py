@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stocklora.cli.console import UserError
+from stocklora.prices.bars import QUOTES
 from stocklora.prices.cells import MISSING, Numbers, is_missing, plain_date_cells
-from stocklora.prices.csv_columns import PRICE_COLUMNS, at
+from stocklora.prices.csv_columns import PRICE_COLUMNS, Faults, is_whole
 
-QUOTES = tuple(PRICE_COLUMNS[:4])
 SEPARATORS = (",", ";", "\t", "|")
 HEADER_WITHIN = 40  # lines of a preface before the header, at most
 FIELDS = ("Date", "Time", "Ticker", *PRICE_COLUMNS, "Adjusted", "Split")
@@ -92,19 +92,27 @@ def spelling(name: str) -> str:
     return re.sub(r"[\s_\-<>*.:/\"'%$#]", "", re.sub(r"^\d+\.\s", "", name))
 
 
-def find_layout(path: Path, text: str) -> Layout | None:
+def find_layout(path: Path, text: str, faults: Faults) -> Layout | None:
     """The table of a file whose columns can be told; None where they cannot.
 
+    Args:
+        path: for messages.
+        text: of the file.
+        faults: takes the rows with another number of cells than their header.
+
     Raises:
-        UserError: a line with another number of cells than its header.
+        UserError: what is no CSV.
     """
     lines = text.splitlines()
-    for separator in SEPARATORS:
-        head = list(csv.reader(io.StringIO("\n".join(lines[:HEADER_WITHIN])), delimiter=separator))
-        for reader in (_several_headers, _without_header, _one_header):
-            found = reader(path, text, head, separator)
-            if found is not None:
-                return found
+    try:
+        for separator in SEPARATORS:
+            head = list(csv.reader(io.StringIO("\n".join(lines[:HEADER_WITHIN])), delimiter=separator))
+            for reader in (_several_headers, _without_header, _one_header):
+                found = reader(text, head, separator, faults)
+                if found is not None:
+                    return found
+    except csv.Error as error:
+        raise UserError(f"{path}: not a CSV ({error}); look for a quotation mark that is not closed") from None
     return None
 
 
@@ -115,7 +123,7 @@ def _cells(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
             yield reader.line_num, row
 
 
-def _one_header(path: Path, text: str, head: list[list[str]], separator: str) -> Layout | None:
+def _one_header(text: str, head: list[list[str]], separator: str, faults: Faults) -> Layout | None:
     place = next((place for place, row in enumerate(head) if _columns_of(row) is not None), None)
     if place is None:
         return None
@@ -126,7 +134,7 @@ def _one_header(path: Path, text: str, head: list[list[str]], separator: str) ->
     notes = [f"{first} lines before the header left out"] if first else []
     if separator != ",":
         notes.append({";": "semicolons", "\t": "tabs", "|": "bars"}[separator] + " between the cells")
-    kept, at_lines, dropped = _table_rows(path, rows[first + 1 :], head[place], columns)
+    kept, at_lines, dropped = _table_rows(rows[first + 1 :], head[place], columns, faults)
     notes += [f"{count} {what} left out" for what, count in dropped.items()]
     names = list(columns)
     return Layout(names, [[row[columns[name]] for name in names] for row in kept], at_lines, notes)
@@ -151,7 +159,7 @@ def _columns_of(header: Sequence[str]) -> dict[str, int] | None:
 
 
 def _table_rows(
-    path: Path, rows: Sequence[tuple[int, list[str]]], header: list[str], columns: dict[str, int]
+    rows: Sequence[tuple[int, list[str]]], header: list[str], columns: dict[str, int], faults: Faults
 ) -> tuple[list[list[str]], list[int], Counter[str]]:
     """The rows that are days: without repeated headers, events, empty days and what stands below the table."""
     kept, lines, dropped = [], [], Counter[str]()
@@ -165,16 +173,12 @@ def _table_rows(
             dropped["rows of dividends and splits"] += 1
         elif place > last >= 0 and (len(row) < width or not _is_day(row[date_at])):
             dropped["lines below the table"] += 1
-        elif len(row) != width and (len(row) < width or any(cell.strip() for cell in row[width:])):
-            raise UserError(
-                f"{at(path, line)}: {len(row)} values under {width} columns; "
-                "put commas inside quotes, or complete the line"
-            )
-        elif all(is_missing(row[index]) for index in prices_at) and row[date_at].strip():
-            dropped["rows without a price"] += 1
-        else:
-            kept.append(row)
-            lines.append(line)
+        elif is_whole(line, row, width, faults):
+            if all(is_missing(row[index]) for index in prices_at) and row[date_at].strip():
+                dropped["rows without a price"] += 1
+            else:
+                kept.append(row)
+                lines.append(line)
     return kept, lines, dropped
 
 
@@ -182,7 +186,7 @@ def _is_day(cell: str) -> bool:
     return sum(map(str.isdigit, cell)) >= 3
 
 
-def _several_headers(path: Path, text: str, head: list[list[str]], separator: str) -> Layout | None:
+def _several_headers(text: str, head: list[list[str]], separator: str, faults: Faults) -> Layout | None:
     """yfinance's table: a line of prices and one of tickers, in either order, and mostly a third for the index."""
     if len(head) < 3 or len(head[0]) < 5 or len(head[0]) != len(head[1]):
         return None
@@ -206,9 +210,10 @@ def _several_headers(path: Path, text: str, head: list[list[str]], separator: st
         return None
     names = ["Ticker", "Date", *[name for name in FIELDS[3:] if all(name in own for own in columns.values())]]
     kept, lines, dropped = [], [], 0
+    rows = [(line, row) for line, row in rows if is_whole(line, row, len(head[0]), faults)]
     for ticker, own in columns.items():
         for line, row in rows:
-            if all(is_missing(row[own[name]]) for name in QUOTES if own[name] < len(row)):
+            if all(is_missing(row[own[name]]) for name in QUOTES):
                 dropped += 1
                 continue
             kept.append([ticker, row[0], *[row[own[name]] for name in names[2:]]])
@@ -217,7 +222,7 @@ def _several_headers(path: Path, text: str, head: list[list[str]], separator: st
     return Layout(names, kept, lines, notes + ([f"{dropped} rows without a price left out"] if dropped else []))
 
 
-def _without_header(path: Path, text: str, head: list[list[str]], separator: str) -> Layout | None:
+def _without_header(text: str, head: list[list[str]], separator: str, faults: Faults) -> Layout | None:
     """Files that are known by their cells: Binance's klines, MetaTrader's history."""
     row = next((row for row in head if any(cell.strip() for cell in row)), [])
     if len(row) >= 11 and re.fullmatch(r"\d{13}(\d{3})?", row[0].strip()):
@@ -226,8 +231,8 @@ def _without_header(path: Path, text: str, head: list[list[str]], separator: str
         columns, note = ["Date", "Time", *PRICE_COLUMNS], "MetaTrader's history without a header"
     else:
         return None
-    rows = list(_cells(text, separator))
-    return Layout(columns, [row[: len(columns)] for _, row in rows], [line for line, _ in rows], [note])
+    rows = [(line, cells) for line, cells in _cells(text, separator) if is_whole(line, cells, len(row), faults)]
+    return Layout(columns, [cells[: len(columns)] for _, cells in rows], [line for line, _ in rows], [note])
 
 
 def plain_cells(path: Path, layout: Layout, date_format: str | None, zone: str | None) -> Layout:

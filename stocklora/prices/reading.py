@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from stocklora.prices.csv_columns import (
     ISO_DATE,
     MIDNIGHT,
     PRICE_COLUMNS,
-    at,
+    Faults,
     decoded,
     parse_dates,
     parse_numbers,
@@ -29,8 +29,14 @@ from stocklora.prices.layouts import Layout, find_layout, plain_cells
 from stocklora.prices.settings import AS_THEY_ARE, ReadingSettings
 
 ADJUSTED_CLOSES, SPLITS = "adjusted closes", "splits"  # columns to adjust by
-NAME_WITH_YEAR = re.compile(r"([A-Za-z0-9.^=-]+)_(19|20)\d{2}(\D.*)?$")
+# A year or an interval behind a ticker in a file's name: AAPL_2024_2025, BTCUSDT-1d-2024-01, aapl_us_d.
+NAME_AND_MORE = re.compile(
+    r"([A-Z0-9.^=-]+?)[_-](?:(?:19|20)\d{2}(?!\d)|1d|1wk?|1mo?|daily|weekly|monthly|D1|W1|MN1|(?:us_)?[dwm]$)"
+    r"(?:[-_. ].*)?",
+    re.IGNORECASE,
+)
 SPACINGS = {"weeks": (5, 9), "months": (26, 35), "quarters": (85, 96)}  # calendar days from one bar to the next
+STILL_ROWS = 5  # in a row without any move: a suspension rather than a quiet share
 LEAST_JUMP, JUMP_FIT = 0.4, 0.03  # of the log price, and how near a ratio it must be
 # Splits, and prices in hundredths of a currency.
 JUMP_RATIOS = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 50.0, 100.0, 1000.0)
@@ -42,6 +48,7 @@ def read_table(
     reading: ReadingSettings = AS_THEY_ARE,
     any_interval: bool = False,
     mended: MendedBars | None = None,
+    shown: Path | None = None,
 ) -> dict[str, pd.DataFrame]:
     """Read one file.
 
@@ -52,74 +59,111 @@ def read_table(
         any_interval: weeks and months are welcome too, on any days; for those who only look or update.
         mended: counts on, of a file that is read in pieces: whether there are too many, and saying so, is then the
             caller's.
+        shown: what messages call the file, by default ``path``.
 
     Raises:
         UserError: it is not a table of days, or not a whole one.
     """
     text = decoded(path)
-    table = _of_ours(path, text) if reading.date_format is None else None
+    path = shown or path
+    faults = Faults(path)
+    table = _of_ours(path, text, faults) if reading.date_format is None else None
     if table is None:
-        table = _of_others(path, text, meta, reading)
+        faults.found.clear()
+        table = _of_others(path, text, meta, reading, faults)
     place = {name: index for index, name in enumerate(table.columns)}
     lines = np.array(table.lines)
     cells = {name: [row[index] for row in table.rows] for name, index in place.items()}
-    dates = parse_dates(path, cells["Date"], lines)
-    numbers = {name: parse_numbers(path, name, cells[name], lines) for name in PRICE_COLUMNS}
-    tickers = _tickers(path, cells.get("Ticker"), lines, meta)
+    dates = parse_dates(cells["Date"], lines, faults)
+    numbers = {name: parse_numbers(name, cells[name], lines, faults) for name in PRICE_COLUMNS}
+    tickers = _tickers(path, cells.get("Ticker"), lines, meta, faults)
     notes = list(table.notes)
-    by = adjust(path, numbers, cells, tickers, dates, lines) if reading.adjust == "all" else None
+    by = adjust(numbers, cells, tickers, dates, lines, faults) if reading.adjust != "none" else None
     if by is not None:
         notes.append(f"all four prices adjusted by its column of {by} (--adjust none keeps them as quoted)")
-    if mended is None:
-        mend_bars(path, numbers, dates, lines, whole_file := MendedBars())
-        whole_file.tell(path)
+    whole_file = MendedBars()
+    _contradictions(numbers, tickers, dates, lines, "Ticker" in place, faults)
+    mend_bars(numbers, dates, lines, mended or whole_file, faults, most=None if mended is None else len(dates))
+    if reading.drop_bad_rows and faults.found:
+        kept = faults.kept(lines)
+        dates, lines, tickers = dates[kept], lines[kept], tickers[kept]
+        numbers = {name: values[kept] for name, values in numbers.items()}
+        notes.append(f"{len(faults.lines)} broken rows left out")
     else:
-        mend_bars(path, numbers, dates, lines, mended, most=len(dates))
+        faults.refuse()
+    whole_file.tell(path)
     whole = pd.DataFrame(numbers, index=pd.DatetimeIndex(dates, name="Date"), dtype="float64")
     if by is not None:
         whole.attrs["adjust"] = "all" if by == ADJUSTED_CLOSES else "splits"
-    frames, in_order = _in_order(path, whole, tickers, lines, "Ticker" in place)
+    frames, in_order = _in_order(whole, tickers)
     notes += in_order
-    if notes:
-        rows = sum(map(len, frames.values()))
-        names = ", ".join(list(frames)[:5]) + (", ..." if len(frames) > 5 else "")
-        say(f"{path}: {rows:,} days of {names} read with {'; '.join(notes)}")
+    _tell(path, frames, notes)
     if not any_interval:
         check_days(path, frames, meta, reading)
     return frames
 
 
-def _in_order(
-    path: Path, whole: pd.DataFrame, tickers: np.ndarray, lines: np.ndarray, named: bool
-) -> tuple[dict[str, pd.DataFrame], list[str]]:
+def _tell(path: Path, frames: Mapping[str, pd.DataFrame], notes: Sequence[str]) -> None:
+    if notes:
+        rows = sum(map(len, frames.values()))
+        names = ", ".join(list(frames)[:5]) + (", ..." if len(frames) > 5 else "")
+        say(f"{path}: {rows:,} days of {names} read with {'; '.join(notes)}")
+
+
+def _in_order(whole: pd.DataFrame, tickers: np.ndarray) -> tuple[dict[str, pd.DataFrame], list[str]]:
     """One frame a ticker, oldest day first and each day once, and what that took.
 
     Args:
-        path, lines: for messages. named: whether the file names tickers.
-        whole: (rows, prices) by date. tickers: (rows,).
+        whole: (rows, prices) by date, on a day that is there twice the same.
+        tickers: (rows,).
     """
     frames = {}
     turned, doubled = 0, 0
-    dates = whole.index.to_numpy()
     for ticker, places in pd.Series(np.arange(len(whole))).groupby(tickers, sort=False):
-        index = places.to_numpy()
-        if (np.diff(dates[index]) < np.timedelta64(0)).any():
+        frame = whole.iloc[places.to_numpy()]
+        if not frame.index.is_monotonic_increasing:
             turned += 1
-            index = index[np.argsort(dates[index], kind="stable")]
-        kept = _once(path, str(ticker) if named else "", dates[index], lines[index], whole.iloc[index])
-        doubled += len(index) - int(kept.sum())
-        frames[str(ticker)] = whole.iloc[index[kept]]
+            frame = frame.sort_index(kind="stable")
+        if not frame.index.is_unique:
+            once = frame[~frame.index.duplicated()]
+            doubled += len(frame) - len(once)
+            frame = once
+        frames[str(ticker)] = frame
     notes = ["sorted, oldest day first"] if turned else []
     return frames, notes + ([f"{doubled} rows that were there twice left out"] if doubled else [])
 
 
-def _of_ours(path: Path, text: str) -> Layout | None:
+def _contradictions(
+    numbers: Mapping[str, np.ndarray], tickers: np.ndarray, dates: np.ndarray, lines: np.ndarray, named: bool,
+    faults: Faults,
+) -> None:  # fmt: skip
+    """Find days of one ticker that are there twice, with other prices: ``faults``.
+
+    Args:
+        numbers, tickers, dates, lines: (rows,) of the table.
+        named: whether the file names tickers.
+        faults: takes both rows, since nothing says which is right.
+    """
+    table = pd.DataFrame({"Ticker": tickers, "Date": dates, **numbers})
+    day = ["Ticker", "Date"]
+    twice = table.duplicated(day, keep=False) & table["Date"].notna()
+    if not twice.any():
+        return
+    for index in np.flatnonzero(twice & ~table.duplicated(keep=False)):
+        whose = f" of {tickers[index]}" if named else ""
+        faults.add(
+            lines[index], "Date", "other prices than another row of their day",
+            f"{str(dates[index])[:10]}{whose} is there twice, with other prices; delete one of the two lines",
+        )  # fmt: skip
+
+
+def _of_ours(path: Path, text: str, faults: Faults) -> Layout | None:
     """A table that is written as ours are; None for others, which ``layouts`` knows or refuses."""
     first = text.lstrip("\n\r ").partition("\n")[0].strip().lower().split(",")
     allowed = {"ticker", "date", *map(str.lower, PRICE_COLUMNS)}
     if not allowed - {"ticker"} <= set(first) or not set(first) <= allowed:
         return None
-    columns, rows, lines = split_rows(path, text)
+    columns, rows, lines = split_rows(path, text, faults)
     days = columns.index("Date")
     if not all((match := ISO_DATE.fullmatch(row[days].strip())) and MIDNIGHT.fullmatch(match[5]) for row in rows):
         return None
@@ -130,15 +174,17 @@ def _of_ours(path: Path, text: str) -> Layout | None:
                 return None
     except ValueError:
         return None
-    return Layout(columns, rows, lines.tolist())
+    return Layout(columns, rows, lines)
 
 
-def _of_others(path: Path, text: str, meta: Mapping[str, Any] | None, reading: ReadingSettings) -> Layout:
-    layout = find_layout(path, text)
+def _of_others(
+    path: Path, text: str, meta: Mapping[str, Any] | None, reading: ReadingSettings, faults: Faults
+) -> Layout:
+    layout = find_layout(path, text, faults)
     if layout is None:
-        columns, rows, lines = split_rows(path, text)  # says what is wrong with the header
-        layout = Layout(columns, rows, lines.tolist())
+        layout = Layout(*split_rows(path, text, faults))  # says what is wrong with the header
     if not layout.rows:
+        faults.refuse()
         raise UserError(f"{path}: there is a header but no row under it; run: python download.py --output {path}")
     has_ticker = "Ticker" in layout.columns
     name = layout.rows[0][layout.columns.index("Ticker")].strip() if has_ticker else ticker_of(path, meta)
@@ -163,54 +209,41 @@ def _refuse_intraday(path: Path, table: Layout, raw_days: list[str]) -> None:
         )
 
 
-def _tickers(path: Path, cells: list[str] | None, lines: np.ndarray, meta: Mapping[str, Any] | None) -> np.ndarray:
+def _tickers(
+    path: Path, cells: list[str] | None, lines: np.ndarray, meta: Mapping[str, Any] | None, faults: Faults
+) -> np.ndarray:
     if cells is None:
         return np.full(len(lines), ticker_of(path, meta), dtype=object)
     tickers = np.array([cell.strip() for cell in cells], dtype=object)
     for index in np.flatnonzero(tickers == ""):
-        raise UserError(f"{at(path, lines[index], 'Ticker')}: the cell is empty; name the ticker of this row")
+        faults.add(lines[index], "Ticker", "an empty Ticker", "the cell is empty; name the ticker of this row")
     return tickers
-
-
-def _once(path: Path, ticker: str, dates: np.ndarray, lines: np.ndarray, frame: pd.DataFrame) -> np.ndarray:
-    """Mask of one row a day; a day that is there twice must be the same both times."""
-    kept = np.ones(len(dates), dtype=bool)
-    values = frame.to_numpy()
-    for index in np.flatnonzero(np.diff(dates) == np.timedelta64(0)) + 1:
-        if not (values[index] == values[index - 1]).all():
-            whose = f" of {ticker}" if ticker else ""
-            raise UserError(
-                f"{at(path, lines[index], 'Date')}: {str(dates[index])[:10]}{whose} is there twice, with other prices; "
-                f"delete one of the two lines"
-            )
-        kept[index] = False
-    return kept
 
 
 # ---------------------------------------------------------------------------------------------- what prices mean
 
 
 def adjust(
-    path: Path,
     numbers: dict[str, np.ndarray],
     cells: Mapping[str, list[str]],
     tickers: np.ndarray,
     dates: np.ndarray,
     lines: np.ndarray,
+    faults: Faults,
 ) -> str | None:
     """Adjust all four prices by a column of adjusted closes, or of splits; by which, None where nothing changed.
 
     Args:
-        path, lines: for messages.
         numbers: columns of (rows,) prices, changed in place.
         cells: of ``Adjusted`` and ``Split``, where the file has them.
-        tickers, dates: (rows,) of the table.
+        tickers, dates, lines: (rows,) of the table.
+        faults: takes the cells that are neither.
     """
     if "Adjusted" in cells and not all(is_missing(cell) for cell in cells["Adjusted"]):
-        factor = parse_numbers(path, "Adj Close", cells["Adjusted"], lines) / numbers["Close"]
+        factor = parse_numbers("Adj Close", cells["Adjusted"], lines, faults) / numbers["Close"]
         by = ADJUSTED_CLOSES
     elif "Split" in cells:
-        step = np.array([1.0 if is_missing(cell) or float(cell) == 0.0 else float(cell) for cell in cells["Split"]])
+        step = np.array([_split_of(cell, line, faults) for cell, line in zip(cells["Split"], lines, strict=True)])
         factor = np.ones(len(step))
         for ticker in dict.fromkeys(tickers):
             rows = np.flatnonzero(tickers == ticker)
@@ -220,11 +253,28 @@ def adjust(
         by = SPLITS
     else:
         return None
-    if np.allclose(factor, 1.0, rtol=1e-6):
+    if np.allclose(factor[np.isfinite(factor)], 1.0, rtol=1e-6):
         return None
     for name in QUOTES:
         numbers[name] = numbers[name] * factor
     return by
+
+
+def _split_of(cell: str, line: int, faults: Faults) -> float:
+    """By how much a day's split multiplies the shares; 1 where there is none."""
+    text = cell.strip()
+    match = re.fullmatch(r"(\d+\.?\d*)\s*[:/]\s*(\d+\.?\d*)", text)
+    try:
+        ratio = float(match[1]) / float(match[2]) if match else 0.0 if is_missing(text) else float(text)
+    except (ValueError, ZeroDivisionError):
+        ratio = -1.0
+    if not 0.0 <= ratio < np.inf:
+        faults.add(
+            line, "Split", "a split that is none",
+            f"'{text}' is no split; write it like 4, 4:1 or 0, or give --adjust none",
+        )  # fmt: skip
+        return 1.0
+    return ratio or 1.0
 
 
 # ------------------------------------------------------------------------------------------- days of an exchange
@@ -238,9 +288,11 @@ def check_days(
     Raises:
         UserError: as said; days that fit no exchange; an ``--exchange`` that is none.
     """
-    if reading.exchange is not None and reading.exchange not in known_exchanges():
-        raise UserError(f"--exchange {reading.exchange}: no such calendar; give one of {', '.join(known_exchanges())}")
-    told = (meta or {}).get("interval") or "1d"
+    told, kept = (meta or {}).get("interval") or "1d", dict((meta or {}).get("exchanges") or {})
+    for code in {reading.exchange, *kept.values()} - {None}:
+        if code not in known_exchanges():
+            whose = f"--exchange {code}" if code == reading.exchange else f"{path}: the exchange {code} of its sidecar"
+            raise UserError(f"{whose}: no such calendar; give one of {', '.join(known_exchanges())}")
     for ticker, frame in frames.items():
         index = pd.DatetimeIndex(frame.index)
         kind = {"1wk": "weeks", "1mo": "months"}.get(told) or bars_of(index)
@@ -249,7 +301,7 @@ def check_days(
                 f"{path}: the bars of {ticker} are {kind}, and forecasts are made of days and for days; get days, as "
                 f"with python download.py --ticker {ticker} --interval 1d"
             )
-        exchange = reading.exchange or ((meta or {}).get("exchanges") or {}).get(ticker)
+        exchange = reading.exchange or kept.get(ticker)
         if exchange is not None:
             assign_exchange(ticker, str(exchange))
             continue
@@ -261,6 +313,19 @@ def check_days(
             say(f"{path}: {decided}")
     for ticker, frame in frames.items():
         frames[ticker] = without_jumps(path, ticker, frame, reading.mend_jumps)
+        still = still_rows(frame)
+        if still >= STILL_ROWS:
+            warn(
+                f"{path}: {ticker} has not moved in its last {still} rows, since {frame.index[-still]:%Y-%m-%d}; if it "
+                f"is suspended, an interval says how little it moves until then, not where it opens again"
+            )
+
+
+def still_rows(frame: pd.DataFrame) -> int:
+    """How many rows at the end stand at one price all day long."""
+    values = frame[QUOTES].to_numpy()
+    moved = np.flatnonzero((values != values[-1, 3]).any(axis=1)) if len(values) else np.empty(0)
+    return len(values) - (int(moved[-1]) + 1 if len(moved) else 0)
 
 
 def bars_of(index: pd.DatetimeIndex) -> str:
@@ -308,5 +373,5 @@ def ticker_of(path: Path, meta: Mapping[str, Any] | None = None) -> str:
     if len(named) == 1:
         return str(named[0])
     stem = re.sub(r"\.csv(\.gz)?$", "", path.name, flags=re.IGNORECASE)
-    match = NAME_WITH_YEAR.fullmatch(stem)
+    match = NAME_AND_MORE.fullmatch(stem)
     return match[1] if match else stem

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stocklora.cli.console import UserError
 from stocklora.cli.settings import setting
 
 
@@ -26,6 +27,16 @@ class ReadingSettings:
     mend_jumps: bool = setting(
         False, "divide out jumps that look like a split or a change of unit", section="reading prices"
     )
+
+    drop_bad_rows: bool = setting(
+        False, "leave out rows that are broken, if they are few; without it they are named", section="reading prices"
+    )
+
+    def refuse_reading(self, why: str) -> None:
+        """Raise a UserError where a flag says how files are read, and none is."""
+        for name in ("exchange", "date_format", "mend_jumps", "drop_bad_rows"):
+            if getattr(self, name):
+                raise UserError(f"--{name} {why}; leave it out")
 
 
 AS_THEY_ARE = ReadingSettings()

@@ -21,7 +21,7 @@ import pandas as pd
 
 from stocklora.cli.console import UserError
 from stocklora.prices.bars import MendedBars
-from stocklora.prices.csv_columns import PRICE_COLUMNS
+from stocklora.prices.csv_columns import ISO_DATE, PRICE_COLUMNS
 from stocklora.prices.exchanges import assign_exchange, assigned_exchanges
 from stocklora.prices.reading import read_table
 from stocklora.prices.settings import AS_THEY_ARE, ReadingSettings
@@ -166,7 +166,7 @@ def _tables(
     mended = MendedBars()
     for piece in _split(path, meta, column, folder):
         try:
-            tables = read_table(piece, None, reading, mended=mended)
+            tables = read_table(piece, meta, reading, mended=mended, shown=path)
         except UserError:
             read_table(path, meta, reading)  # says where in the user's own file the fault is
             raise
@@ -193,15 +193,22 @@ def _open(path: Path) -> io.TextIOWrapper:
 
 
 def _ticker_column(path: Path) -> int | None:
-    """Where the header has ``Ticker``; None also for what cannot be read: ``read_table`` says why."""
+    """Where a table that is written as ours are has ``Ticker``; None for others, which must be seen as a whole.
+
+    How a file writes its dates and numbers is decided by all its rows. None also for what cannot be read:
+    ``read_table`` says why.
+    """
     if path.suffix.lower() == ".gz" and not _is_gzip(path):
         return None
     try:
         with _open(path) as stream:
-            names = [name.strip().lower() for name in next(csv.reader(stream), [])]
+            reader = csv.reader(stream)
+            names = [name.strip().lower() for name in next(reader, [])]
+            row = next(reader, [])
     except UNREADABLE:
         return None
-    return names.index("ticker") if "ticker" in names else None
+    ours = sorted(names) == sorted(map(str.lower, ("Ticker", "Date", *PRICE_COLUMNS))) and len(row) == len(names)
+    return names.index("ticker") if ours and ISO_DATE.fullmatch(row[names.index("date")].strip()) else None
 
 
 def _rows(path: Path, meta: Mapping[str, object] | None) -> Iterator[list[str]]:

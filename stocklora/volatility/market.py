@@ -74,6 +74,11 @@ class Market:
             self._table = _means(self._days, MARKET_COLUMNS)
         return self._table
 
+    @property
+    def is_one_ticker(self) -> bool:
+        """Whether no day has a second ticker, so that the market says again what its ticker says."""
+        return all(entry[0] == 1.0 for entry in self._days.values())
+
     def derived(self, name: str, compute: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
         """``compute(days)``, once for all tickers that ask; ``name`` tells one computation from another."""
         days = self.days

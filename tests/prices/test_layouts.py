@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from stocklora.cli.console import UserError
 from stocklora.prices.calendar import next_sessions, sessions_between
 from stocklora.prices.exchanges import assign_exchange, exchange_of, named_exchange
 from stocklora.prices.settings import ReadingSettings
-from stocklora.prices.tables import read_prices
+from stocklora.prices.tables import meta_path, read_prices, write_prices
 
 
 def prices_of(ticker: str = "AAPL", rows: int = 60, seed: int = 0, start: str = "2024-01-02") -> pd.DataFrame:
@@ -319,3 +320,61 @@ def test_convert_writes_a_table_that_reads_back(tmp_path: Path, call_script: Cal
     again = call_script("download.py", "--convert", "QZX.csv", "--output", "QZX.csv", cwd=tmp_path)
     assert again.returncode == 2
     assert "same file" in again.stderr
+
+
+@pytest.mark.parametrize(("cell", "ratio"), [("4", 4.0), ("4:1", 4.0), ("4/1", 4.0), ("1:10", 0.1), ("0.1", 0.1)])
+def test_a_split_as_it_may_be_written(cell: str, ratio: float, tmp_path: Path) -> None:
+    frame = prices_of()
+    raw = frame.copy()
+    raw.iloc[:30, :4] *= ratio  # what was quoted before the split
+    table = raw.reset_index().assign(**{"Stock Splits": [cell if row == 30 else "0" for row in range(len(raw))]})
+    table.to_csv(tmp_path / "AAPL.csv", index=False)
+    (read,) = read_prices(tmp_path / "AAPL.csv").values()
+    np.testing.assert_allclose(read["Close"], frame["Close"], rtol=1e-9)
+
+
+def test_a_split_that_is_none_is_refused(tmp_path: Path) -> None:
+    table = prices_of().reset_index().assign(**{"Stock Splits": "0"})
+    table.loc[4, "Stock Splits"] = "four"
+    table.to_csv(tmp_path / "AAPL.csv", index=False)
+    with pytest.raises(UserError, match=r"row 6, column Split: 'four' is no split; write it like 4, 4:1 or 0, or give"):
+        read_prices(tmp_path / "AAPL.csv")
+    (read,) = read_prices(tmp_path / "AAPL.csv", reading=ReadingSettings(adjust="none")).values()
+    assert len(read) == 60
+
+
+@pytest.mark.parametrize("rows", [4, 5, 30])
+def test_a_share_that_does_not_move_at_the_end_is_told(
+    rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = prices_of()
+    frame.iloc[-rows:, :4] = frame["Close"].iloc[-rows]
+    frame.to_csv(tmp_path / "AAPL.csv")
+    read_prices(tmp_path / "AAPL.csv")
+    told = capsys.readouterr().err
+    assert (f"AAPL has not moved in its last {rows} rows, since {frame.index[-rows]:%Y-%m-%d}" in told) == (rows >= 5)
+
+
+def test_an_exchange_that_a_sidecar_makes_up_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "AAPL.csv"
+    write_prices({"AAPL": prices_of()}, path, {"source": "t", "adjust": "all", "interval": "1d"})
+    meta = json.loads(meta_path(path).read_text())
+    meta_path(path).write_text(json.dumps({**meta, "exchanges": {"AAPL": "MARS"}}))
+    with pytest.raises(UserError, match="AAPL.csv: the exchange MARS of its sidecar: no such calendar; give one of"):
+        read_prices(path)
+
+
+@pytest.mark.parametrize("text", ['Date,Open\n"2024-01-02,1\n' + "2024-01-03,1\n" * 20000, 'a;b\n"' + "x" * 200_000])
+def test_a_quotation_mark_that_is_not_closed_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "AAPL.csv").write_text(text)
+    with pytest.raises(UserError):
+        read_prices(tmp_path / "AAPL.csv")
+
+
+@pytest.mark.parametrize(
+    "flag", [["--exchange", "XSHG"], ["--date_format", "%d"], ["--mend_jumps"], ["--drop_bad_rows"]]
+)
+def test_how_files_are_read_is_no_word_to_a_download(flag: list[str], tmp_path: Path, call_script: Callable) -> None:
+    result = call_script("download.py", "--source", "sample", "--ticker", "AAPL", *flag, cwd=tmp_path)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert f"{flag[0]} is for --convert, which reads a file" in result.stderr

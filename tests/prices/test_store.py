@@ -207,7 +207,7 @@ def swapped(old: str, new: str) -> str:
 
 
 BAD_LONG: dict[str, tuple[str | bytes, str]] = {
-    "duplicate": (LONG + "AAPL,2024-01-04,10,12,9,11,1\n", "row 11, column Date: 2024-01-04 of AAPL is there twice"),
+    "duplicate": (LONG + "AAPL,2024-01-04,10,12,9,11,1\n", "row 9, column Date: 2024-01-04 of AAPL is there twice"),
     "text in a number": (swapped("AAPL,2024-01-03,10", "AAPL,2024-01-03,x"), "row 6, column Open: 'x' is not a number"),
     "two faults": (
         swapped("KO,2024-01-02,10", "KO,2024-01-02,x").replace("MSFT,2024-01-04,10", "MSFT,2024-01-04,y"),

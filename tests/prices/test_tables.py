@@ -12,11 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from price_files import BAD_FILES, GOOD, GOOD_FILES, HEADER
+from price_tables import random_prices
+from source_tree import RunScript
 
 import download
 from stocklora.cli.console import UserError
 from stocklora.prices.csv_columns import PRICE_COLUMNS
 from stocklora.prices.reading import ticker_of
+from stocklora.prices.settings import ReadingSettings
 from stocklora.prices.tables import meta_path, read_meta, read_prices, validated, write_prices
 
 
@@ -128,6 +131,12 @@ def test_no_such_file_names_the_near_one(tmp_path: Path) -> None:
         ("600519.SS.csv", "600519.SS"),
         ("600519.SS_2001_2020.csv", "600519.SS"),
         ("sample_test.csv", "sample_test"),
+        ("QZX_weekly.csv", "QZX"),
+        ("BTCUSDT-1d-2024-01.csv", "BTCUSDT"),
+        ("BTC-USD_1d.csv", "BTC-USD"),
+        ("BRK-B.csv", "BRK-B"),
+        ("^spx_d.csv", "^spx"),
+        ("600519_20240101.csv", "600519_20240101"),
         ("^GSPC.csv", "^GSPC"),
         ("MSFT.CSV", "MSFT"),
     ],
@@ -254,3 +263,69 @@ def test_any_valid_table_survives_write_and_read(
         pd.testing.assert_frame_equal(back[ticker], frame, check_exact=True, check_freq=False)
     again = write_prices(back, path.with_name(f"again{suffix}"), {"adjust": "all"})
     assert again["sha256"] == json.loads(meta_path(path).read_text())["sha256"]
+
+
+def broken_table(tmp_path: Path, rows: int = 120) -> tuple[Path, pd.DataFrame]:
+    """One file with a fault of each kind in rows 5 to 11, and what is whole in it."""
+    lines = random_prices(rows).round(4).to_csv(date_format="%Y-%m-%d", lineterminator="\n").splitlines()
+    whole = [line for number, line in enumerate(lines, start=1) if number not in range(5, 12)]
+    cells = {number: lines[number - 1].split(",") for number in range(5, 12)}
+    cells[5][0] = "2020-02-31"
+    cells[6][4] = "abc"
+    cells[7][1] = ""
+    cells[8] = cells[8][:-1]
+    cells[9][2] = cells[9][3]
+    cells[9][3] = str(2 * float(cells[9][2]))
+    cells[10][5] = "-3"
+    cells[11] = [cells[11][0], *[str(2 * float(cell)) for cell in cells[11][1:]]]
+    lines[4:11] = [",".join(row) for row in cells.values()]
+    lines.insert(11, lines[10].replace(cells[11][4], str(float(cells[11][3]))))  # the day again, with another close
+    path = tmp_path / "QZX.csv"
+    path.write_text("\n".join(lines) + "\n")
+    (tmp_path / "whole.csv").write_text("\n".join(whole) + "\n")
+    return path, read_prices(tmp_path / "whole.csv")["whole"]
+
+
+def test_all_broken_rows_are_told_in_one_line(tmp_path: Path) -> None:
+    path, _ = broken_table(tmp_path)
+    with pytest.raises(UserError) as caught:
+        read_prices(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}, row 5, column Date: '2020-02-31' is no day of the calendar; write it as")
+    assert "; 8 broken rows in all: " in message
+    assert "\n" not in message
+    for kind in (
+        "1 with a Date that is none (5)",
+        "1 with a Close that is no number (6)",
+        "1 with an empty Open (7)",
+        "1 with another number of cells than the header (8)",
+        "1 with a high below the low (9)",
+        "1 with a Volume that is negative (10)",
+        "2 with other prices than another row of their day (11, 12)",
+    ):
+        assert kind in message
+    assert message.endswith(f"python download.py --convert {path} --output clean.csv --drop_bad_rows")
+
+
+def test_broken_rows_are_left_out_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, whole = broken_table(tmp_path)
+    (frame,) = read_prices(path, reading=ReadingSettings(drop_bad_rows=True)).values()
+    pd.testing.assert_frame_equal(frame, whole)
+    assert "8 broken rows left out" in capsys.readouterr().out
+
+
+def test_not_more_than_a_tenth_is_left_out(tmp_path: Path) -> None:
+    path, _ = broken_table(tmp_path, rows=40)
+    with pytest.raises(UserError, match=r"8 of \d+ rows are broken, more than --drop_bad_rows leaves out \(10%\)"):
+        read_prices(path, reading=ReadingSettings(drop_bad_rows=True))
+
+
+def test_the_advice_works(tmp_path: Path, call_script: RunScript) -> None:
+    """The command at the end of the message writes the table that the next command reads."""
+    path, whole = broken_table(tmp_path)
+    refused = call_script("framework.py", "--model_path", "prior", "--test_csv", path, cwd=tmp_path)
+    assert refused.returncode == 2
+    command = refused.stderr.strip().rpartition("python ")[2].split()
+    assert call_script(*command, cwd=tmp_path).returncode == 0
+    (frame,) = read_prices(tmp_path / "clean.csv").values()
+    pd.testing.assert_frame_equal(frame, whole, rtol=1e-6)

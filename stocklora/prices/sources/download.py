@@ -14,7 +14,6 @@ import pandas as pd
 
 from stocklora.cli.console import UserError, one_line, say, warn
 from stocklora.prices.exchanges import UNITED_STATES, assign_exchange, exchange_of
-from stocklora.prices.settings import ReadingSettings
 from stocklora.prices.sources.fetch import NothingCame, bundled_prices, days_of, fetch_prices
 from stocklora.prices.sources.request import SOURCE_NAMES, DownloadSettings, Request, request_of, tickers_of
 from stocklora.prices.tables import is_table, read_prices, trusted_meta, write_prices
@@ -70,10 +69,7 @@ def convert(path: Path, settings: DownloadSettings) -> None:
 
     if settings.output.resolve() == path.resolve():
         raise UserError(f"--convert {path}: --output is the same file; give it another name, so that nothing is lost")
-    reading = ReadingSettings(
-        settings.exchange, settings.date_format, "none" if settings.adjust == "none" else "all", settings.mend_jumps
-    )
-    frames = read_prices(path, reading=reading)
+    frames = read_prices(path, reading=settings)
     if settings.ticker and len(frames) == len(settings.ticker):  # a file seldom says whose prices it holds
         named = dict(zip(frames, tickers_of(settings.ticker), strict=True))
         for read, ticker in named.items():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from stocklora.cli.console import UserError
 from stocklora.cli.settings import setting
+from stocklora.prices.settings import ReadingSettings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,8 +99,8 @@ def clean_bars(frame: pd.DataFrame, unfinished: bool = False) -> tuple[pd.DataFr
     return frame.rename_axis(index="Date", columns=None), {reason: n for reason, n in counts.items() if n}
 
 
-@dataclass
-class DownloadSettings:
+@dataclass(frozen=True)
+class DownloadSettings(ReadingSettings):
     """Settings of ``download.py``."""
 
     ticker: list[str] | None = setting(
@@ -134,21 +135,14 @@ class DownloadSettings:
         None, "download nothing: read this table of another program or site, say what it is, and write it to --output",
         section="where", metavar="FILE",
     )  # fmt: skip
-    exchange: str | None = setting(
-        None, "with --convert: exchange of its tickers, such as XSHG, where nothing else tells", section="where",
-        metavar="CODE",
-    )  # fmt: skip
-    date_format: str | None = setting(
-        None, "with --convert: how its dates are written, such as %d/%m/%Y, where rows do not tell", section="where",
-        metavar="FORMAT",
-    )  # fmt: skip
-    mend_jumps: bool = setting(
-        False, "with --convert: divide out jumps that look like a split or a change of unit", section="where"
-    )
     cache: bool = setting(True, "a second run within the day asks for nothing twice", section="network")
     retries: int = setting(4, "how often to ask again when a source says too many requests", section="network")
     retry_wait_s: float = setting(2.0, "seconds before the first retry; they double, with jitter", section="network")
     timeout_s: float = setting(15.0, "seconds to wait for an answer", section="network")
+
+    def __post_init__(self) -> None:
+        if self.convert is None:
+            self.refuse_reading("is for --convert, which reads a file; downloads need no such word")
 
 
 def period_start(period: str, last: pd.Timestamp) -> pd.Timestamp:

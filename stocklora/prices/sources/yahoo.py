@@ -14,6 +14,7 @@ import contextlib
 import datetime as dt
 import logging
 import os
+import re
 import threading
 import time
 import warnings
@@ -135,7 +136,9 @@ class YahooSource:
         if status >= 500:
             return SourceError("server", f"Yahoo answers {status}, a fault on its side", self.seen.retry_after)
         if status == 404:
-            return SourceError("unknown", "Yahoo knows no such ticker; look it up on finance.yahoo.com")
+            known_as = re.sub(r"^([A-Z]+)[./]([ABC])$", r"\1-\2", ticker)
+            advice = "look it up on finance.yahoo.com" if known_as == ticker else f"it writes this one {known_as}"
+            return SourceError("unknown", f"Yahoo knows no such ticker; {advice}")
         if status >= 400:
             return SourceError("refused", f"Yahoo refuses with HTTP {status}")
         yahoo_reason = getattr(error, "yahoo_reason", None)

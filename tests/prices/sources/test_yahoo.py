@@ -363,3 +363,12 @@ def test_prices_keep_their_digits(server: YahooServer, source: YahooSource) -> N
     server.plans["DIGIT"] = stock = Stock(made_up_bars(past_sessions("DIGIT")))
     answer = source.fetch("DIGIT", Request("max", adjust="splits"))
     pd.testing.assert_frame_equal(answer.frame[QUOTES], stock.bars[QUOTES], check_exact=True, check_freq=False)
+
+
+@pytest.mark.parametrize(("ticker", "known_as"), [("BRK.B", "BRK-B"), ("BRK/B", "BRK-B"), ("BF.A", "BF-A")])
+def test_a_share_class_is_named_as_yahoo_writes_it(
+    ticker: str, known_as: str, server: YahooServer, source: YahooSource
+) -> None:
+    server.plans[ticker] = UNKNOWN
+    with pytest.raises(SourceError, match=f"it writes this one {known_as}"):
+        source.fetch(ticker, Request("1y"))
