@@ -24,6 +24,7 @@ MONTHS = {
 }  # fmt: skip
 CURRENCY = re.compile(r"HK\$|US\$|R\$|[$€£¥￥₹₩]|USD|EUR|GBP|CNY|HKD|JPY|INR|元|股|手|\s|\u00a0|'|’")
 FACTORS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12, "万": 1e4, "亿": 1e8}
+WEEKDAY_BEHIND = re.compile(r"[,，]\s*(周|星期)?[一二三四五六日]$")
 WEEKDAY = re.compile(r"^[A-Za-z]{2,9}\.?,\s+(?=\S*\d|[A-Za-z])")
 EPOCH_UNITS = {10: 1.0, 13: 1e-3, 16: 1e-6, 19: 1e-9}
 
@@ -102,6 +103,7 @@ def plain_date_cells(
         UserError: dates that can be read in two ways, or a ``--date_format`` that does not fit.
     """
     stripped = [WEEKDAY.sub("", cell.strip()) if cell[:1].isalpha() else cell.strip() for cell in cells]
+    stripped = [WEEKDAY_BEHIND.sub("", cell) for cell in stripped]
     if date_format is not None:
         return _by_format(path, stripped, lines, date_format), []
     if (stamps := _epochs(stripped)) is not None:
@@ -207,7 +209,10 @@ def _from_months(match: re.Match[str], month: int, day: int, year: int) -> dt.da
 
 
 FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], dt.datetime]], ...] = (
-    (re.compile(r"(\d{4})(\d{2})(\d{2})(\.0)?"), lambda m: dt.datetime(int(m[1]), int(m[2]), int(m[3]))),
+    (re.compile(r"(\d{4})(\d{2})(\d{2})(\.0| 00:?00(:?00)?)?"),
+     lambda m: dt.datetime(int(m[1]), int(m[2]), int(m[3]))),
+    (re.compile(r"(1\d{2})[/-](\d{1,2})[/-](\d{1,2})"),  # Taiwan's years begin with the republic
+     lambda m: dt.datetime(int(m[1]) + 1911, int(m[2]), int(m[3]))),
     (re.compile(r"(\d{4})年(\d{1,2})月(\d{1,2})日?.*"), lambda m: dt.datetime(int(m[1]), int(m[2]), int(m[3]))),
     (re.compile(r"(\d{1,2})\.(\d{1,2})\.(\d{4}|\d{2})(?!\d).*"),
      lambda m: dt.datetime(_year(m[3]), int(m[2]), int(m[1]))),
@@ -216,6 +221,12 @@ FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], dt.datetime]], ...
     (re.compile(r"(\d{1,2})(?:st|nd|rd|th)?\.?[ -]?([^\W\d]{3,9})\.?,?[ -]?(\d{4}|\d{2})(?!\d).*"),
      lambda m: _from_months(m, 2, 1, 3)),
 )  # fmt: skip
+
+
+def is_day(cell: str) -> bool:
+    """Whether a cell can be nothing but a day or a stamp of one."""
+    text = cell.strip()
+    return _parsed(text) is not None or _two_readings(text) is not None or _epochs([text]) is not None
 
 
 def _parsed(cell: str) -> dt.datetime | None:

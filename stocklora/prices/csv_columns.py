@@ -29,6 +29,13 @@ MIDNIGHT = re.compile(r"([T ]00:00(:00(\.0+)?)?)?( ?(Z|UTC|[+-]\d{2}:?\d{2}))?")
 NOT_A_VALUE = {"nan", "na", "n/a", "null", "none", "-", "inf", "-inf", "+inf", "infinity", "#n/a"}
 
 
+HEADER_WORDS = {
+    "gb18030": "日期|时间|开盘|收盘|代码",
+    "big5": "日期|開盤|收盤|證券",
+    "cp932": "日付|始値|終値",
+    "cp949": "일자|날짜|시가|종가",
+    "cp1252": "[äöüÄÖÜßéèêáíóúñç]",
+}
 MOST_DROPPED = 0.1  # of the rows: above it, a file is not one with some broken rows
 
 
@@ -127,13 +134,13 @@ def decoded(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         fault = f"{at(path, line)}: byte 0x{content[error.start]:02x} is not UTF-8 text; save the file as 'CSV UTF-8'"
-    # Excel in China and in Europe. Either decodes nearly anything; in the right one the header makes sense.
-    for encoding in ("gb18030", "cp1252"):
+    # Excel in East Asia and in Europe. Some decode nearly anything; in the right one the header makes sense.
+    for encoding, words in HEADER_WORDS.items():
         try:
             text = content.decode(encoding)
         except UnicodeDecodeError:
             continue
-        if re.search("日期|时间|开盘|收盘|代码" if encoding == "gb18030" else r"[äöüÄÖÜßéèêáíóúñç]", text[:2000]):
+        if re.search(words, text[:2000]):
             return text
     raise UserError(fault)
 

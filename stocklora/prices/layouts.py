@@ -11,62 +11,70 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from stocklora.cli.console import UserError
 from stocklora.prices.bars import QUOTES
-from stocklora.prices.cells import MISSING, Numbers, is_missing, plain_date_cells
+from stocklora.prices.cells import MISSING, Numbers, is_day, is_missing, plain_date_cells
 from stocklora.prices.csv_columns import PRICE_COLUMNS, Faults, is_whole
 
-SEPARATORS = (",", ";", "\t", "|")
+SEPARATORS = {",": "", ";": "semicolons", "\t": "tabs", "|": "bars", " ": "blanks"}  # and what notes call them
 HEADER_WITHIN = 40  # lines of a preface before the header, at most
 FIELDS = ("Date", "Time", "Ticker", *PRICE_COLUMNS, "Adjusted", "Split")
 
 # How others write a column's name, in lower case without blanks and marks; the first that a file has is taken.
 SPELLINGS: dict[str, tuple[str, ...]] = {
     "Date": (
-        "date", "tradedate", "tradingdate", "datum", "fecha", "data", "jour", "timestamp", "timestamps", "datetime",
-        "dtyyyymmdd", "dateandtime", "opentime", "day", "dt", "eob", "bob", "candlebegintime", "effectivedate",
-        "日期", "交易日期", "时间", "交易时间", "时间戳", "日付", "일자", "날짜", "time", "unnamed0", "index", "",
+        "date", "dates", "tradedate", "tradingdate", "exchangedate", "pricedate", "datadate", "trddt", "datum", "fecha",
+        "data", "jour", "timeopen", "opentime", "timestamp", "timestamps", "datetime", "dtyyyymmdd", "dateandtime",
+        "gmttime", "localtime", "utctime", "beginsat", "day", "dt", "eob", "bob", "candlebegintime", "effectivedate",
+        "日期", "交易日期", "交易日", "时间", "交易时间", "时间戳", "日付", "일자", "날짜", "time", "t", "unnamed0",
+        "index", "",
     ),
     "Time": ("time", "时间", "交易时间"),
     "Ticker": (
-        "ticker", "symbol", "tic", "tscode", "股票代码", "证券代码", "代码", "code", "instrument", "stockcode",
-        "seccode", "orderbookid", "actsymbol", "uniqueid", "security", "isin", "stock", "name", "简称",
+        "ticker", "symbol", "tic", "tscode", "股票代码", "证券代码", "證券代號", "代码", "code", "instrument", "stkcd",
+        "stockcode", "seccode", "orderbookid", "actsymbol", "uniqueid", "security", "isin", "stock", "name", "简称",
         "股票名称", "证券名称", "名称",
     ),
     "Open": (
-        "open", "o", "openprice", "first", "öffnung", "eröffnung", "eröffnungskurs", "erster", "ouverture", "apertura",
-        "abertura", "开盘", "开盘价", "今开", "始値", "시가", "pxopen",
+        "open", "o", "openprice", "opening", "openingprice", "first", "openprc", "opnprc", "prcod", "öffnung",
+        "eröffnung", "eröffnungskurs", "erster", "ouverture", "apertura", "abertura", "开盘", "开盘价", "今开",
+        "開盤價", "開盤", "始値", "시가", "pxopen",
     ),
     "High": (
-        "high", "h", "highprice", "max", "hoch", "tageshoch", "höchst", "höchstkurs", "plushaut", "máximo", "maximo",
-        "massimo", "最高", "最高价", "高値", "고가", "pxhigh",
+        "high", "h", "highprice", "highest", "highestprice", "max", "askhi", "hiprc", "prchd", "hoch", "tageshoch",
+        "höchst", "höchstkurs", "plushaut", "máximo", "maximo", "massimo", "最高", "最高价", "最高價", "高値", "고가",
+        "pxhigh",
     ),
     "Low": (
-        "low", "l", "lowprice", "min", "tief", "tagestief", "tiefst", "tiefstkurs", "plusbas", "mínimo", "minimo",
-        "最低", "最低价", "安値", "저가", "pxlow",
+        "low", "l", "lowprice", "lowest", "lowestprice", "min", "bidlo", "loprc", "prcld", "tief",
+        "tagestief", "tiefst", "tiefstkurs", "plusbas", "mínimo", "minimo", "最低", "最低价", "最低價", "安値", "저가",
+        "pxlow",
     ),
     "Close": (
-        "close", "c", "closelast", "closeprice", "closingprice", "schluss", "schlusskurs", "letzter", "clôture",
-        "cierre", "chiusura", "fechamento", "收盘", "收盘价", "終値", "종가", "pxlast", "last", "lastprice", "price",
-        "zuletzt",
+        "close", "c", "closelast", "closeprice", "closing", "closingprice", "prc", "clsprc", "prccd", "schluss",
+        "schlusskurs", "letzter", "clôture", "cierre", "chiusura", "fechamento", "收盘", "收盘价", "收盤價", "收盤",
+        "終値", "종가", "pxlast", "last", "lastprice", "price", "zuletzt",
     ),
     "Volume": (
-        "volume", "vol", "v", "totalvolume", "volumen", "umsatz", "stück", "qty", "tickvol", "tickvolume", "tottrdqty",
-        "成交量", "出来高", "거래량", "pxvolume", "volumeshares",
+        "volume", "vol", "v", "totalvolume", "dnshrtrd", "cshtrd", "stück", "stücke", "stuecke", "stückumsatz",
+        "noofshares", "numberofshares", "sharestraded", "volumen", "umsatz", "qty", "tickvol", "tickvolume",
+        "tottrdqty", "totaltradedquantity", "成交量", "成交股數", "总手", "出来高", "거래량", "pxvolume",
+        "volumeshares",
     ),
     "Adjusted": (
-        "adjclose", "adjustedclose", "closeadj", "adjcloseprice", "adjustedcloseprice", "复权收盘价", "后复权价",
+        "adjclose", "adjustedclose", "adjustmentclose", "closeadj", "adjcloseprice", "adjustedcloseprice",
+        "复权收盘价", "后复权价",
     ),
     "Split": ("splitcoefficient", "stocksplits", "splitratio"),
 }  # fmt: skip
 MEANINGS = {spelling: name for name in reversed(SPELLINGS) for spelling in SPELLINGS[name]}
 # What yfinance and its like put beside prices, one a ticker.
 BESIDE = {"dividends", "stocksplits", "capitalgains", "adjclose"}
-BINANCE_COLUMNS = ["Date", *PRICE_COLUMNS]  # the first six of twelve
+CLOCK = re.compile(r"\d{1,2}:\d{2}(:\d{2})?|\d{6}")  # a time of day in a cell of its own
 EVENT_WORDS = re.compile(r"dividend|stock split|capital gain", re.IGNORECASE)
 
 
@@ -106,7 +114,7 @@ def find_layout(path: Path, text: str, faults: Faults) -> Layout | None:
     lines = text.splitlines()
     try:
         for separator in SEPARATORS:
-            head = list(csv.reader(io.StringIO("\n".join(lines[:HEADER_WITHIN])), delimiter=separator))
+            head = [row for _, row in _cells("\n".join(lines[:HEADER_WITHIN]), separator)]
             for reader in (_several_headers, _without_header, _one_header):
                 found = reader(text, head, separator, faults)
                 if found is not None:
@@ -117,7 +125,7 @@ def find_layout(path: Path, text: str, faults: Faults) -> Layout | None:
 
 
 def _cells(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     for row in reader:
         if any(cell.strip() for cell in row):
             yield reader.line_num, row
@@ -133,9 +141,10 @@ def _one_header(text: str, head: list[list[str]], separator: str, faults: Faults
     first = next(i for i, (_, row) in enumerate(rows) if row == head[place])
     notes = [f"{first} lines before the header left out"] if first else []
     if separator != ",":
-        notes.append({";": "semicolons", "\t": "tabs", "|": "bars"}[separator] + " between the cells")
+        notes.append(f"{SEPARATORS[separator]} between the cells")
     kept, at_lines, dropped = _table_rows(rows[first + 1 :], head[place], columns, faults)
     notes += [f"{count} {what} left out" for what, count in dropped.items()]
+    columns |= _volume_of(head[place], columns, kept)
     names = list(columns)
     return Layout(names, [[row[columns[name]] for name in names] for row in kept], at_lines, notes)
 
@@ -158,6 +167,19 @@ def _columns_of(header: Sequence[str]) -> dict[str, int] | None:
     return columns if {"Date", *QUOTES} <= set(columns) and clear else None
 
 
+def _volume_of(header: Sequence[str], columns: Mapping[str, int], rows: Sequence[Sequence[str]]) -> dict[str, int]:
+    """Where the volume stands, if anywhere: of the columns that may be it, the first with a trade in it.
+
+    MetaTrader's real volume is zero all along where the broker knows only ticks; others call it after what is traded.
+    """
+    spelt = [spelling(name) for name in header]
+    places = [spelt.index(name) for name in SPELLINGS["Volume"] if name in spelt]
+    places += [place for place, name in enumerate(spelt) if re.fullmatch("volume.{0,4}", name)]
+    places = [place for place in places if place not in {columns[name] for name in columns if name != "Volume"}]
+    traded = (place for place in places if any(re.search("[1-9]", row[place]) for row in rows))
+    return {"Volume": next(traded, places[0])} if places else {}
+
+
 def _table_rows(
     rows: Sequence[tuple[int, list[str]]], header: list[str], columns: dict[str, int], faults: Faults
 ) -> tuple[list[list[str]], list[int], Counter[str]]:
@@ -165,13 +187,13 @@ def _table_rows(
     kept, lines, dropped = [], [], Counter[str]()
     width = len(header)
     date_at, prices_at = columns["Date"], [columns[name] for name in QUOTES]
-    last = max((i for i, (_, row) in enumerate(rows) if len(row) >= width and _is_day(row[date_at])), default=-1)
+    last = max((i for i, (_, row) in enumerate(rows) if len(row) >= width and _has_digits(row[date_at])), default=-1)
     for place, (line, row) in enumerate(rows):
         if [cell.strip() for cell in row[:width]] == [cell.strip() for cell in header]:
             dropped["repeated headers"] += 1
         elif any(EVENT_WORDS.search(cell) for cell in row):
             dropped["rows of dividends and splits"] += 1
-        elif place > last >= 0 and (len(row) < width or not _is_day(row[date_at])):
+        elif place > last >= 0 and (len(row) < width or not _has_digits(row[date_at])):
             dropped["lines below the table"] += 1
         elif is_whole(line, row, width, faults):
             if all(is_missing(row[index]) for index in prices_at) and row[date_at].strip():
@@ -182,7 +204,7 @@ def _table_rows(
     return kept, lines, dropped
 
 
-def _is_day(cell: str) -> bool:
+def _has_digits(cell: str) -> bool:
     return sum(map(str.isdigit, cell)) >= 3
 
 
@@ -223,16 +245,37 @@ def _several_headers(text: str, head: list[list[str]], separator: str, faults: F
 
 
 def _without_header(text: str, head: list[list[str]], separator: str, faults: Faults) -> Layout | None:
-    """Files that are known by their cells: Binance's klines, MetaTrader's history."""
-    row = next((row for row in head if any(cell.strip() for cell in row)), [])
-    if len(row) >= 11 and re.fullmatch(r"\d{13}(\d{3})?", row[0].strip()):
-        columns, note = BINANCE_COLUMNS, "Binance's klines without a header"
-    elif len(row) == 7 and re.fullmatch(r"\d{4}\.\d{2}\.\d{2}", row[0].strip()) and re.match(r"\d{2}:\d{2}", row[1]):
-        columns, note = ["Date", "Time", *PRICE_COLUMNS], "MetaTrader's history without a header"
+    """Rows of day, sometimes time or ticker, then open, high, low, close and volume, told by the cells alone.
+
+    So write Binance (klines), MetaTrader, Kibot, FirstRate, HistData, LEAN. The third price must be the lowest of each
+    row and the second the highest, or the order is anyone's guess.
+    """
+    if len(head) < 2 or len(head[0]) < 5 or not is_day(head[0][0]):
+        return None
+    width = len(head[0])
+    befores = [["Date"]]
+    if CLOCK.fullmatch(head[0][1].strip()):
+        befores.append(["Date", "Time"])
+    elif re.search("[A-Za-z]", head[0][1]):
+        befores.append(["Date", "Ticker"])
+    for columns in befores:
+        if all(len(row) == width and is_day(row[0]) and _is_bar(row[len(columns) :]) for row in head):
+            break
     else:
         return None
-    rows = [(line, cells) for line, cells in _cells(text, separator) if is_whole(line, cells, len(row), faults)]
+    columns += PRICE_COLUMNS[: width - len(columns)]
+    rows = [(line, cells) for line, cells in _cells(text, separator) if is_whole(line, cells, width, faults)]
+    note = f"no header: {', '.join(columns).lower()} by their cells"
     return Layout(columns, [cells[: len(columns)] for _, cells in rows], [line for line, _ in rows], [note])
+
+
+def _is_bar(cells: Sequence[str]) -> bool:
+    """Whether open, high, low and close stand there, in this order."""
+    try:
+        opening, high, low, close = (float(cell) for cell in cells[:4])
+    except ValueError:
+        return False
+    return 0.0 < low <= min(opening, close) <= max(opening, close) <= high
 
 
 def plain_cells(path: Path, layout: Layout, date_format: str | None, zone: str | None) -> Layout:

@@ -372,6 +372,6 @@ def ticker_of(path: Path, meta: Mapping[str, Any] | None = None) -> str:
     named = (meta or {}).get("tickers") or []
     if len(named) == 1:
         return str(named[0])
-    stem = re.sub(r"\.csv(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+    stem = re.sub(r"\.(csv|txt|tsv|prn)(\.gz)?$", "", path.name, flags=re.IGNORECASE).replace("#", "")
     match = NAME_AND_MORE.fullmatch(stem)
     return match[1] if match else stem
