@@ -7,6 +7,7 @@ row 1. What the columns must hold *together* is checked in ``bars.py`` and ``rea
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime as dt
 import gzip
@@ -200,6 +201,11 @@ def checked_header(path: Path, header: list[str]) -> list[str]:
 
 def parse_dates(cells: list[str], lines: np.ndarray, faults: Faults) -> np.ndarray:
     """Days as ``datetime64[ns]``, NaT for a fault; a time of day other than midnight is one, since rows are days."""
+    if all(len(cell) == 10 and cell[4] == cell[7] == "-" for cell in cells):  # nearly every file: ten times as fast
+        with contextlib.suppress(ValueError):
+            known = np.array(cells, dtype="datetime64[D]")
+            if (known >= np.datetime64("1800-01-01")).all():
+                return known.astype("datetime64[ns]")
     days = np.full(len(cells), "NaT", dtype="datetime64[D]")
     for place, (cell, line) in enumerate(zip(cells, lines, strict=True)):
         text = cell.strip()
