@@ -186,8 +186,6 @@ def write_prices(frames: Mapping[str, pd.DataFrame], path: Path, meta: Mapping[s
     content = table_text(checked).encode()
     if path.suffix.lower() == ".gz":
         content = gzip.compress(content, mtime=0)  # the same prices make the same bytes
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
     days = [frame.index for frame in checked.values() if len(frame)]
     full = {
         **meta,
@@ -195,10 +193,12 @@ def write_prices(frames: Mapping[str, pd.DataFrame], path: Path, meta: Mapping[s
         "tickers": list(checked),
         "first_date": str(min(day[0] for day in days).date()) if days else None,
         "last_date": str(max(day[-1] for day in days).date()) if days else None,
-        "sha256": sha256_of(path),
+        "sha256": hashlib.sha256(content).hexdigest(),
         "time": meta.get("time") or dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
     }
-    write_json(meta_path(path), full)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+        write_json(meta_path(path), full)  # before the prices take their place: half done, the old ones are still whole
     return full
 
 

@@ -9,9 +9,12 @@ import json
 import math
 import os
 import pickle
+import platform
+import re
 import shutil
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,8 @@ def replacing(path: Path) -> Iterator[Path]:
     The temporary name keeps the suffix, since some writers choose the format by it. Missing parent
     folders are made. A link stays a link: the file it points to is replaced. A device or a pipe
     (``/dev/stdout``) is written to, not replaced. On any failure the temporary file goes and ``path``
-    is as it was; errors of the block itself pass unchanged, unless the disk is full.
+    is as it was; errors of the block itself pass unchanged, unless they are the disk's. A process that is killed leaves
+    its temporary file, which the next one to write the same path takes away.
 
     Raises:
         UserError: the folder cannot be written, the disk is full, or ``path`` is a folder.
@@ -43,9 +47,10 @@ def replacing(path: Path) -> Iterator[Path]:
             raise UserError(f"cannot write {path}: {target.parent} is a file, not a folder")
         if not is_special:
             target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_left_over(target)
         # a name's length has a limit (255 bytes), and the random part needs room
         handle, name = tempfile.mkstemp(
-            prefix=f".{target.stem[:40]}.",
+            prefix=f"{_own_prefix(target)}{os.getpid()}.",
             suffix=target.suffix if len(target.suffix) <= 20 else "",
             dir=None if is_special else target.parent,
         )
@@ -55,9 +60,9 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             yield temporary
         except Exception as error:
-            if _disk_is_full(temporary, error):
-                raise UserError(f"cannot write {path}: the disk is full; free some space") from error
-            raise
+            if (reason := _why_not_written(temporary, error)) is None:
+                raise
+            raise UserError(f"cannot write {path}: {reason}") from error
         with write_errors(path):
             if is_special:
                 with temporary.open("rb") as source, target.open("wb") as sink:
@@ -67,8 +72,36 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(stream.fileno())  # the bytes before the name, even when the power goes
             temporary.chmod(_mode_for(target))
             os.replace(temporary, target)
+            _sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _own_prefix(target: Path) -> str:
+    """How names of temporary files beside ``target`` begin on this machine, before the process's number."""
+    return f".{target.stem[:40]}.{zlib.crc32(platform.node().encode()) & 0xFFFF:04x}-"
+
+
+def _remove_left_over(target: Path) -> None:
+    """Take away temporary files of processes that were killed while they wrote ``target``."""
+    prefix = _own_prefix(target)
+    for name in os.listdir(target.parent):
+        number = name.removeprefix(prefix).partition(".")[0]
+        if name.startswith(prefix) and number.isdigit() and int(number) != os.getpid():
+            import psutil  # only where one was killed
+
+            if not psutil.pid_exists(int(number)):
+                (target.parent / name).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a folder's new names on the disk, where the system lets a folder be opened."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager
@@ -80,13 +113,21 @@ def write_errors(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _disk_is_full(temporary: Path, error: Exception) -> bool:
-    """Whether a writer failed for want of space; torch and safetensors don't say it with an OSError."""
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return True
-    if isinstance(error, (OSError, UserError)):
-        return False
-    return shutil.disk_usage(temporary.parent).free < 1_000_000
+def _why_not_written(temporary: Path, error: Exception) -> str | None:
+    """What the system had against a write, in words; None for an error that has nothing to do with it.
+
+    torch and safetensors do not say with an OSError that a write failed.
+    """
+    is_full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
+    is_ours = isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary))
+    in_a_library = not isinstance(error, (OSError, UserError))
+    if is_full or (in_a_library and shutil.disk_usage(temporary.parent).free < 1_000_000):
+        return "the disk is full; free some space"
+    if isinstance(error, OSError) and is_ours:
+        return error.strerror or str(error)
+    if in_a_library and re.search("PytorchStreamWriter|inline_container|I/O error", str(error)):
+        return "the system took no more bytes; look at the disk, its quota and the limit on file sizes (ulimit -f)"
+    return None
 
 
 def _mode_for(target: Path) -> int:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import signal
 import stat
 import threading
 from pathlib import Path
@@ -215,3 +216,39 @@ def test_an_installation_without_what_is_bundled_says_so(tmp_path: Path, monkeyp
     (tmp_path / "stocklora" / "_sample").mkdir(parents=True)
     (tmp_path / "stocklora" / "_sample" / BUNDLED_PRICES).touch()
     assert bundled_folder() == tmp_path / "stocklora" / "_sample"
+
+
+def test_bytes_then_name_then_folder_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this order a power cut leaves the old file or the new one."""
+    order = []
+    sync, rename = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        order.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        sync(handle)
+
+    def renamed(source: Path, target: Path) -> None:
+        order.append("name")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_text(tmp_path / "a.txt", "x")
+    assert order == ["file", "name", "folder"]
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    ready, child = os.pipe(), os.fork()
+    if child == 0:
+        with replacing(tmp_path / "a.txt"):
+            os.write(ready[1], b".")
+            signal.pause()
+    os.read(ready[0], 1)
+    write_text(tmp_path / "a.txt", "mine")
+    (half,) = set(names(tmp_path)) - {"a.txt"}  # of the other process, which lives
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    (tmp_path / ".a.mine.txt").write_text("somebody's own file with a similar name")
+    write_text(tmp_path / "a.txt", "again")
+    assert names(tmp_path) == [".a.mine.txt", "a.txt"]
+    assert half.startswith(".a.")
