@@ -29,7 +29,7 @@ from stocklora.cli.console import UserError, warn
 from stocklora.metrics.scores import QUANTILE_LEVELS
 from stocklora.prices.store import spool
 from stocklora.prices.tables import price_files
-from stocklora.runtime.files import as_json_types, replacing, sha256_of, write_json
+from stocklora.runtime.files import as_json_types, replacing, sha256_of, to_cell, write_json
 
 PARTS, PRICES, REFITS, MANIFEST = "parts", "prices", "refits", "manifest.json"
 UNFINGERPRINTED = ("resume", "output_dir", "show", "forecasts_format", "check_leakage", "leakage_cuts", "device")
@@ -164,7 +164,7 @@ def _csv_writer(path: Path) -> Iterator[WriteForecasts]:
 
         def write(forecasts: TickerForecasts) -> None:
             nonlocal is_first
-            table = pd.DataFrame(forecast_columns(forecasts))
+            table = pd.DataFrame(forecast_columns(forecasts) | {"Ticker": to_cell(forecasts.ticker)})
             table.to_csv(stream, index=False, header=is_first, float_format="%.7g", lineterminator="\n")
             is_first = False
 

@@ -17,7 +17,7 @@ import pandas as pd
 
 from stocklora.cli.console import say
 from stocklora.metrics.scores import INTERVAL_COLUMNS
-from stocklora.runtime.files import replacing
+from stocklora.runtime.files import replacing, to_cell
 from stocklora.volatility.prior import load_prior
 
 LEVELS = np.array(list(INTERVAL_COLUMNS))
@@ -81,7 +81,7 @@ def write_paths(path: Path, rows: Sequence[Mapping[str, Any]], paths: Mapping[st
         count, horizon = closes.shape
         days = np.arange(1, horizon + 1)
         tables.append(pd.DataFrame({
-            "Ticker": name, "Path": np.repeat(np.arange(1, count + 1), horizon),
+            "Ticker": to_cell(name), "Path": np.repeat(np.arange(1, count + 1), horizon),
             "Date": np.tile([dates[name, day] for day in days], count), "Day": np.tile(days, count),
             "Close": closes.reshape(-1),
         }))  # fmt: skip

@@ -12,7 +12,7 @@ import pandas as pd
 from stocklora.cli.console import print_table, say
 from stocklora.metrics.scores import INTERVAL_COLUMNS
 from stocklora.prices.calendar import next_sessions
-from stocklora.runtime.files import replacing
+from stocklora.runtime.files import replacing, to_cell
 
 PREDICTION_COLUMNS = (
     "Ticker", "Origin", "Date", "Day", "Last_Close", "Predicted_Close",
@@ -45,6 +45,7 @@ def prediction_rows(
 def write_predictions(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write ``predictions.csv``: one row a ticker and day, prices with enough digits for a penny stock."""
     frame = pd.DataFrame(rows, columns=list(PREDICTION_COLUMNS))
+    frame["Ticker"] = frame["Ticker"].map(to_cell)
     for name in PREDICTION_COLUMNS[4:]:
         frame[name] = [float(f"{value:.7g}") for value in frame[name]]
     with replacing(path) as temporary:

@@ -27,6 +27,7 @@ from stocklora.prices.csv_columns import (
 from stocklora.prices.exchanges import assign_exchange, exchange_of, settle_exchange
 from stocklora.prices.layouts import Layout, find_layout, plain_cells
 from stocklora.prices.settings import AS_THEY_ARE, ReadingSettings
+from stocklora.runtime.files import from_cell
 
 ADJUSTED_CLOSES, SPLITS = "adjusted closes", "splits"  # columns to adjust by
 # A year or an interval behind a ticker in a file's name: AAPL_2024_2025, BTCUSDT-1d-2024-01, aapl_us_d.
@@ -214,7 +215,7 @@ def _tickers(
 ) -> np.ndarray:
     if cells is None:
         return np.full(len(lines), ticker_of(path, meta), dtype=object)
-    tickers = np.array([cell.strip() for cell in cells], dtype=object)
+    tickers = np.array([from_cell(cell.strip()) for cell in cells], dtype=object)
     for index in np.flatnonzero(tickers == ""):
         faults.add(lines[index], "Ticker", "an empty Ticker", "the cell is empty; name the ticker of this row")
     return tickers

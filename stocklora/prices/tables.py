@@ -30,7 +30,7 @@ from stocklora.prices.bars import bar_faults
 from stocklora.prices.csv_columns import PRICE_COLUMNS
 from stocklora.prices.reading import read_table
 from stocklora.prices.settings import AS_THEY_ARE, ReadingSettings
-from stocklora.runtime.files import replacing, sha256_of, write_json
+from stocklora.runtime.files import replacing, sha256_of, to_cell, write_json
 
 
 def read_prices(
@@ -212,7 +212,7 @@ def table_text(frames: Mapping[str, pd.DataFrame]) -> str:
         days = frame.index.strftime("%Y-%m-%d")
         for day, row in zip(days, frame.to_numpy().tolist(), strict=True):
             volume = int(row[4]) if row[4].is_integer() else row[4]
-            writer.writerow([*([ticker] if several else []), day, *row[:4], volume])
+            writer.writerow([*([to_cell(ticker)] if several else []), day, *row[:4], volume])
     return out.getvalue()
 
 

@@ -157,6 +157,22 @@ def read_text(path: Path, missing: str | None = None) -> str:
         raise UserError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from None
 
 
+FORMULA = re.compile(r"[=+\-@\t\r]")  # how a cell begins that a spreadsheet would run
+
+
+def to_cell(text: str) -> str:
+    """A text as it stands in a CSV: one that a spreadsheet would take for a formula has an apostrophe before it.
+
+    Source: OWASP, CSV Injection.
+    """
+    return f"'{text}" if FORMULA.match(text) else text
+
+
+def from_cell(cell: str) -> str:
+    """The text that ``to_cell`` wrote."""
+    return cell[1:] if cell[:1] == "'" and FORMULA.match(cell[1:]) else cell
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text with ``\\n`` line ends, atomically."""
     with replacing(path) as temporary:
