@@ -95,15 +95,18 @@ class StockForecaster(nn.Module):
         backbone: what ``AutoModel`` gives: ids -> ``last_hidden_state``.
         table: (horizon, levels) starting quantiles of the scaled return.
         location: (horizon,) log return that they stand around; default 0.
+        hidden_size: of what the backbone gives; by default what its configuration says.
     """
 
-    def __init__(self, backbone: nn.Module, table: Tensor, location: Tensor | None = None) -> None:
+    def __init__(
+        self, backbone: nn.Module, table: Tensor, location: Tensor | None = None, hidden_size: int | None = None
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         # What the backbone computes in where its weights are kept in more: float32 weights that all train.
         self.autocast_dtype: torch.dtype | None = None
         self.tuning: Any = None  # what trains in the backbone, for whoever put it there
-        self.head = QuantileHead(hidden_size_of(backbone.config), table)
+        self.head = QuantileHead(hidden_size or facts_of(backbone.config).hidden_size, table)
         self.register_buffer("location", torch.zeros(len(table)) if location is None else location.float())
         self.location: Tensor
 
@@ -194,13 +197,20 @@ class BackboneFacts:
     context_tokens: int
 
 
+CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
+
+
 def facts_of(config: Any) -> BackboneFacts:
+    """Of a language model's configuration, or of that inside one for pictures and text."""
+    config = text_config_of(config)
+    contexts = [getattr(config, name, None) for name in CONTEXT_NAMES]
     return BackboneFacts(
-        hidden_size=hidden_size_of(config),
+        hidden_size=int(config.hidden_size),
         layers=int(config.num_hidden_layers),
-        context_tokens=int(getattr(config, "max_position_embeddings", 0) or 2**20),
+        context_tokens=int(next((tokens for tokens in contexts if tokens), 2**20)),
     )
 
 
-def hidden_size_of(config: Any) -> int:
-    return int(config.hidden_size)
+def text_config_of(config: Any) -> Any:
+    """The part of a configuration that describes the decoder of text; the whole where there is no other."""
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config

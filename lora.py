@@ -117,19 +117,16 @@ class LoRALayer(nn.Module):
         self.train(base.training)
 
     @property
-    def weight(self) -> Tensor:
-        """The base's weight: some models read a layer's dtype or device from it."""
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias  # type: ignore[return-value]
-
-    @property
     def features(self) -> tuple[int, int]:
         """(out, in); not from the weight's shape, as a quantized weight is packed."""
         base: Any = self.base
         return (base.nf, base.weight.shape[0]) if self.transposed else (base.out_features, base.in_features)
+
+    # What code around a linear layer reads of it: type and device of its weight, its sizes.
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+    out_features = property(lambda self: self.features[0])
+    in_features = property(lambda self: self.features[1])
 
     def shapes(self, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
         """The shapes of the parts that an adapter has here."""
@@ -160,9 +157,8 @@ class LoRALayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        if self.disabled or self.merged or self.active not in self.configs:
-            return self.base(x)
-        return self.forward_adapted(x)
+        as_base = self.disabled or self.merged or self.active not in self.configs
+        return self.base(x) if as_base else self.forward_adapted(x)
 
     def forward_adapted(self, x: Tensor) -> Tensor:
         """What ``forward`` gives with the active adapter."""
@@ -203,10 +199,18 @@ def is_conv1d(module: nn.Module) -> bool:
     return "Conv1D" in {cls.__name__ for cls in type(module).__mro__} and hasattr(module, "nf")
 
 
+@torch.no_grad()
 def is_linear(module: nn.Module) -> bool:
     """Whether LoRA can adapt this module; ``MultiheadAttention`` reads its projection without calling it."""
-    skipped = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return (isinstance(module, nn.Linear) and not skipped) or is_conv1d(module)
+    if not isinstance(module, nn.Linear) or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return is_conv1d(module)
+    W = module.weight
+    if type(module).forward is nn.Linear.forward or type(W) is not nn.Parameter or not W.is_floating_point():
+        return True  # a packed weight has a forward of its own
+    with contextlib.suppress(Exception):  # a subclass, such as a router that also chooses, is tried
+        y = module(x := torch.linspace(-1, 1, 2 * W.shape[1]).to(W).view(2, -1))
+        return y.is_meta or torch.allclose(y, F.linear(x, W, module.bias), 1e-2)
+    return False
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
@@ -381,8 +385,8 @@ def merge(model: nn.Module) -> None:
         if layer.active not in layer.lora_A:
             continue  # a variant that leaves the weight alone
         if not layer.weight.is_floating_point() or layer.weight.numel() != math.prod(layer.features):
-            kind = type(layer.base).__name__
-            raise LoRAError(f"{name} is quantized ({kind}): load the base model unquantized and merge into that")
+            kind = f"quantized ({type(layer.base).__name__})"
+            raise LoRAError(f"{name} is {kind}: load the base model unquantized and merge into that")
         if users[id(layer.weight)] > 1:
             raise LoRAError(f"the weight of {name} is shared with another module; untie them before merging")
         weights[name] = layer.merged_weight()

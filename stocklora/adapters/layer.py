@@ -208,12 +208,18 @@ class FrozenLinearLoRA(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (n, in)
-        y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))  # (n, out)
+        # Made in its final shape: a view is what autograd would not let the model change in place.
+        y = rows.new_empty(*x.shape[:-1], weight.shape[0])
+        flat = y.view(-1, y.shape[-1])  # (n, out)
+        if bias is None:
+            torch.mm(rows, weight.to(dtype).t(), out=flat)
+        else:
+            torch.addmm(bias.to(dtype), rows, weight.to(dtype).t(), out=flat)
         z = F.linear(rows, A.to(dtype))  # (n, rank)
-        y.addmm_(z, B.to(dtype).t(), alpha=scaling)
+        flat.addmm_(z, B.to(dtype).t(), alpha=scaling)
         ctx.save_for_backward(x, weight, A, B, z)
         ctx.scaling = scaling
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llm_model import facts_of
+from llm_model import facts_of, text_config_of
 from stocklora.base_models.folders import check_model_folder, describe_model
 from stocklora.base_models.quantized import quantization_config, steady_quantized_layers
 from stocklora.cli.console import UserError, one_line
@@ -67,11 +67,22 @@ def _from_folder(
     ``steady_quantized_layers``. An adapter meets the base it was trained over only in that form.
     """
     if quantization != "none":
-        options |= {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": device}}
+        from transformers import AutoConfig
+
+        config = options.get("config") or AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            skeleton = kind.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+        options |= {
+            "quantization_config": quantization_config(quantization, dtype, skeleton), "device_map": {"": device},
+        }  # fmt: skip
     model = kind.from_pretrained(str(folder), dtype=dtype, trust_remote_code=trust_remote_code, **options)
     if quantization != "none":
         steady_quantized_layers(model)
     return model
+
+
+# What transformers and a model's own code raise at a configuration that they cannot make a model of.
+UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, IndexError)
 
 
 class BaseModel:
@@ -97,7 +108,7 @@ class BaseModel:
         quiet_transformers()
         try:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
+        except UNLOADABLE as error:
             raise unloadable(self.path, "tokenizer", error) from None
 
     @functools.cached_property
@@ -105,7 +116,7 @@ class BaseModel:
         """Of all its layers; see ``backbone_config``."""
         try:
             return backbone_config(self.path, None, self.trust_remote_code)
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except UNLOADABLE as error:
             raise unloadable(self.path, "configuration", error) from None
 
     @property
@@ -119,7 +130,10 @@ def unloadable(model_path: Path, part: str, error: Exception) -> UserError:
     hint = ""
     if "trust_remote_code" in str(error):
         hint = " (it brings Python code of its own: add --trust_remote_code if you trust its author)"
-    return UserError(f"cannot load the {part} of the base model in {model_path}: {str(error)[:300]}{hint}")
+    elif "Unrecognized configuration class" in str(error):
+        hint = " (its own code has no AutoModel in its auto_map, or it is no language model: choose another base)"
+    what = str(error) if isinstance(error, UserError | OSError | ValueError) else f"{type(error).__name__}: {error}"
+    return UserError(f"cannot load the {part} of the base model in {model_path}: {one_line(what)[:300]}{hint}")
 
 
 def backbone_config(model_path: Path, layers: int | None = None, trust_remote_code: bool = False) -> Any:
@@ -131,11 +145,22 @@ def backbone_config(model_path: Path, layers: int | None = None, trust_remote_co
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    # The base is frozen: its own dropout would only add noise to what the adapters see.
-    for name, value in config.to_dict().items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
-            setattr(config, name, 0.0)
-    return first_layers(config, layers)
+    return first_layers(steady(config), layers)
+
+
+def steady(config: Any) -> Any:
+    """Make a configuration's model one function, in training and in use.
+
+    The base is frozen: dropout and a router's noise would only blur what the adapters see. RWKV halves weights on the
+    way to a forecast, for the range of float16, which is not computed in here; the adapters on them it would not halve.
+    """
+    for part in (config, text_config_of(config)):
+        for name, value in part.to_dict().items():
+            if isinstance(value, float) and ("dropout" in name or "jitter" in name or name.endswith("_pdrop")):
+                setattr(part, name, 0.0)
+        if hasattr(part, "rescale_every"):
+            part.rescale_every = 0
+    return config
 
 
 def first_layers(config: Any, layers: int | None) -> Any:
@@ -145,13 +170,31 @@ def first_layers(config: Any, layers: int | None) -> Any:
         ValueError: more layers than there are.
     """
     config = copy.deepcopy(config)
-    if layers is not None:
-        if not 1 <= layers <= config.num_hidden_layers:
-            raise ValueError(f"the base model has {config.num_hidden_layers} layers; {layers} cannot be used")
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+    if layers is None:
+        return config
+    part = text_config_of(config)
+    had = int(part.num_hidden_layers)
+    if not 1 <= layers <= had:
+        raise ValueError(f"the base model has {had} layers; {layers} cannot be used")
+    part.num_hidden_layers = layers
+    # What is said of each layer, or which layers are of a kind, under whatever name.
+    for name, value in list(vars(part).items()):
+        if isinstance(value, list) and name.endswith(("indices", "idxs", "layer_ids")):
+            setattr(part, name, [item for item in value if item < layers])
+        elif isinstance(value, list) and len(value) == had:
+            setattr(part, name, value[:layers])
     return config
+
+
+def language_model(model: Any) -> Any:
+    """The decoder of text inside a model that also reads pictures or sound; any other model as it is."""
+    if text_config_of(model.config) is model.config:
+        return model
+    for name in ("language_model", "text_model", "model"):
+        inside = getattr(model, name, None)
+        if isinstance(inside, nn.Module) and hasattr(inside, "config"):
+            return language_model(inside)
+    return model
 
 
 def load_backbone(
@@ -180,26 +223,49 @@ def load_backbone(
 
     if config is None:
         config = backbone_config(model_path, None, trust_remote_code)
-    backbone: nn.Module = _from_folder(
+    whole = _from_folder(
         AutoModel, model_path, quantization, dtype, device or torch.device("cpu"), trust_remote_code,
         config=first_layers(config, layers),
     )  # fmt: skip
+    backbone: nn.Module = language_model(whole)
     return backbone.requires_grad_(False)
+
+
+def plain_backbone(model_path: Path, layers: int | None = None, trust_remote_code: bool = False) -> Any:
+    """As ``load_backbone`` in float32, but with everything that transformers makes of the model by itself."""
+    from transformers import AutoConfig, AutoModel
+
+    config = first_layers(AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code), layers)
+    whole = AutoModel.from_pretrained(
+        str(model_path), config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
+    )
+    return language_model(whole).eval()
 
 
 def is_causal(backbone: nn.Module, tokens: int = 16) -> bool:
     """Whether earlier hidden states ignore later tokens; an encoder such as BERT would see the future."""
-    config: Any = backbone.config
-    device = next(backbone.parameters()).device
-    ids = torch.arange(1, tokens + 1, device=device)[None] % int(config.vocab_size)
+    ids = a_few_tokens(backbone, tokens)
     other = ids.clone()
     other[0, -1] = 0
     was_training = backbone.training
     backbone.eval()
     with torch.no_grad():
-        first, second = (backbone(input_ids=row).last_hidden_state[0, :-1].float() for row in (ids, other))
+        first, second = (hidden_states(backbone, row)[0, :-1].float() for row in (ids, other))
     backbone.train(was_training)
     return torch.allclose(first, second, rtol=1e-3, atol=1e-3)
+
+
+def a_few_tokens(backbone: nn.Module, tokens: int = 16) -> Tensor:
+    """(1, tokens) ids that the backbone knows."""
+    config: Any = backbone.config
+    ids = torch.arange(1, tokens + 1, device=next(backbone.parameters()).device)[None]
+    return ids % int(text_config_of(config).vocab_size)
+
+
+def hidden_states(backbone: nn.Module, ids: Tensor) -> Tensor:
+    """(batch, tokens) ids -> (batch, tokens, hidden) last hidden states."""
+    states: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
+    return states
 
 
 def quiet_transformers() -> None:

@@ -69,6 +69,8 @@ def warn_if_short(needed_mb: float, device: torch.device, advice: Callable[[floa
 def inner_size(config: Any) -> int:
     """Width of the feed-forward part's inner layer, from a model's configuration."""
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    if isinstance(inner, list | tuple):  # one for each layer
+        inner = max(inner, default=0)
     return int(inner or 4 * config.hidden_size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import types
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from lora import LoRAError, is_conv1d
 from stocklora.cli.console import UserError
@@ -31,17 +33,81 @@ def check_quantization(quantization: str, device: torch.device, flag: str) -> No
         raise UserError(f"{flag} works on cpu and cuda, not on {device.type}; add --device cpu")
 
 
-def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
-    """What ``from_pretrained`` takes for ``8bit`` or ``4bit``; ``dtype`` is what 4-bit layers compute in."""
-    from transformers import BitsAndBytesConfig
+def quantization_config(quantization: str, dtype: torch.dtype, skeleton: Any = None) -> Any:
+    """What ``from_pretrained`` takes for ``8bit`` or ``4bit``.
 
+    Args:
+        dtype: what 4-bit layers compute in.
+        skeleton: the model on the ``meta`` device; its layers whose weight is read without calling them stay whole.
+    """
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    whole = [] if skeleton is None else weights_read_directly(skeleton)
+    # What transformers itself leaves out is left out only where nothing else is named.
+    skipped = sorted({*whole, *get_keys_to_not_convert(skeleton)}) if whole else None
     if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     if quantization != "4bit":
         raise ValueError(f"quantization must be none, 8bit or 4bit, not {quantization!r}")
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
+    )  # fmt: skip
+
+
+def weights_read_directly(skeleton: Any) -> list[str]:
+    """Names of linear layers whose weight the model computes with by itself, which a packed weight would break.
+
+    Args:
+        skeleton: a model on the ``meta`` device, where a pass costs nothing; where it cannot compute there (it looks at
+            numbers), what was seen until then.
+    """
+    layers = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    owners: dict[int, set[str]] = {}
+    for name, layer in layers.items():
+        owners.setdefault(id(layer.weight), set()).add(name)
+    watch = _WeightWatch(owners)
+    hooks = []
+    for name, layer in layers.items():
+        hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: watch.inside.add(name)))
+        hooks.append(layer.register_forward_hook(lambda *_, name=name: watch.inside.discard(name)))
+    ids = torch.zeros((1, 8), dtype=torch.long, device="meta")
+    for training in (True, False):
+        skeleton.train(training)
+        watch.inside.clear()
+        with contextlib.suppress(Exception), torch.no_grad(), watch:  # a model's code may fail on meta in any way
+            skeleton(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return sorted(watch.seen)
+
+
+class _WeightWatch(TorchFunctionMode):
+    """Notes which of some tensors are computed with, or reached into, while their own layer does not run.
+
+    Args:
+        names: of the layers that a weight is of, by its identity.
+    """
+
+    FACTS = ("device", "dtype", "shape", "ndim", "requires_grad", "is_meta", "grad", "layout", "is_leaf")
+
+    def __init__(self, names: dict[int, set[str]]) -> None:
+        super().__init__()
+        self.names = names
+        self.inside: set[str] = set()
+        self.seen: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        fact = getattr(getattr(func, "__self__", None), "__name__", "") in self.FACTS
+        if not fact and getattr(func, "__name__", "") not in ("size", "dim", "is_floating_point", "numel"):
+            for value in (*args, *(kwargs or {}).values()):
+                names = self.names.get(id(value), set())
+                if names.isdisjoint(self.inside):
+                    self.seen |= names
+        if getattr(func, "__name__", "") == "__bool__" and args[0].is_meta:
+            return True  # numbers that are not there; a mask of a whole sequence has this answer
+        return func(*args, **(kwargs or {}))
 
 
 def steady_quantized_layers(model: nn.Module) -> None:

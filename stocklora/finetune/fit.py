@@ -212,6 +212,7 @@ def prepare_run(prepared: PreparedData, settings: TrainLoraSettings, base: BaseM
     forecaster = build_forecaster(
         specification(prepared, settings, base), base,
         torch.device("cpu") if shards_models(accelerator) else device, dtype, fresh=resumed is None,
+        probe=True,
     )  # fmt: skip
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(forecaster)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from llm_model import padded_tokens
+from llm_model import facts_of, padded_tokens, text_config_of
 from lora import LoRAError, find_targets, linear_layers
 from stocklora.base_models import memory as sizes
-from stocklora.base_models.loading import backbone_config, first_layers
+from stocklora.base_models.loading import UNLOADABLE, backbone_config, first_layers, language_model, unloadable
 from stocklora.base_models.memory import FLOAT_BYTES, Memory
 from stocklora.cli.console import UserError, print_table, say
 from stocklora.dataset.prepare import Example
@@ -81,23 +81,21 @@ def shape_of(settings: TrainLoraSettings, config: Any = None) -> ModelShape:
             config = backbone_config(settings.model_path, None, settings.trust_remote_code)
         config = first_layers(config, settings.backbone_layers)
         with torch.device("meta"):
-            model = AutoModel.from_config(config, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise UserError(f"cannot load the base model in {settings.model_path}: {str(error)[:300]}") from None
+            model = language_model(AutoModel.from_config(config, trust_remote_code=settings.trust_remote_code))
+    except UNLOADABLE as error:
+        raise unloadable(settings.model_path, "layers", error) from None
     names = settings.target_modules
     try:
         targets = find_targets(model, "all-linear" if names == ["all-linear"] else names)
     except LoRAError as error:
         raise UserError(str(error)) from None
-    hidden = int(config.hidden_size)
+    facts, config = facts_of(config), text_config_of(config)
     linear = {}
     for name, layer in linear_layers(model).items():
         rows, columns = layer.weight.shape  # type: ignore[union-attr, misc]
         linear[name] = (int(columns), int(rows)) if type(layer).__name__ == "Conv1D" else (int(rows), int(columns))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return ModelShape(
-        hidden, sizes.inner_size(config), int(config.num_hidden_layers), parameters, linear, tuple(targets)
-    )
+    return ModelShape(facts.hidden_size, sizes.inner_size(config), facts.layers, parameters, linear, tuple(targets))
 
 
 def setup_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stocklora.cli.console import listed, say, warn
+from stocklora.adapters.survey import LayerKind
+from stocklora.cli.console import listed, print_table, say, warn
 from stocklora.dataset.prepare import Example, ForecastData
 from stocklora.dataset.windows import SPLITS
 from stocklora.finetune.optimization import HISTORY_COLUMNS, TrainingOutcome
@@ -91,10 +92,23 @@ def print_run_facts(
     ]  # fmt: skip
     for name, text in facts:
         say(f"{name:<19} {text}")
+    print_survey(forecaster.survey)
     if len(examples["train"]) < settings.batch_size:
         warn(
             f"only {len(examples['train'])} training sequences: one step an epoch; --batch_size 1 learns more per epoch"
         )
+
+
+def print_survey(survey: Sequence[LayerKind]) -> None:
+    """Which kinds of layers are adapted, in which format their weights are, and which are not and why."""
+    if not survey:
+        return
+    total = sum(kind.parameters for kind in survey)
+    rows = [
+        [kind.name, kind.dtype, f"{kind.layers:,}", f"{100 * kind.parameters / total:.1f}%", kind.note or "adapted"]
+        for kind in survey
+    ]
+    print_table("Layers of the base model", ["", "weights in", "layers", "of all weights", "LoRA"], rows)
 
 
 def number_format(forecaster: Forecaster) -> str:

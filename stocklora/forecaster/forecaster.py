@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,24 @@ import torch
 
 from llm_model import StockForecaster
 from lora import LoRAError
-from stocklora.base_models.loading import BaseModel, is_causal, load_backbone, quiet_transformers, unloadable
+from stocklora.adapters.survey import LayerKind, survey_of
+from stocklora.base_models.loading import (
+    UNLOADABLE,
+    BaseModel,
+    a_few_tokens,
+    hidden_states,
+    is_causal,
+    load_backbone,
+    quiet_transformers,
+    unloadable,
+)
 from stocklora.base_models.quantized import check_quantization
 from stocklora.cli.console import UserError, warn
 from stocklora.dataset.prepare import Example, fitted_to_context, make_examples, split_by_rows
 from stocklora.dataset.prompts import DayEncoder, check_lengths
 from stocklora.dataset.windows import DaySequence, last_origin, pack
 from stocklora.forecaster.batches import predict
-from stocklora.forecaster.methods import attach, load_trained_state
+from stocklora.forecaster.methods import attach, load_trained_state, sound_targets
 from stocklora.forecaster.predictions import prediction_rows
 from stocklora.forecaster.weights import ForecasterSpec, WeightsFile, load_weights
 from stocklora.metrics.calibration import Calibration
@@ -37,6 +47,7 @@ class Forecaster:
 
     Attributes:
         context_tokens: what the base model can read at once.
+        survey: what of the base is adapted and what is not, where it was built for training.
     """
 
     model: StockForecaster
@@ -44,6 +55,7 @@ class Forecaster:
     encoder: DayEncoder
     device: torch.device
     context_tokens: int
+    survey: list[LayerKind] = field(default_factory=list)
 
     @property
     def levels(self) -> np.ndarray:
@@ -148,7 +160,13 @@ def with_enough_days(prices: Mapping[str, pd.DataFrame], window_size: int, windo
 
 
 def build_forecaster(
-    spec: ForecasterSpec, base: BaseModel, device: torch.device, dtype: torch.dtype, *, fresh: bool = True
+    spec: ForecasterSpec,
+    base: BaseModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    fresh: bool = True,
+    probe: bool = False,
 ) -> Forecaster:
     """Base model, fresh adapters, head at the starting quantiles: a forecaster that has learned nothing yet.
 
@@ -156,6 +174,7 @@ def build_forecaster(
         base: whose folder has been checked.
         dtype: what the base computes in. Weights that all train are kept in float32 all the same.
         fresh: False if ``load_trained_state`` follows: nothing is worked out that the state brings.
+        probe: whether to leave out the layers of ``all-linear`` that an adapter would be lost on, for training.
 
     Raises:
         UserError: a base model that cannot be loaded or quantized, or adapter targets that it doesn't have.
@@ -170,20 +189,49 @@ def build_forecaster(
                 base.path, torch.float32 if full else dtype, spec.backbone_layers, base.trust_remote_code,
                 spec.quantization, device, base.config,
             )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except UNLOADABLE as error:
         raise unloadable(base.path, "weights", error) from None
-    if not is_causal(backbone):
-        raise UserError(
-            f"{base.path} is no causal language model: its forecasts would see the days after them; choose one that "
-            f"generates text, such as Qwen3, Llama or GPT-2"
-        )
+    width = width_of_causal(backbone, base.path)
     table = torch.tensor(spec.table, dtype=torch.float64)
-    model = StockForecaster(backbone, table, torch.tensor(spec.location or [0.0] * spec.horizon))
+    model = StockForecaster(backbone, table, torch.tensor(spec.location or [0.0] * spec.horizon), width)
     if full and dtype != torch.float32:
         model.autocast_dtype = dtype
+    survey: list[LayerKind] = []
+    if probe:
+        with memory_errors(LESS_MEMORY):
+            fields, lost = sound_targets(model, spec.lora)
+        spec = replace(spec, lora=fields)
+        survey = survey_of(backbone, fields, lost)
     attach(model, spec.method, spec.lora, fresh)
     with memory_errors(LESS_MEMORY):
-        return Forecaster(model.to(device), spec, encoder, device, base.context_tokens)
+        return Forecaster(model.to(device), spec, encoder, device, base.context_tokens, survey)
+
+
+def width_of_causal(backbone: torch.nn.Module, path: Path) -> int:
+    """The width of a base model's hidden states, tried on a few tokens.
+
+    Raises:
+        UserError: no such model can be computed with here, or it is none that reads from left to right.
+    """
+    not_causal = UserError(
+        f"{path} is no causal language model: its forecasts would see the days after them; choose one that "
+        f"generates text, such as Qwen3, Llama or GPT-2"
+    )
+    if getattr(backbone.config, "is_encoder_decoder", False):
+        raise not_causal
+    try:
+        with torch.no_grad():
+            width = hidden_states(backbone, a_few_tokens(backbone)).shape[-1]
+        causal = is_causal(backbone)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model's code may fail in any way
+        raise unloadable(path, "layers", error) from None
+    if not causal:
+        raise not_causal
+    return width
 
 
 def load_forecaster(

@@ -17,7 +17,9 @@ import lora
 from llm_model import StockForecaster
 from lora import LoRAError
 from stocklora.adapters.layer import AdapterConfig, apply_lora, principal_factors
-from stocklora.cli.console import UserError
+from stocklora.adapters.probe import kind_of, lost_adapters
+from stocklora.base_models.loading import a_few_tokens, hidden_states
+from stocklora.cli.console import UserError, listed, one_line
 
 
 class Tuning:
@@ -89,6 +91,11 @@ class PeftLoRA(Tuning):
         self._start: dict[str, Tensor] = {}  # PiSSA's factors, by name
 
     def attach(self, model: StockForecaster, fresh: bool) -> None:
+        """As ``Tuning``.
+
+        Raises:
+            LoRAError: PEFT does not adapt such layers, or would adapt others in their place.
+        """
         import peft
 
         names = lora.find_targets(model.backbone, self.config.target_modules)
@@ -103,9 +110,18 @@ class PeftLoRA(Tuning):
             bias=self.config.train_bias,  # type: ignore[arg-type]
             fan_in_fan_out=all(type(layer).__name__ == "Conv1D" for layer in layers),
         )
+        own = "--method lora adapts them"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on layers of both orientations, which it then gets right
-            model.backbone = peft.get_peft_model(model.backbone, options)  # type: ignore[arg-type]
+            try:
+                model.backbone = peft.get_peft_model(model.backbone, options)  # type: ignore[arg-type]
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise LoRAError(f"PEFT cannot adapt these layers ({one_line(str(error))[:160]}); {own}") from None
+        there = {name for name, _ in self._layers(model)}
+        if others := sorted(there.symmetric_difference(names)):
+            raise LoRAError(
+                f"PEFT puts adapters on other layers of this base than on those asked for ({listed(others, 3)}); {own}"
+            )
         parameters = self._parameters(model)
         if self.config.train_bias != "none" and not any(name.endswith(".bias") for name in parameters):
             raise LoRAError(f"--train_bias {self.config.train_bias} finds no bias in this model; leave it out")
@@ -228,6 +244,37 @@ def attach(model: StockForecaster, method: str, fields: Mapping[str, Any], fresh
     except LoRAError as error:
         raise UserError(str(error)) from None
     model.tuning = tuning
+
+
+def sound_targets(model: StockForecaster, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The adapters' settings with the layers left out that an adapter would be lost on, where all were asked for.
+
+    Args:
+        model: with a plain backbone. fields: of ``AdapterConfig``; none for a method without adapters.
+
+    Returns:
+        ``fields``, naming each layer where some are left out, and those with the reason of each.
+
+    Raises:
+        UserError: such a layer was asked for by name, or none is left.
+    """
+    if not fields:
+        return {}, {}
+    backbone, targets = model.backbone, fields["target_modules"]
+    ids = a_few_tokens(backbone, 32)
+    try:
+        names = lora.find_targets(backbone, targets)
+        lost = lost_adapters(backbone, names, lambda: hidden_states(backbone, ids))
+    except LoRAError as error:
+        raise UserError(str(error)) from None
+    kept = [name for name in names if name not in lost]
+    if lost and (targets != lora.ALL_LINEAR or not kept):
+        kinds = list(dict.fromkeys(kind_of(name) for name in lost))
+        raise UserError(
+            f"--target_modules: {listed(kinds, 4)} cannot be adapted: {next(iter(lost.values()))}; "
+            + ("name other layers" if targets != lora.ALL_LINEAR else "use --method head or full, or another base")
+        )
+    return dict(fields) | ({"target_modules": kept} if lost else {}), lost
 
 
 def parameter_groups(
