@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from stocklora.adapters.arithmetic import adapted_names, without_pissa
 from stocklora.adapters.biases import bias_modules
 from stocklora.adapters.layer import AdapterConfig, attach, principal_factors
 from stocklora.base_models.quantized import dense_weight
-from stocklora.cli.console import UserError
+from stocklora.cli.console import UserError, listed
 from stocklora.runtime.files import replacing
 
 
@@ -43,7 +44,7 @@ def save_lora(model: nn.Module, path: str | Path, adapter: str | None = None) ->
         LoRAError: another suffix, or the file cannot be written.
     """
     path = Path(path)
-    config, state = config_of(model, adapter), lora_state_dict(model, adapter)
+    config, state = config_of(model, adapter), plain_state(model, adapter)
     _check_suffix(path)
     if path.suffix == ".safetensors":
         from safetensors.torch import save
@@ -81,6 +82,29 @@ def load_lora(model: nn.Module, path: str | Path, adapter: str = DEFAULT_ADAPTER
             raise LoRAError(f"{path} is no LoRA adapter written by save_lora")
         settings, state = content["lora_config"], content["state"]
     return _attach_state(model, AdapterConfig.from_dict(settings), state, adapter)
+
+
+PARALLEL = ("DataParallel", "DistributedDataParallel")  # torch's wrappers, told by name
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile`` and the wrappers of several processes."""
+    while (inside := getattr(model, "module" if type(model).__name__ in PARALLEL else "_orig_mod", None)) is not None:
+        model = inside
+    return model
+
+
+def plain_state(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
+    """``lora_state_dict`` by the names that layers have in the unwrapped model."""
+    return {plain_name(model, name): value for name, value in lora_state_dict(model, adapter).items()}
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """A module's name without what ``torch.compile`` and the wrappers of several processes put into it."""
+    if type(model).__name__ in PARALLEL:
+        name = name.removeprefix("module.")
+    wrappers = r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)"
+    return re.sub(wrappers, "", name).removesuffix(".")
 
 
 def _check_suffix(path: Path) -> None:
@@ -170,17 +194,19 @@ def export_peft(
     """
     from safetensors.torch import save
 
-    layers = {name: layer for name, layer in adapter_layers(model, adapter).items() if layer.lora_A}  # not biases alone
-    state, config = without_pissa(lora_state_dict(model, adapter), config_of(model, adapter))
+    found = adapter_layers(model, adapter).items()
+    layers = {plain_name(model, name): layer for name, layer in found if layer.lora_A}  # not biases alone
+    state, config = without_pissa(plain_state(model, adapter), config_of(model, adapter))
     # Short names where they select these layers and no other module, as most readers of PEFT folders expect.
     ends = {name.rpartition(".")[2] for name in layers}
-    modules = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends]
+    modules = [plain_name(model, name) for name, _ in model.named_modules() if name.rpartition(".")[2] in ends]
     targets = sorted(ends) if set(modules) == set(layers) else list(layers)
-    kind = type(model).__name__
+    bare: Any = unwrapped(model)
+    kind = type(bare).__name__
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else None,
-        "base_model_name_or_path": base_model or getattr(getattr(model, "config", None), "_name_or_path", None),
+        "base_model_name_or_path": base_model or getattr(getattr(bare, "config", None), "_name_or_path", None),
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,
@@ -199,6 +225,35 @@ def export_peft(
     folder = Path(folder)
     _write(folder / "adapter_model.safetensors", save(renamed, metadata={"format": "pt"}))
     _write(folder / "adapter_config.json", (json.dumps(content, indent=2) + "\n").encode())
+
+
+def check_peft(folder: str | Path, base: nn.Module) -> nn.Module:
+    """``base`` with the adapter in ``folder`` as PEFT loads it, once it is known to be on the layers it was made for.
+
+    PEFT renames layers of some families on the way in, refuses others, and passes over weights whose names it does
+    not find; it warns at best.
+
+    Raises:
+        LoRAError: PEFT refuses the adapter, or loads it in another form than it has in the folder.
+    """
+    import peft
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = peft.PeftModel.from_pretrained(base, str(folder))
+    except Exception as error:  # PEFT and transformers refuse in many ways
+        raise LoRAError(f"PEFT refuses it ({_first_line(error)[:160]})") from None
+    weights, _ = _read_safetensors(Path(folder) / "adapter_model.safetensors")
+    there = {re.sub(r"\.default(?=\.|$)", "", name): value for name, value in loaded.named_parameters()}
+    there = {name: value for name, value in there.items() if ".lora_" in name or name in weights}
+    same = weights.keys() & there.keys()
+    others = [_our_name(name) for name in sorted(weights.keys() ^ there.keys())]
+    others += [_our_name(name) for name in sorted(same) if not torch.equal(weights[name], there[name].detach().cpu())]
+    if others:
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in others))
+        raise LoRAError(f"PEFT would put adapters elsewhere than on {listed(layers, 3)}")
+    return loaded
 
 
 def read_peft(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
-from llm_model import StockForecaster
-from lora import LoRAError
+from llm_model import StockForecaster, text_config_of
+from lora import LoRAError, adapters_disabled
+from stocklora.adapters.files import check_peft
 from stocklora.base_models.folders import check_empty, check_files, copy_companions, describe_model, made_whole
-from stocklora.base_models.loading import BaseModel, first_layers
+from stocklora.base_models.loading import BaseModel, a_few_tokens, first_layers, hidden_states, plain_backbone
 from stocklora.cli.console import UserError, print_table, say
 from stocklora.forecaster.forecaster import Forecaster, assemble, check_base, load_forecaster
 from stocklora.forecaster.methods import merge_into_base
@@ -68,11 +70,52 @@ def merge(settings: MergeSettings) -> None:
 
 
 def export(folder: Path, content: WeightsFile, settings: MergeSettings, device: torch.device) -> None:
-    """Write the adapter as PEFT does, with the head beside it."""
+    """Write the adapter as PEFT does, with the head beside it, once PEFT has loaded it as the same function.
+
+    Raises:
+        UserError: PEFT would make something else of it.
+    """
     ours = replace(content, spec=replace(content.spec, method="lora", quantization="none"))
-    forecaster = assembled(ours, settings, device)
-    write_folder(folder, content, forecaster.model.backbone)
+    backbone: Any = assembled(ours, settings, device).model.backbone
+    ids = a_few_tokens(backbone, 32)
+    with made_whole(folder) as unfinished:
+        write_folder(unfinished, content, backbone)
+        with torch.no_grad():
+            beside = hidden_states(backbone, ids)
+            with adapters_disabled(backbone):
+                untuned = hidden_states(backbone, ids)
+        del backbone
+        check_export(unfinished, settings, content, (ids, beside, untuned), device)
     say(f"adapter: {folder} (PEFT's format, and {HEAD_NAME} with head and calibration)")
+
+
+def check_export(
+    folder: Path, settings: MergeSettings, content: WeightsFile, ours: tuple[Tensor, Tensor, Tensor],
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Compare an adapter that PEFT loads over the base, as transformers makes it, with ours.
+
+    Args:
+        ours: (1, tokens) ids, the hidden states that our own layers give for them, and those of the base alone.
+
+    Raises:
+        UserError: naming what is different.
+    """
+    ids, beside, untuned = ours
+    advice = "use --output for a merged model, or train on other layers (--target_modules)"
+    plain = plain_backbone(settings.model_path, content.spec.backbone_layers, settings.trust_remote_code).to(device)
+    try:
+        loaded: Any = check_peft(folder, plain).eval()
+    except LoRAError as error:
+        raise UserError(f"cannot export {settings.lora_weights}: {error}; {advice}") from None
+    with torch.no_grad():
+        apart = (hidden_states(loaded, ids) - beside).norm()
+    if not bool(apart <= 1e-2 * (beside - untuned).norm() + 1e-5 * beside.norm()):
+        share = float(apart / (beside - untuned).norm())
+        raise UserError(
+            f"cannot export {settings.lora_weights}: loaded by PEFT it would be another function, {100 * share:.2g}% "
+            f"of the adapters' change away; {advice}"
+        )
 
 
 def write_merged(folder: Path, content: WeightsFile, settings: MergeSettings, device: torch.device) -> None:
@@ -112,7 +155,7 @@ def save_model(
     folder: Path, model: StockForecaster, settings: MergeSettings, content: WeightsFile, origin: str
 ) -> None:
     """The merged backbone in the class that the base was saved as, with its vocabulary head if it has one."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     backbone: Any = model.backbone
     config = AutoConfig.from_pretrained(settings.model_path, trust_remote_code=settings.trust_remote_code)
@@ -122,21 +165,39 @@ def save_model(
     # Its own configuration, dropout included; only layers that were left out stay out.
     config = first_layers(config, content.spec.backbone_layers)
     whole: Any = backbone
-    with_vocabulary = any("ForCausalLM" in name or "LMHead" in name for name in config.architectures or [])
-    if with_vocabulary:
-        whole = AutoModelForCausalLM.from_pretrained(
+    kind = saved_class(config)
+    if kind is None or kind is type(backbone):
+        whole.config = config
+    else:
+        whole = kind.from_pretrained(
             settings.model_path, config=config, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
         )
-        setattr(whole, whole.base_model_prefix, backbone)
+        places = [name for name, module in whole.named_modules() if type(module) is type(backbone)]
+        if len(places) != 1:
+            raise UserError(
+                f"cannot put the merged {type(backbone).__name__} into {type(whole).__name__}, which has "
+                f"{len(places)} of them; use --export_peft"
+            )
+        whole.set_submodule(places[0], backbone)
+        backbone.config = text_config_of(config)
         whole.tie_weights()
-    else:
-        whole.config = config
     setattr(whole.config, MERGED_KEY, origin)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(settings.dtype, stored)
     if isinstance(dtype, torch.dtype):
         whole.to(dtype)
     whole.requires_grad_(False)
     whole.save_pretrained(folder)
+
+
+def saved_class(config: Any) -> Any:
+    """The class that a base was saved as; None where that is its decoder alone."""
+    import transformers
+
+    names = config.architectures or [""]
+    if (kind := getattr(transformers, names[0], None)) is not None:
+        return kind
+    whole = any("ForCausalLM" in name or "LMHead" in name for name in names)
+    return transformers.AutoModelForCausalLM if whole else None
 
 
 # ------------------------------------------------------------------------------------------------- verification
