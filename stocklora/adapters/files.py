@@ -244,12 +244,13 @@ def check_peft(folder: str | Path, base: nn.Module) -> nn.Module:
             loaded = peft.PeftModel.from_pretrained(base, str(folder))
     except Exception as error:  # PEFT and transformers refuse in many ways
         raise LoRAError(f"PEFT refuses it ({_first_line(error)[:160]})") from None
-    weights, _ = _read_safetensors(Path(folder) / "adapter_model.safetensors")
-    there = {re.sub(r"\.default(?=\.|$)", "", name): value for name, value in loaded.named_parameters()}
+    stored, _ = _read_safetensors(Path(folder) / "adapter_model.safetensors")
+    weights = {_our_name(name): value for name, value in stored.items()}
+    named = loaded.named_parameters()
+    there = {_our_name(re.sub(r"\.default(?=\.|$)", "", name)): value.detach().cpu() for name, value in named}
     there = {name: value for name, value in there.items() if ".lora_" in name or name in weights}
-    same = weights.keys() & there.keys()
-    others = [_our_name(name) for name in sorted(weights.keys() ^ there.keys())]
-    others += [_our_name(name) for name in sorted(same) if not torch.equal(weights[name], there[name].detach().cpu())]
+    others = sorted(weights.keys() ^ there.keys())
+    others += [name for name in sorted(weights.keys() & there.keys()) if not torch.equal(weights[name], there[name])]
     if others:
         layers = list(dict.fromkeys(name.rpartition(".")[0] for name in others))
         raise LoRAError(f"PEFT would put adapters elsewhere than on {listed(layers, 3)}")
