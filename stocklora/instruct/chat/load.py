@@ -64,7 +64,7 @@ def load_chat_model(
     check_quantization(quantization, place, f"--load_in_{quantization}")
     quiet_transformers()
     tokenizers = {
-        name: prepare_tokenizer(folder if _has_tokenizer(folder) else base, trust_remote_code)
+        name: prepare_tokenizer(folder if _has_tokenizer(folder) else base, trust_remote_code, base)
         for name, folder in adapters.items()
     }
     try:

@@ -20,7 +20,7 @@ from stocklora.instruct.chat.model import ChatModel
 from stocklora.instruct.chat.settings import InferenceSettings
 from stocklora.instruct.chat.sources import BASE, TRAINING_INFO, Sources, training_info
 from stocklora.instruct.chat.terminal import QUESTIONS
-from stocklora.instruct.rows.chat_template import prompt_ids
+from stocklora.instruct.rows.chat_template import end_token_ids, prompt_ids
 from stocklora.instruct.rows.formats import Message
 from stocklora.runtime.files import sha256_of, write_json
 
@@ -101,6 +101,7 @@ def _save(chat: ChatModel, name: str, sources: Sources, out: Path, stored: torch
     with contextlib.suppress(OSError):
         # Not the empty settings with which we generate: what the base's maker recommends.
         chat.model.generation_config = GenerationConfig.from_pretrained(sources.base)
+    chat.model.generation_config.eos_token_id = sorted(end_token_ids(chat.tokenizer(name)))
     folder = sources.adapters[name]
     record = {
         **training_info(folder),

@@ -8,6 +8,7 @@ from typing import Any
 
 UNFINISHED = "\ufffd"  # what a decoder puts for bytes that are not yet a character
 NO_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
+THOUGHT = re.compile(r"\A(?:\s*<think>.*?|(?:(?!<think>).)*?)</think>", re.DOTALL)
 NO_THOUGHT_LETTERS = "<think></think>"
 # What a terminal would obey instead of showing; news from the web may hold anything, and models repeat it.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -100,5 +101,8 @@ def holds_no_character(text: str) -> bool:
 
 
 def without_reasoning(text: str) -> str:
-    """An answer without the chain of thought before it, if there is one, and without blanks around it."""
-    return re.sub(r"^\s*<think>.*?</think>", "", text, count=1, flags=re.DOTALL).strip()
+    """An answer without the chain of thought before it, if there is one, and without blanks around it.
+
+    Templates that open the chain of thought themselves (DeepSeek-R1's) leave only its end in the answer.
+    """
+    return THOUGHT.sub("", text, count=1).strip()

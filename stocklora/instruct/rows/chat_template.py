@@ -4,17 +4,22 @@ The loss is taken on answers and the tokens that end them, nothing else. What pr
 model is asked with later: the template's rendering of the conversation so far with its invitation to answer. That it
 is a beginning of the whole conversation's rendering is checked for every row, so that no template need mark its
 answers (``{% generation %}``).
+
+What people write is text: a control token in it (``<|im_end|>``) is encoded as the characters that it is spelled with,
+so that no row and no question can end a turn or forge one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stocklora.cli.console import UserError, one_line
-from stocklora.instruct.rows.formats import Message, Record
+from stocklora.instruct.rows.formats import Message, Record, Tools, turn_of
 
 IGNORED = -100  # a label that the loss passes over
 ADDED_PAD = "<|pad|>"
@@ -24,6 +29,9 @@ SPARE_TOKENS = (
     "<|vision_pad|>", "<|reserved_special_token_0|>", "<unused0>", "<unk>", "[UNK]",
 )  # fmt: skip
 PROBE = "0123456789"
+CUT = "\ufdd0"  # marks where text is cut before it becomes tokens; Unicode keeps this code free of any character
+# Where a model's maker names the tokens that end an answer; the first of these files that names some holds.
+END_FILES = ("generation_config.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -59,12 +67,22 @@ class Encoded:
         return replace(self, labels=[IGNORED] * history + self.labels[history:])
 
 
-def prepare_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> Any:
+def prepare_tokenizer(
+    folder: Path | str, trust_remote_code: bool = False, model_folder: Path | str | None = None
+) -> Any:
     """The tokenizer in ``folder``, with a chat template and a padding token that ends nothing.
+
+    It knows the end tokens that the model's own files name (``generation_config.json``): GLM-4 and Phi-3 name their
+    turn's end nowhere else. See ``end_token_ids``.
 
     Where padding and end are one token, a collator or a reader that masks padding masks the end as well, and the model
     never learns to stop. Any other token will do, since padding is neither attended to nor supervised: one that the
     model has and does not use is taken, or one is added (see ``fit_embeddings``).
+
+    Args:
+        folder: of the tokenizer, an adapter's or a model's.
+        trust_remote_code: run the folder's own Python code.
+        model_folder: of the model that the tokenizer is for (default: the same folder).
 
     Raises:
         UserError: no tokenizer there, or one without a chat template.
@@ -82,12 +100,27 @@ def prepare_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> An
             f"the tokenizer in {folder} has no chat template: that is a base model; take its instruct or chat version, "
             f"such as Qwen2.5-0.5B-Instruct"
         )
+    tokenizer.model_end_ids = _ends_of_model(Path(model_folder or folder)) & set(range(len(tokenizer)))
     ends = end_token_ids(tokenizer)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
         # Not `tokenizer.pad_token = ...`, which gives a new token no id.
         tokenizer.add_special_tokens({"pad_token": _token_to_pad_with(tokenizer, ends)})
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _ends_of_model(folder: Path) -> set[int]:
+    """Ids of the end tokens that the files of a model name; none where no file names one."""
+    for name in END_FILES:
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            given = content.get("eos_token_id", content.get("text_config", {}).get("eos_token_id"))
+        except (OSError, ValueError, AttributeError):  # not there; a damaged one is told where the model is loaded
+            continue
+        ids = given if isinstance(given, list) else [given]
+        if found := {token for token in ids if isinstance(token, int) and token >= 0}:
+            return found
+    return set()
 
 
 def _token_to_pad_with(tokenizer: Any, ends: set[int]) -> str:
@@ -116,36 +149,62 @@ def fit_embeddings(model: Any, tokenizer: Any) -> int:
 
 
 def end_token_id(tokenizer: Any) -> int:
-    """The token with which the chat template ends an answer; the tokenizer's own end token where it names none.
+    """The token with which an answer ends, in training and in use.
+
+    The first special token that the chat template writes behind an answer; where it writes none, the one with which
+    the next turn begins, if the model's files call that an end (GLM-4's ``<|user|>``); else the tokenizer's own.
 
     Raises:
-        UserError: neither is there.
+        UserError: there is none.
     """
     ids = _ids(tokenizer, _probe(tokenizer).rpartition(PROBE)[2])
-    found = _last_special(tokenizer, ids)
+    found = _first_special(tokenizer, ids)
     if found is not None:
         return ids[found]
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "the tokenizer has no end token, and its chat template ends answers with none: use another model"
-        )
-    return int(tokenizer.eos_token_id)
+    ends: set[int] = getattr(tokenizer, "model_end_ids", set())
+    if ends - {tokenizer.eos_token_id}:
+        turns = [Message("user", PROBE), Message("assistant", PROBE), Message("user", PROBE)]
+        after = _ids(tokenizer, _render(tokenizer, turns, False).split(PROBE)[2])
+        if after and after[0] in ends:
+            return after[0]
+    if tokenizer.eos_token_id is not None:
+        return int(tokenizer.eos_token_id)
+    if ends:
+        return min(ends)
+    raise UserError("the tokenizer has no end token, and its chat template ends answers with none: use another model")
 
 
 def end_token_ids(tokenizer: Any) -> set[int]:
-    """Tokens at which generation should stop: the end of an answer and the tokenizer's end of text."""
-    return {end_token_id(tokenizer), tokenizer.eos_token_id} - {None}
+    """Every token at which generation stops, wherever it is asked: chat, batch, server, evaluation, merged model.
+
+    The union of what the chat template, the tokenizer and the model's ``generation_config.json`` call an end.
+    """
+    named: set[int] = getattr(tokenizer, "model_end_ids", set())
+    return ({end_token_id(tokenizer), tokenizer.eos_token_id} | named) - {None}
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, thinking: bool | None = None) -> list[int]:
+def control_tokens(tokenizer: Any) -> list[str]:
+    """What the tokenizer would read as a token with a meaning of its own, the longest first."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ends = tokenizer.convert_ids_to_tokens(sorted(getattr(tokenizer, "model_end_ids", ())))
+    names = {*special, *tokenizer.all_special_tokens, *ends}
+    return sorted((name for name in names if len(name) > 1), key=lambda name: (-len(name), name))
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, tools: Tools = (), **options: Any) -> list[int]:
     """Token ids that ask for an answer to ``messages``: exactly what stands before the supervised tokens in training.
 
     Args:
-        thinking: False asks a template that can (Qwen3's) for an answer without a chain of thought; a tuned model was
-            trained on either form. None leaves it to the template.
+        tokenizer: of ``prepare_tokenizer``.
+        messages: the conversation so far.
+        tools: functions that the answer may call.
+        options: what else the template is told. ``enable_thinking=False`` asks one that can (Qwen3's) for an answer
+            without a chain of thought; a tuned model was trained on either form.
+
+    Raises:
+        UserError: the chat template refuses the conversation, or knows no tools.
     """
-    options = {} if thinking is None else {"enable_thinking": thinking}
-    return _ids(tokenizer, _render(tokenizer, messages, True, **options))
+    return _ids(tokenizer, _render(tokenizer, messages, True, tools=tools, **options))
 
 
 def encode_answers(tokenizer: Any, record: Record, max_length: int | None) -> list[Encoded]:
@@ -192,7 +251,8 @@ def encode(tokenizer: Any, record: Record, max_length: int | None) -> Encoded:
     """
     where = record.where
     try:
-        prompt, whole = _render(tokenizer, record.prompt, True), _render(tokenizer, record.messages, False)
+        prompt = _render(tokenizer, record.prompt, True, tools=record.tools)
+        whole = _render(tokenizer, record.messages, False, tools=record.tools)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if not whole.startswith(prompt):
@@ -215,17 +275,18 @@ def encode(tokenizer: Any, record: Record, max_length: int | None) -> Encoded:
 
 def _ended(tokenizer: Any, answer: list[int]) -> list[int]:
     """The answer up to its end token; what templates put behind it (a line break) is never generated."""
-    end = _last_special(tokenizer, answer)
-    return [*answer, end_token_id(tokenizer)] if end is None else answer[: end + 1]
+    end = end_token_id(tokenizer)
+    # Text holds no special token, see ``_render``: the first end token is the answer's.
+    return answer[: answer.index(end) + 1] if end in answer else [*answer, end]
 
 
-def _last_special(tokenizer: Any, ids: Sequence[int]) -> int | None:
-    """Place of the last token, white space behind it aside, if it is one of the special ones."""
+def _first_special(tokenizer: Any, ids: Sequence[int]) -> int | None:
+    """Place of the first token, white space before it aside, if it is one of the special ones."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    for place in reversed(range(len(ids))):
-        if ids[place] in special:
+    for place, token in enumerate(ids):
+        if token in special and tokenizer.decode([token]).strip():
             return place
-        if tokenizer.decode([ids[place]]).strip():
+        if tokenizer.decode([token]).strip():
             return None
     return None
 
@@ -236,22 +297,44 @@ def _probe(tokenizer: Any) -> str:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of what ``_render`` gave."""
     # The template has written the special tokens that belong there already.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return [
+        token for piece in text.split(CUT) if piece for token in tokenizer(piece, add_special_tokens=False)["input_ids"]
+    ]
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], invite: bool, **options: Any) -> str:
-    """``messages`` as the chat template writes them.
+def _render(tokenizer: Any, messages: Sequence[Message], invite: bool, tools: Tools = (), **options: Any) -> str:
+    """``messages`` as the chat template writes them, with ``CUT`` inside every control token that people wrote.
 
     A template that knows no system role (Gemma's) gets its words at the head of the first question.
     """
     from jinja2 import TemplateError
 
-    turns = [{"role": message.role, "content": message.content} for message in messages]
+    pattern = re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or r"(?!)")
+    turns = [_as_text(turn_of(message), pattern) for message in messages]
+    if tools:
+        options = {**options, "tools": _as_text(list(tools), pattern)}
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=invite, **options))
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=invite, **options))
+        if tools and text == str(
+            tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=invite, **{**options, "tools": None}
+            )
+        ):
+            raise UserError("the model's chat template has no place for tools: leave them out, or use another model")
+        return text
     except TemplateError as error:
         if [message.role for message in messages[:2]] != ["system", "user"]:
             raise UserError(f"the model's chat template refuses the conversation: {one_line(str(error))}") from None
         both = Message("user", f"{messages[0].content}\n\n{messages[1].content}")
-        return _render(tokenizer, [both, *messages[2:]], invite, **options)
+        return _render(tokenizer, [both, *messages[2:]], invite, tools=tools, **options)
+
+
+def _as_text(value: Any, control: re.Pattern[str]) -> Any:
+    """``value`` with ``CUT`` behind the first character of every control token in its texts; roles stay."""
+    if isinstance(value, str):
+        return control.sub(lambda found: f"{found[0][0]}{CUT}{found[0][1:]}", value.replace(CUT, "\ufffd"))
+    if isinstance(value, Mapping):
+        return {_as_text(key, control): _as_text(item, control) for key, item in value.items()}
+    return [_as_text(item, control) for item in value] if isinstance(value, (list, tuple)) else value

@@ -4,15 +4,20 @@
 - ShareGPT: ``conversations``, a list of ``{"from": "human" | "gpt" | "system", "value": ...}``
 - messages: ``messages``, a list of ``{"role": "user" | "assistant" | "system", "content": ...}``
 
-All other keys of a row are its ``meta``; they go along when it is written again. Standard library only.
+Turns in the words of the one are also read under the name of the other. ``tools``, where a row has them, are functions
+that its answers may call, in OpenAI's form; the chat template writes them into the prompt. All other keys of a row are
+its ``meta``; they go along when it is written again. Standard library only.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+Tools = Sequence[Mapping[str, Any]]  # functions to call, as OpenAI describes them
 
 FORMS = ("alpaca", "sharegpt", "messages")
 ROLES = ("system", "user", "assistant")
@@ -32,10 +37,34 @@ ALPACA_KEYS = ("instruction", "output", "history")  # `input` alone may also be 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; ``role`` is ``system``, ``user`` or ``assistant``."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: ``system``, ``user``, ``assistant``; in requests also ``tool``, whose content is what a function gave.
+        content: the text.
+        calls: functions that an assistant's turn calls: ``{"id": ..., "name": ..., "arguments": {...}}`` each.
+        call_id: of a ``tool`` turn, the call that it answers.
+    """
 
     role: str
     content: str
+    calls: tuple[Mapping[str, Any], ...] = ()
+    call_id: str | None = None
+
+
+def turn_of(message: Message) -> dict[str, Any]:
+    """``message`` as chat templates take it; arguments of calls are objects there, not text."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.calls:
+        turn["tool_calls"] = [
+            {
+                "id": call.get("id"),
+                "type": "function",
+                "function": {"name": call["name"], "arguments": call["arguments"]},
+            }
+            for call in message.calls
+        ]
+    return turn if message.call_id is None else {**turn, "tool_call_id": message.call_id}
 
 
 @dataclass(frozen=True)
@@ -67,6 +96,11 @@ class Record:
         return self.messages[-1].content
 
     @property
+    def tools(self) -> Tools:
+        """Functions that the answer may call; mostly none."""
+        return self.meta.get("tools") or ()
+
+    @property
     def where(self) -> str:
         return f"{self.file}, row {self.row}"
 
@@ -89,8 +123,10 @@ def parse_row(content: Any, file: Path = Path("-"), row: int = 0) -> tuple[Recor
     """A row as a ``Record``, or None and its faults."""
     try:
         form = _form_of(content)
-        messages, meta = _from_alpaca(content) if form == "alpaca" else _from_list(content, *LISTS[form])
+        messages, meta = _from_alpaca(content) if form == "alpaca" else _from_list(content, form)
         _check_conversation(messages, form)
+        if meta.get("tools") not in (None, "", []):
+            meta["tools"] = tools_of(meta["tools"])
         if meta.get("input") in (None, ""):
             meta.pop("input", None)
         elif not isinstance(meta["input"], str) or not messages[-2].content.endswith("\n" + meta["input"]):
@@ -139,12 +175,38 @@ def _from_alpaca(content: Mapping[str, Any]) -> tuple[list[Message], dict[str, A
     return messages, meta
 
 
-def _from_list(
-    content: Mapping[str, Any], name: str, role_key: str, text_key: str, roles: Mapping[str, str]
-) -> tuple[list[Message], dict[str, Any]]:
+def tools_of(given: Any) -> list[dict[str, Any]]:
+    """A row's ``tools``: a list of functions in OpenAI's form, or the same as JSON text."""
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError):
+            raise _BadFieldError("tools", "is text, but not JSON") from None
+    if not isinstance(given, list) or not all(isinstance(tool, Mapping) for tool in given):
+        raise _BadFieldError("tools", "must be a list of functions, each an object")
+    tools = [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in given]
+    for index, tool in enumerate(tools):
+        function = tool["function"]
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise _BadFieldError(f"tools[{index}]", "must have a function with a name")
+    return tools
+
+
+def _turn_keys(turns: Sequence[Any], form: str) -> tuple[str, str, dict[str, str]]:
+    """Role key, text key and roles of the turns: those of ``form``, or of the other form where all turns have them."""
+    for _, role_key, text_key, roles in LISTS.values():
+        if all(isinstance(turn, Mapping) and {role_key, text_key} <= turn.keys() for turn in turns):
+            # Words for roles are not mixed up by the wrong list's name: nobody means two things by "human".
+            return role_key, text_key, SHAREGPT_ROLES if role_key == "role" and form == "sharegpt" else roles
+    return LISTS[form][1:]
+
+
+def _from_list(content: Mapping[str, Any], form: str) -> tuple[list[Message], dict[str, Any]]:
+    name = LISTS[form][0]
     turns = content[name]
     if not isinstance(turns, list) or not turns:
         raise _BadFieldError(name, f"must be a list of turns, not {_kind(turns)}")
+    role_key, text_key, roles = _turn_keys(turns, form)
     messages = _system_of(content)
     for index, turn in enumerate(turns):
         place = f"{name}[{index}]"

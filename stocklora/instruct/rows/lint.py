@@ -5,8 +5,9 @@
 
 Every fault is a line: file, row, field, what is wrong. Without a model the rows are checked as text: form, roles and
 their order, empty answers, repeated rows, a question or an event in two parts of the split, labels and JSON that do
-not agree with the answer. With --model_path they are also rendered by the model's chat template: rows that lose
-tokens to --max_length, rows without a supervised token, and the share of tokens that the loss is taken on.
+not agree with the answer; control tokens inside text are warned of. With --model_path rows are also rendered by the
+model's chat template: rows that lose tokens to --max_length, rows without a supervised token, and the share of tokens
+that the loss is taken on.
 
 Exit code: 0 without faults, 1 with faults, 2 where a file or the model cannot be read.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from stocklora.instruct.rows.chat_template import Encoded
 
 EXIT_FAULTS = 1
+# The control tokens of the common chat formats; a tokenizer knows its own.
+CONTROL = re.compile(r"<\|[A-Za-z_]+\|>|<｜[^｜]{1,30}｜>|<(?:start|end)_of_turn>|\[/?INST\]")
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ def check_records(records: Iterable[Record], tokenizer: Any = None, max_length: 
     first_row: dict[tuple[str, str], Record] = {}
     first_answer: dict[str, Record] = {}
     first_part: dict[tuple[str, str], Record] = {}
+    control = CONTROL if tokenizer is None else _control_of(tokenizer)
     rows = 0
     for record in records:
         rows += 1
@@ -86,6 +91,7 @@ def check_records(records: Iterable[Record], tokenizer: Any = None, max_length: 
             warnings.append(_fault(record, "", f"the question of {_place(other, record)} with another answer"))
         faults.extend(_split_faults(record, question, first_part))
         faults.extend(_text_faults(record))
+        warnings.extend(_control_warnings(record, control))
         if tokenizer is not None:
             sequences.append([])
             faults.extend(_token_faults(record, tokenizer, max_length, sequences[-1]))
@@ -128,6 +134,20 @@ def _text_faults(record: Record) -> Iterator[Fault]:
             agrees = False
         if not agrees:
             yield _fault(record, "fields", "the answer is not this JSON object")
+
+
+def _control_of(tokenizer: Any) -> re.Pattern[str]:
+    from stocklora.instruct.rows.chat_template import control_tokens
+
+    return re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or r"(?!)")
+
+
+def _control_warnings(record: Record, control: re.Pattern[str]) -> Iterator[Fault]:
+    """Control tokens in text: they count as the characters they are spelled with, and may be remains of a chat."""
+    for index, message in enumerate(record.messages):
+        if found := control.search(message.content):
+            words = f"holds the control token {found[0]}, which counts as plain text; a rest of another chat format?"
+            yield _fault(record, f"turn {index + 1}", words)
 
 
 def _token_faults(record: Record, tokenizer: Any, max_length: int | None, sequences: list[Encoded]) -> Iterator[Fault]:

@@ -177,9 +177,8 @@ def print_preflight(prepared: Prepared, *, steps: int, sequences: int) -> dict[s
     if modules:
         _print_fact("adapted layers", f"{sum(modules.values())}: " + ", ".join(f"{k} x{n}" for k, n in modules.items()))
     _print_fact("trainable", f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)")
-    _print_fact(
-        "tokens", f"end {tokenizer.convert_ids_to_tokens(end_token_id(tokenizer))}, padding {tokenizer.pad_token}"
-    )
+    end = tokenizer.convert_ids_to_tokens(end_token_id(tokenizer))
+    _print_fact("tokens", f"answers end with {end}, padding {tokenizer.pad_token}")
     _print_steps(data, settings, steps, sequences)
     _print_token_counts(counts, data, settings)
     _print_memory(memory, load, prepared.device)

@@ -308,10 +308,7 @@ def save_model(prepared: Prepared, model: Any, folder: Path) -> None:
         # As the base's own weights were kept, so that whatever reads the base reads this.
         if prepared.base_dtype is not None:
             model.to(prepared.base_dtype)
-        generation = model.generation_config
-        before = generation.eos_token_id
-        ends = {before} if isinstance(before, int) else set(before or ())
-        generation.eos_token_id = sorted(ends | end_token_ids(prepared.tokenizer))
+        model.generation_config.eos_token_id = sorted(end_token_ids(prepared.tokenizer))
         model.config.use_cache = True
     aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
