@@ -44,6 +44,7 @@ class AnswerSettings:
     max_new_tokens: int = setting(256, "longest answer, in tokens", section="answers")
     temperature: float = setting(0.0, "0: the likeliest token each time; above it: sampled", section="answers")
     top_p: float = setting(1.0, "sample among the likeliest tokens that make up this share", section="answers")
+    top_k: int = setting(0, "sample among so many of the likeliest tokens; 0: among all", section="answers")
     repetition_penalty: float = setting(1.0, "above 1: what was said already is less likely", section="answers")
     seed: int = setting(42, "seed of everything random", section="answers")
 
@@ -53,10 +54,16 @@ class AnswerSettings:
         Raises:
             UserError: naming the flag.
         """
-        check_range(self, max_new_tokens=(1, None), temperature=(0, 2), seed=(0, 2**32 - 1))
+        check_range(self, max_new_tokens=(1, None), temperature=(0, 2), top_k=(0, None), seed=(0, 2**32 - 1))
         check_positive(self, "repetition_penalty")
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"--top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.temperature == 0.0 and (self.top_p < 1.0 or self.top_k):
+            name = "top_p" if self.top_p < 1.0 else "top_k"
+            raise UserError(
+                f"--{name} chooses among sampled tokens, and without a --temperature above 0 none is sampled: give "
+                f"one, or leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,14 @@ class InferenceSettings(AnswerSettings, LoadSettings):
             raise UserError(f"{' and '.join(modes)} exclude each other; give one of them")
         if self.output is not None and self.batch is None:
             raise UserError("--output is where --batch FILE writes its answers; give that too, or leave it out")
+        defaults = type(self).__dataclass_fields__
+        for name, mode in (("port", "serve"), ("batch_size", "batch")):
+            if getattr(self, name) != defaults[name].default and getattr(self, mode) in (None, False):
+                raise UserError(f"--{name} is for --{mode}; give that too, or leave it out")
+        if self.merge is not None:
+            unused = ("system", *AnswerSettings.__dataclass_fields__)
+            if found := [name for name in unused if getattr(self, name) != defaults[name].default]:
+                raise UserError(f"--{found[0]} is for answers, and --merge gives none; leave it out")
         check_range(self, batch_size=(1, None), port=(0, 65535))
         if self.merge is not None and self.quantization != "none":
             raise UserError(

@@ -91,7 +91,7 @@ def _conditions(settings: EvaluateSettings, base_name: str | None, held_out: Hel
         },
         "settings": {
             name: getattr(settings, name)
-            for name in ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed", "batch_size",
+            for name in ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "batch_size",
                          "resamples", "quantization", "device", "dtype")
         },
         "intervals": "95% bootstrap, exact where all rows agree; rows of one event are drawn together",

@@ -10,10 +10,11 @@ import contextlib
 import math
 import re
 import sqlite3
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ COLUMNS = {
 SAMPLE_DATABASE = "finance_news.db"
 MISSING = {"", "none", "null", "nan", "n/a", "-", "--"}
 LARGEST_RETURN = 0.5  # a window of minutes or hours with more than this is a fault of the data
+# How a database may write returns, and what makes a fraction of them. 0.27% is 0.0027, 0.27 or 27.
+RETURN_UNITS = {"fraction": 1.0, "percent": 100.0, "bp": 10_000.0}
+SHORT_MIN = 60  # within an hour no usual market moves by
+LARGEST_MEDIAN = 0.01  # a percent in the middle of its days; numbers that say so are in another unit
 WRITE_AHEAD = b"\x02"  # at byte 18 of a database in WAL mode
 LOCK_TIMEOUT_S = 5.0
 NUMBER = r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"  # a comma parts thousands; "0,3" is not read as 3
@@ -62,20 +67,22 @@ def sample_database() -> Path:
     return bundled_folder() / SAMPLE_DATABASE
 
 
-def read_events(path: Path | None) -> tuple[list[Event], Counter[str]]:
+def read_events(path: Path | None, return_unit: str = "auto") -> tuple[list[Event], Counter[str]]:
     """Events in order of time, and how many rows were left out for which reason.
 
     Args:
         path: an SQLite file; None is the bundled one.
+        return_unit: of ``RETURN_UNITS``; ``auto`` takes them for fractions, and stops where they cannot be.
 
     Raises:
-        UserError: no such file, not SQLite, a table or a column missing, or no usable event.
+        UserError: no such file, not SQLite, a table or a column missing, returns that are no fractions, or no usable
+            event.
     """
     path = path or sample_database()
     left_out: Counter[str] = Counter()
     with _opened(path) as connection:
         _check_tables(connection, path)
-        moves = _moves(connection, left_out)
+        moves = _moves(connection, left_out, path, return_unit)
         # Named anew, for a table may spell them in capitals; not by rowid, which not every table has.
         columns = ", ".join(f"{name} AS {name}" for name in COLUMNS["events"])
         rows = [dict(row) for row in connection.execute(f"SELECT {columns} FROM events")]
@@ -89,6 +96,9 @@ def read_events(path: Path | None) -> tuple[list[Event], Counter[str]]:
         seen.add(event_id)
         if day is None:
             left_out["event without a date"] += 1
+            continue
+        if any(isinstance(row[key], bytes) for key in COLUMNS["events"]):
+            left_out["event with a cell that is neither UTF-8 nor GB18030 text"] += 1
             continue
         if not (_text(row["content"]) or _text(row["name"])):
             left_out["event without text"] += 1
@@ -133,6 +143,7 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
                 connection = sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT_S)
                 stack.callback(connection.close)
                 connection.row_factory = sqlite3.Row
+                connection.text_factory = _decoded
                 connection.execute("SELECT name FROM sqlite_master LIMIT 1").fetchone()
             except sqlite3.OperationalError as error:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
@@ -140,15 +151,36 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
                 problem = str(error)
                 continue
             except sqlite3.DatabaseError as error:
-                raise UserError(f"{path} is not an SQLite database: {error}") from None
+                raise UserError(_damage(path) or f"{path} is not an SQLite database: {error}") from None
             try:
                 yield connection
             except sqlite3.DatabaseError as error:
-                raise UserError(f"cannot read {path}: {error}; the file may be damaged") from None
+                raise UserError(_damage(path) or f"cannot read {path}: {error}") from None
             return
     if unfinished:
         problem += f"; {', '.join(unfinished)} holds changes to it: open and close it once in sqlite3"
     raise UserError(f"cannot open {path}: {problem}")
+
+
+def _decoded(data: bytes) -> str | bytes:
+    """Text as UTF-8, else as GB18030, which Chinese programs write without saying so; else the bytes themselves."""
+    for encoding in ("utf-8", "gb18030"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode(encoding)
+    return data
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a file that begins as SQLite does and cannot be read; None if it does not begin so."""
+    with path.open("rb") as stream:
+        head = stream.read(100)
+    if not head.startswith(b"SQLite format 3\0") or len(head) < 100:
+        return None
+    page = int.from_bytes(head[16:18], "big")
+    whole, there = (65536 if page == 1 else page) * int.from_bytes(head[28:32], "big"), path.stat().st_size
+    if there < whole:
+        return f"{path} is cut short: {there:,} of its {whole:,} bytes are there; copy it again, or restore a backup"
+    return f"{path} is a damaged SQLite database; restore a backup, or try: sqlite3 {path.name} .recover"
 
 
 def _check_tables(connection: sqlite3.Connection, path: Path) -> None:
@@ -165,29 +197,60 @@ def _check_tables(connection: sqlite3.Connection, path: Path) -> None:
             raise UserError(f"{path}: table {table} has no column {', '.join(missing)}; it needs {', '.join(columns)}")
 
 
-def _moves(connection: sqlite3.Connection, left_out: Counter[str]) -> dict[str, dict[str, tuple[tuple[int, int], ...]]]:
+def _moves(
+    connection: sqlite3.Connection, left_out: Counter[str], path: Path, unit: str
+) -> dict[str, dict[str, tuple[tuple[int, int], ...]]]:
     """By event and ticker: (minutes, basis points) in order of the windows."""
     found: dict[str, dict[str, dict[int, int]]] = {}
+    short: dict[str, list[float]] = {}
+    scale = RETURN_UNITS.get(unit, 1.0)
     for row in connection.execute("SELECT event_id, ticker, window_min, ret FROM event_impacts"):
         event_id, ticker = _text(row["event_id"]), _text(row["ticker"])
-        minutes, ret = _number(row["window_min"]), _number(row["ret"])
+        minutes, ret = _number(row["window_min"]), _number(row["ret"], scale)
         if event_id is None or ticker is None or minutes is None or minutes <= 0 or minutes != int(minutes):
             left_out["return without event, ticker or window"] += 1
-        elif ret is None or abs(ret) > LARGEST_RETURN:
+            continue
+        if ret is not None and minutes <= SHORT_MIN:
+            short.setdefault(ticker, []).append(abs(ret))
+        if ret is None or abs(ret) > LARGEST_RETURN:
             left_out["return that is empty, no number or beyond 50%"] += 1
         else:
             windows = found.setdefault(event_id, {}).setdefault(ticker, {})
             if int(minutes) in windows:
                 left_out["return given twice for one window"] += 1
             windows.setdefault(int(minutes), round(ret * 10_000))
+    if unit == "auto":
+        _check_unit(short, path)
     return {
         event_id: {ticker: tuple(sorted(windows.items())) for ticker, windows in sorted(tickers.items())}
         for event_id, tickers in found.items()
     }
 
 
+def _check_unit(short: Mapping[str, list[float]], path: Path) -> None:
+    """Refuse returns that no market makes, whatever each ticker has: answers would state them a hundred times too big.
+
+    Args:
+        short: by ticker, the sizes of its moves within ``SHORT_MIN`` minutes, read as fractions.
+
+    Raises:
+        UserError: naming the unit that they seem to have.
+    """
+    for ticker, sizes in sorted(short.items()):
+        typical = statistics.median(sizes)
+        if typical <= LARGEST_MEDIAN:
+            continue
+        unit = "percent" if typical <= 100 * LARGEST_MEDIAN else "bp"
+        words = {"percent": "percent", "bp": "basis points"}[unit]
+        raise UserError(
+            f"{path}, event_impacts.ret: half of the moves of {ticker} within an hour are beyond "
+            f"{100 * typical:,.1f}% if they are fractions; they seem to be in {words}: add --return_unit {unit} (or "
+            f"--return_unit fraction, if they are meant so)"
+        )
+
+
 def _text(value: Any) -> str | None:
-    """Text of a cell; what stands for nothing is None."""
+    """Text of a cell; what stands for nothing is None, as are bytes that are no text."""
     if value is None or isinstance(value, bytes):
         return None
     if isinstance(value, float) and value.is_integer():
@@ -196,8 +259,8 @@ def _text(value: Any) -> str | None:
     return None if text.lower() in MISSING else text
 
 
-def _number(value: Any) -> float | None:
-    """A number of a cell, also from text; ``0.3%`` is 0.003."""
+def _number(value: Any, scale: float = 1.0) -> float | None:
+    """A number of a cell over ``scale``, also from text; ``0.3%`` is 0.003 in any case."""
     text = _text(value)
     if text is None:
         return None
@@ -205,15 +268,21 @@ def _number(value: Any) -> float | None:
     if "," in digits and not re.fullmatch(NUMBER, digits):
         return None
     try:
-        number = float(digits.replace(",", "")) / (100 if text.endswith("%") else 1)
+        number = float(digits.replace(",", "")) / (100 if text.endswith("%") else scale)
     except ValueError:
         return None
     return number if math.isfinite(number) else None
 
 
 def _day(value: Any) -> date | None:
-    """The day that a time begins with: ``2025-01-03 09:30:00``, ``2025/1/3``, ``20250103``; none in Unix seconds."""
-    match = DAY.match(_text(value) or "")
+    """The day that a time begins with: ``2025-01-03 09:30:00``, ``2025/1/3``, ``20250103``.
+
+    Ten digits are a Unix time, thirteen one in milliseconds; its day is that of UTC.
+    """
+    text = _text(value) or ""
+    if unix := re.fullmatch(r"(\d{10})(?:\d{3})?(?:\.\d*)?", text):
+        return datetime.fromtimestamp(int(unix[1]), UTC).date()
+    match = DAY.match(text)
     if match is None:
         return None
     try:

@@ -17,7 +17,7 @@ from typing import Any
 from stocklora.cli.console import UserError
 from stocklora.cli.settings import check_range, setting
 from stocklora.instruct.news import makers
-from stocklora.instruct.news.database import read_events
+from stocklora.instruct.news.database import RETURN_UNITS, read_events
 from stocklora.instruct.news.questions import Maker, Row, Subject, subjects_of
 from stocklora.instruct.news.reactions import Thresholds
 from stocklora.instruct.news.texts import first_of_each
@@ -74,6 +74,10 @@ class InstructionSettings:
     strict: bool = setting(False, "stop where a share has too little data, instead of filling up", section="data")
     show: int = setting(0, "print this many of the rows", section="data", metavar="N")
 
+    return_unit: str = setting(
+        "auto", "unit of the returns in event_impacts; auto: fractions, and a stop where they cannot be",
+        choices=("auto", *RETURN_UNITS), section="data",
+    )  # fmt: skip
     reference_minutes: int = setting(
         15, "window whose return decides the sentiment, in minutes", section="labels", metavar="MINUTES"
     )
@@ -137,7 +141,7 @@ def build_dataset(settings: InstructionSettings) -> Built:
         UserError: the database is missing or not fit, nothing can be asked of it, or ``strict`` and too little data.
     """
     settings.check()
-    events, left_out = read_events(settings.db)
+    events, left_out = read_events(settings.db, settings.return_unit)
     limits = Thresholds(settings.neutral_band_bp, settings.medium_risk_bp, settings.high_risk_bp)
     asked = [
         subjects_of(event, limits, settings.reference_minutes, settings.max_characters, settings.short_answers)

@@ -119,6 +119,28 @@ def make_room(output_dir: Path, checkpoint: Path | None) -> None:
             shutil.rmtree(path)
 
 
+def check_steps_left(checkpoint: Path, steps: int) -> None:
+    """Refuse to go on from where a run of ``steps`` steps has nothing to do any more.
+
+    The last step's checkpoint of a run that was stopped before it wrote its folder is taken up: that is left to do.
+
+    Raises:
+        UserError: the checkpoint lies beyond the run's end, or at the end of a finished run.
+    """
+    step = _step(checkpoint) or 0
+    try:
+        finished = json.loads((checkpoint.absolute().parent / RUN_NAME).read_text(encoding="utf-8")).get("finished")
+    except (OSError, ValueError, AttributeError):
+        finished = False
+    if step > steps or (step == steps and finished is True):
+        raise UserError(
+            f"--resume_from_checkpoint: {checkpoint} is at step {step}, and a run with these settings ends at {steps}: "
+            f"nothing would be trained; raise --num_epochs or --max_steps, or leave the flag out to begin anew"
+        )
+    if step == steps:
+        say(f"{checkpoint} is at the run's last step: nothing is left to train, and the folder is written from it")
+
+
 def check_same_run(checkpoint: Path, facts: Mapping[str, Any]) -> None:
     """Compare this run's settings and data with those that ``checkpoint`` was made with.
 

@@ -22,6 +22,7 @@ from stocklora.instruct.sft.checkpoints import (
     RUN_NAME,
     check_room,
     check_same_run,
+    check_steps_left,
     find_checkpoint,
     make_room,
 )
@@ -31,6 +32,7 @@ from stocklora.instruct.sft.setup import (
     arguments_of,
     check_files,
     check_tracker,
+    check_unused,
     find_model,
     prepare,
     run_facts,
@@ -61,6 +63,7 @@ def run_training(resolved: Resolved, script: str, arguments: Sequence[str] | Non
         raise UserError("this trains in one process; start it with python, not with accelerate launch or torchrun")
     # What can be known to fail is looked at first: the imports take seconds, the model minutes.
     settings = dataclasses.replace(resolved.settings, model_path=find_model(resolved.settings.model_path))
+    check_unused(resolved)
     check_files(settings)
     check_tracker(settings.report_to)
     holding = contextlib.nullcontext() if settings.preflight_only else alone_in(settings.output_dir)
@@ -160,6 +163,7 @@ def _train(resolved: Resolved, checkpoint: Path | None, script: str, arguments: 
     facts = run_facts(prepared)
     if checkpoint is not None:
         check_same_run(checkpoint, facts)
+        check_steps_left(checkpoint, steps)
     page = print_preflight(prepared, steps=steps, sequences=len(train_set))
     if settings.preflight_only:
         return 0

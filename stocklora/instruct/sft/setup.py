@@ -12,7 +12,7 @@ from typing import Any
 
 from stocklora.base_models.folders import INCOMPLETE, check_model_folder, command_for, describe_model
 from stocklora.cli.console import UserError, one_line, say
-from stocklora.instruct.sft.settings import DEEPSEEK, SftSettings, effective
+from stocklora.instruct.sft.settings import DEEPSEEK, Resolved, SftSettings, effective
 from stocklora.runtime.files import as_json_types
 
 HUB_NAMES = {Path(DEEPSEEK).name: DEEPSEEK}
@@ -56,6 +56,27 @@ def find_model(path: Path) -> Path:
             )
     check_model_folder(path)
     return path
+
+
+def check_unused(resolved: Resolved) -> None:
+    """Refuse flags that change nothing in this run; in a config file that serves several methods they may stand.
+
+    Raises:
+        UserError: naming the flag, and the one that it needs.
+    """
+    settings = resolved.settings
+    given = {name for name, source in resolved.sources.items() if source == "flag"}
+    adapters = [name for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules") if name in given]
+    if settings.method == "full" and adapters:
+        raise UserError(
+            f"--{adapters[0]} is for adapters, and without --use_lora or --use_qlora every weight is trained; add one "
+            f"of them, or leave it out"
+        )
+    if "validation_fraction" in given and settings.validation_path:
+        raise UserError("--validation_fraction takes rows from --data_path, and --validation_path gives rows to judge "
+                        "by; leave one out")  # fmt: skip
+    if "save_total_limit" in given and settings.save_total_limit < 2:
+        say("--save_total_limit 1: two are kept, the best and the last, so that the run can go on and end at its best")
 
 
 def check_files(settings: SftSettings) -> None:

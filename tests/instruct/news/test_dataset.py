@@ -512,6 +512,45 @@ def test_a_return_given_twice_counts_once(tmp_path: Path) -> None:
     assert left_out == {"return given twice for one window": 502}
 
 
+@pytest.mark.parametrize(("unit", "factor"), [("percent", 100), ("bp", 10_000)])
+def test_returns_that_are_no_fractions_are_told_by_their_unit(unit: str, factor: int, tmp_path: Path) -> None:
+    path = changed(tmp_path / "news.db", f"UPDATE event_impacts SET ret = ret * {factor}")
+    with pytest.raises(UserError, match=f"moves of .* beyond .*--return_unit {unit}"):
+        build_dataset(InstructionSettings(db=path))
+    assert read_events(path, unit) == read_events(None)
+
+
+def test_one_ticker_in_percent_is_found_among_fractions(tmp_path: Path) -> None:
+    path = changed(tmp_path / "news.db", "UPDATE event_impacts SET ret = ret * 100 WHERE ticker = 'XAGUSD'")
+    with pytest.raises(UserError, match="moves of XAGUSD"):
+        read_events(path)
+    # A wild market is believed where its user says so.
+    events, _ = read_events(path, "fraction")
+    assert max(abs(bp) for event in events for moves in event.moves.values() for _, bp in moves) > 1000
+
+
+def test_a_cell_in_gb18030_is_read_and_one_in_no_encoding_costs_its_row(tmp_path: Path) -> None:
+    events, _ = read_events(None)
+    first, second = events[0].event_id, events[1].event_id
+    path = changed(tmp_path / "news.db")
+    with sqlite3.connect(path) as connection:
+        for event_id, data in ((first, "黄金上涨".encode("gb18030")), (second, b"\xff\xff\x80")):
+            connection.execute("UPDATE events SET content = CAST(? AS TEXT) WHERE event_id = ?", (data, event_id))
+    connection.close()
+    found, left_out = read_events(path)
+    assert {event.event_id: event.content for event in found}[first] == "黄金上涨"
+    assert second not in {event.event_id for event in found}
+    assert left_out["event with a cell that is neither UTF-8 nor GB18030 text"] == 1
+
+
+def test_a_database_that_is_cut_short_is_called_so(tmp_path: Path) -> None:
+    data = sample_database().read_bytes()
+    path = tmp_path / "news.db"
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=f"cut short: {len(data) // 2:,} of its {len(data):,} bytes"):
+        read_events(path)
+
+
 @pytest.mark.parametrize(
     ("written", "day"),
     [
@@ -521,8 +560,9 @@ def test_a_return_given_twice_counts_once(tmp_path: Path) -> None:
         ("2025年1月3日 09:30", date(2025, 1, 3)),
         ("20250103", date(2025, 1, 3)),
         (20250103, date(2025, 1, 3)),
-        (1735867800, None),
-        (1712012300123, None),  # milliseconds: read as digits it would be a day of 1712
+        (1735867800, date(2025, 1, 3)),  # Unix seconds
+        ("1735867800.0", date(2025, 1, 3)),
+        (1712012300123, date(2024, 4, 1)),  # milliseconds: read as digits it would be a day of 1712
         ("2025-02-30", None),
         ("3/1/2025", None),
         ("", None),

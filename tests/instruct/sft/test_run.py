@@ -285,6 +285,9 @@ def test_a_checkpoint_of_another_run_or_half_of_one_is_told(
         tune(resume_from_checkpoint=str(folder / "checkpoint-5"))
     with pytest.raises(UserError, match="was made with lora_r 8, not 4; give the same"):
         tune(resume_from_checkpoint=str(last), lora_r=4)
+    for settings in ({"num_epochs": 2}, {"num_epochs": 2, "max_steps": 3}):
+        with pytest.raises(UserError, match="is at step 12, .* nothing would be trained; raise --num_epochs"):
+            tune(resume_from_checkpoint=str(last), **settings)
     (last / "stocklora_checkpoint.json").unlink()
     with pytest.raises(UserError, match=f"stopped while it wrote the checkpoint; there is .*{first.name}"):
         tune(resume_from_checkpoint=str(last))
