@@ -6,13 +6,15 @@
     python inference_lora.py --lora_model news=./output_news reports=./output_reports --chat
     python inference_lora.py --lora_model ./output_qwen_lora --prompt "美联储宣布加息25个基点，影响如何？"
     python inference_lora.py --lora_model ./output_qwen_lora --batch prompts.jsonl --output answers.jsonl
+    python inference_lora.py --lora_model ./output_qwen_lora --prompt "美联储宣布加息25个基点" --json_schema sentiment
     python inference_lora.py --lora_model ./output_qwen_lora --merge ./merged
     python inference_lora.py --lora_model ./output_qwen_lora --serve --port 8000
 
 Without --chat, --prompt, --batch, --merge or --serve it answers a few questions of its own, or what comes through a
 pipe. --base_model may be left out: an adapter names the base that it was trained over. Folders of fully tuned models
 are given to --lora_model as well. In a chat /adapter NAME changes the adapter, and /adapter none asks the base.
-Answers are greedy, so the same each time, unless --temperature is above 0.
+Answers are greedy, so the same each time, unless --temperature is above 0. With --json_schema every answer is JSON that
+fits the schema, whatever the model would have said.
 """
 
 from __future__ import annotations
@@ -44,6 +46,12 @@ def run(settings: InferenceSettings) -> None:
 
         merge_adapter(sources, settings)
         return
+    schema = None
+    if settings.json_schema is not None:
+        from stocklora.instruct.chat.constrained import form_of_schema, read_schema
+
+        schema = read_schema(settings.json_schema)
+        form_of_schema(schema, f"--json_schema {settings.json_schema}")  # refused before the model is loaded
     listener = None
     if settings.serve:
         from stocklora.runtime.machine import listen
@@ -59,15 +67,15 @@ def run(settings: InferenceSettings) -> None:
     if listener is not None:
         from stocklora.instruct.chat.server import serve
 
-        serve(model, listener, sampling, adapter)
+        serve(model, listener, sampling, adapter, settings.system)
     elif settings.batch is not None:
         from stocklora.instruct.chat.batch import run_batch
 
-        run_batch(model, settings, adapter, sampling)
+        run_batch(model, settings, adapter, sampling, schema)
     else:
         from stocklora.instruct.chat.terminal import talk
 
-        talk(model, settings, adapter, sampling)
+        talk(model, settings, adapter, sampling, schema)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,11 @@ setup(
     # The bundled prices live in data/sample/ in the checkout and in stocklora/_sample/ once installed.
     packages=[*packages(), "stocklora._sample"],
     package_dir={"stocklora._sample": "data/sample"},
-    package_data={"stocklora._sample": ["*"], "stocklora.volatility": ["prior.json"]},
+    package_data={
+        "stocklora._sample": ["*"],
+        "stocklora.volatility": ["prior.json"],
+        "stocklora.instruct.chat": ["schemas/*.json"],
+    },
     entry_points={"console_scripts": [f"stocklora-{name.replace('_', '-')} = {name}:main" for name in SCRIPTS]},
     install_requires=requirements("requirements.txt"),
     extras_require={

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from stocklora.cli.console import UserError, progress, say, warn
-from stocklora.instruct.chat.model import Answer, ChatModel, Sampling
+from stocklora.instruct.chat.constrained import form_of_schema
+from stocklora.instruct.chat.model import Answer, ChatModel, Question, Sampling
 from stocklora.instruct.chat.settings import InferenceSettings
 from stocklora.instruct.chat.sources import ADAPTER_WEIGHTS, TRAINING_INFO, first_file
 from stocklora.instruct.chat.text_stream import holds_no_character, without_reasoning
-from stocklora.instruct.rows.formats import Message, parse_row
+from stocklora.instruct.rows.formats import Message, Tools, parse_row
 from stocklora.runtime.files import as_json_types, read_text, sha256_of, write_errors
 
 PLACEHOLDER = "-"  # stands for the answer that a prompt does not have yet
@@ -37,6 +38,11 @@ class Prompt:
     meta: Mapping[str, Any]
     expected: str | None = None
     row: int = 0
+
+    @property
+    def tools(self) -> Tools:
+        """Functions that the answer may call."""
+        return self.meta.get("tools") or ()
 
 
 def read_prompts(path: Path, system: str | None = None) -> list[Prompt]:
@@ -72,8 +78,14 @@ def read_prompts(path: Path, system: str | None = None) -> list[Prompt]:
     return prompts
 
 
-def run_batch(model: ChatModel, settings: InferenceSettings, adapter: str | None, sampling: Sampling) -> None:
-    """Answer what of ``--batch`` has no answer in ``--output`` yet.
+def run_batch(
+    model: ChatModel,
+    settings: InferenceSettings,
+    adapter: str | None,
+    sampling: Sampling,
+    schema: Mapping[str, Any] | None = None,
+) -> None:
+    """Answer what of ``--batch`` has no answer in ``--output`` yet; with ``schema`` in JSON that fits it.
 
     Each answer is written the moment it is there, in one piece, so that a run can be killed and started again.
 
@@ -87,7 +99,9 @@ def run_batch(model: ChatModel, settings: InferenceSettings, adapter: str | None
     if output.exists() and output.resolve() == source.resolve():
         raise UserError(f"--output {output} is the file of prompts; give another name")
     prompts = read_prompts(source, settings.system)
-    made_by = recipe(model, adapter, sampling)
+    made_by = recipe(model, adapter, sampling, schema)
+    form = None if schema is None else form_of_schema(schema, "--json_schema")
+    questions = {prompt.key: Question(prompt.messages, prompt.tools, form=form) for prompt in prompts}
     done = answered(output, made_by)
     for prompt in prompts:
         if done.get(prompt.key, prompt.messages) != prompt.messages:
@@ -98,28 +112,41 @@ def run_batch(model: ChatModel, settings: InferenceSettings, adapter: str | None
     todo = [prompt for prompt in prompts if prompt.key not in done]
     for prompt in todo:  # all of them before the first answer: the last one's fault would cost hours
         try:
-            model.fitted(prompt.messages, model.tokenizer(adapter), sampling.max_new_tokens)
+            tokenizer, question = model.tokenizer(adapter), questions[prompt.key]
+            _, _, room = model.fitted(question, tokenizer, sampling.max_new_tokens)
+            model.check_form(question, tokenizer, room)
         except UserError as error:
             raise UserError(f"{source}, row {prompt.row}: {error}") from None
     if len(todo) < len(prompts):
         say(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are answered in {output} already")
-    cut = 0
+    cut = closed = 0
     with progress() as bar, appending(output) as write:
         task = bar.add_task("answers", total=len(todo))
         for start in range(0, len(todo), settings.batch_size):
             part = todo[start : start + settings.batch_size]
-            answers = model.answers([prompt.messages for prompt in part], adapter=adapter, sampling=sampling)
+            answers = model.answers([questions[prompt.key] for prompt in part], adapter=adapter, sampling=sampling)
             for prompt, answer in zip(part, answers, strict=True):
                 write(answer_row(prompt, answer, made_by))
                 cut += answer.finish == "length"
+                closed += answer.closed
             bar.advance(task, len(part))
     if cut:
         warn(f"{cut} of {len(todo)} answers were cut at --max_new_tokens {sampling.max_new_tokens}")
+    if closed:
+        warn(
+            f"{closed} of {len(todo)} answers were closed, in their form, at --max_new_tokens {sampling.max_new_tokens}"
+        )
     say(f"{len(todo)} answers -> {output}")
 
 
-def recipe(model: ChatModel, adapter: str | None, sampling: Sampling) -> dict[str, Any]:
+def recipe(
+    model: ChatModel, adapter: str | None, sampling: Sampling, schema: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What made an answer, so that answers of two models do not end up in one file."""
+    # What files of earlier versions do not name is named where it is used.
+    more: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k else {}
+    if schema is not None:
+        more["json_schema"] = hashlib.sha256(json.dumps(schema, sort_keys=True).encode()).hexdigest()[:16]
     return {
         "base": model.base_name,
         "adapter": model.adapter_or_base(adapter),
@@ -130,6 +157,7 @@ def recipe(model: ChatModel, adapter: str | None, sampling: Sampling) -> dict[st
         "top_p": sampling.top_p,
         "repetition_penalty": sampling.repetition_penalty,
         "seed": sampling.seed if sampling.temperature > 0.0 else None,  # greedy answers do not depend on it
+        **more,
     }
 
 
@@ -151,6 +179,8 @@ def answer_row(prompt: Prompt, answer: Answer, made_by: Mapping[str, Any]) -> di
         "new_tokens": answer.new_tokens,
         "seconds": round(answer.seconds, 3),
     }
+    if answer.closed:
+        row["closed_at_limit"] = True
     if answer.dropped_messages:
         row["dropped_messages"] = answer.dropped_messages
     if prompt.expected is not None:

@@ -6,18 +6,19 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stocklora.cli.console import UserError
+from stocklora.instruct.chat.constrained import AnswerForm, FormProcessor
 from stocklora.instruct.chat.settings import AnswerSettings
 from stocklora.instruct.chat.sources import BASE, BASE_NAMES
 from stocklora.instruct.chat.text_stream import TextStream, holds_no_character
 from stocklora.instruct.rows.chat_template import end_token_ids, prompt_ids
-from stocklora.instruct.rows.formats import Message
+from stocklora.instruct.rows.formats import Message, Tools
 from stocklora.runtime.machine import memory_errors
 
 LESS_MEMORY = "--load_in_4bit, --batch_size 1, a smaller --max_new_tokens"
@@ -29,13 +30,16 @@ class Sampling:
     """How tokens are chosen, and where an answer ends beside its end token.
 
     Attributes:
-        temperature: 0 takes the likeliest token each time. seed: of sampled answers; None leaves them to chance.
+        temperature: 0 takes the likeliest token each time.
+        top_k: 0 leaves all tokens to be sampled.
+        seed: of sampled answers; None leaves them to chance.
         stop: texts before which an answer ends.
     """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
@@ -43,7 +47,7 @@ class Sampling:
     @classmethod
     def of(cls, settings: AnswerSettings) -> Sampling:
         """The flags' values, as a ``Sampling``."""
-        return cls(**{field.name: getattr(settings, field.name) for field in fields(AnswerSettings)})
+        return cls(**{one.name: getattr(settings, one.name) for one in fields(AnswerSettings)})
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Answer:
         prompt_tokens, new_tokens: of the question, and of the answer with its end token.
         seconds: wall time; of a batch, its time over its answers.
         dropped_messages: oldest messages that were left out to fit the model's context.
+        closed: it was to have a form, and was closed in that form because of the token limit.
     """
 
     text: str
@@ -63,6 +68,31 @@ class Answer:
     new_tokens: int
     seconds: float
     dropped_messages: int = 0
+    closed: bool = False
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, where it is more than a conversation.
+
+    Attributes:
+        messages: the conversation, which ends with the user's message or a function's result.
+        tools: functions that the answer may call.
+        template: what else the chat template is told, such as ``enable_thinking``.
+        form: what the answer must look like; None leaves it free.
+    """
+
+    messages: Sequence[Message]
+    tools: Tools = ()
+    template: Mapping[str, Any] = field(default_factory=dict)
+    form: AnswerForm | None = None
+
+
+Asked = Sequence[Message] | Question  # a conversation alone, or with more
+
+
+def question_of(asked: Asked) -> Question:
+    return asked if isinstance(asked, Question) else Question(asked)
 
 
 class ContextError(UserError):
@@ -126,13 +156,13 @@ class ChatModel:
 
     # ------------------------------------------------------------------------------------------------- answers
 
-    def reply(self, messages: Sequence[Message], *, adapter: str | None = None, **sampling: Any) -> str:
+    def reply(self, messages: Asked, *, adapter: str | None = None, **sampling: Any) -> str:
         """The answer to ``messages``, of which the last is the user's; ``sampling`` are fields of ``Sampling``."""
         return self.answer(messages, adapter=adapter, sampling=Sampling(**sampling)).text
 
     def answer(
         self,
-        messages: Sequence[Message],
+        messages: Asked,
         *,
         adapter: str | None = None,
         sampling: Sampling = Sampling(),
@@ -150,16 +180,16 @@ class ChatModel:
         Raises:
             ContextError: what must not be left out does not fit.
         """
-        tokenizer = self.tokenizer(adapter)
-        ids, dropped, room = self.fitted(messages, tokenizer, sampling.max_new_tokens, cut_history)
+        tokenizer, question = self.tokenizer(adapter), question_of(messages)
+        ids, dropped, room = self.fitted(question, tokenizer, sampling.max_new_tokens, cut_history)
         watcher = _Watcher(tokenizer, sampling.stop, len(ids), on_text, cancelled)
         started = time.perf_counter()
-        self._generate([ids], adapter, replace(sampling, max_new_tokens=room), [watcher])
-        return watcher.answer(len(ids), time.perf_counter() - started, dropped)
+        _, closed = self._generate([ids], adapter, replace(sampling, max_new_tokens=room), [question.form], [watcher])
+        return watcher.answer(len(ids), time.perf_counter() - started, dropped, closed[0])
 
     def answers(
         self,
-        conversations: Sequence[Sequence[Message]],
+        conversations: Sequence[Asked],
         *,
         adapter: str | None = None,
         sampling: Sampling = Sampling(),
@@ -183,36 +213,47 @@ class ChatModel:
         result: dict[int, Answer] = {}
         for group in [[index for index in range(len(fits)) if index not in tight], *[[index] for index in tight]]:
             if group:
-                found = self._together([fits[index] for index in group], adapter, sampling)
+                forms = [question_of(conversations[index]).form for index in group]
+                found = self._together([fits[index] for index in group], forms, adapter, sampling)
                 result.update(zip(group, found, strict=True))
         return [result[index] for index in range(len(fits))]
 
     def _together(
-        self, fits: Sequence[tuple[list[int], int, int]], adapter: str | None, sampling: Sampling
+        self,
+        fits: Sequence[tuple[list[int], int, int]],
+        forms: Sequence[AnswerForm | None],
+        adapter: str | None,
+        sampling: Sampling,
     ) -> list[Answer]:
         """Answers to what ``fitted`` gave for each of several conversations that have the same room."""
         started = time.perf_counter()
-        rows = self._generate([ids for ids, _, _ in fits], adapter, replace(sampling, max_new_tokens=fits[0][2]))
+        limited = replace(sampling, max_new_tokens=fits[0][2])
+        rows, closed = self._generate([ids for ids, _, _ in fits], adapter, limited, forms)
         seconds = (time.perf_counter() - started) / len(fits)
         result = []
-        for (ids, dropped, _), row in zip(fits, rows, strict=True):
+        for (ids, dropped, _), row, by_limit in zip(fits, rows, closed, strict=True):
             watcher = _Watcher(self.tokenizer(adapter))
             for token in row:
                 if watcher.take(token):
                     break
-            result.append(watcher.answer(len(ids), seconds, dropped))
+            result.append(watcher.answer(len(ids), seconds, dropped, by_limit))
         return result
 
     def _generate(
-        self, prompts: Sequence[list[int]], adapter: str | None, sampling: Sampling, criteria: Sequence[Any] = ()
-    ) -> list[list[int]]:
-        """The tokens behind each of ``prompts``, which are padded on the left."""
-        from transformers import GenerationConfig, StoppingCriteriaList
+        self,
+        prompts: Sequence[list[int]],
+        adapter: str | None,
+        sampling: Sampling,
+        forms: Sequence[AnswerForm | None],
+        criteria: Sequence[Any] = (),
+    ) -> tuple[list[list[int]], list[bool]]:
+        """The tokens behind each of ``prompts``, which are padded on the left; and which were closed at their limit."""
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         tokenizer, longest = self.tokenizer(adapter), max(map(len, prompts))
         draws = sampling.temperature >= COLDEST
-        # top_k=0: by default the library looks at the 50 likeliest tokens alone.
-        sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if draws else {}
+        # By default the library looks at the 50 likeliest tokens alone.
+        sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=draws,
@@ -220,8 +261,11 @@ class ChatModel:
             eos_token_id=sorted(end_token_ids(tokenizer)),
             pad_token_id=tokenizer.pad_token_id,
             use_cache=True,
-            **sampled,
+            **(sampled if draws else {}),
         )
+        holders = []
+        if any(form is not None for form in forms):
+            holders = [self._holder(forms, tokenizer, longest, sampling.max_new_tokens, draws)]
         pad = int(tokenizer.pad_token_id)
         with self.using(adapter) as model, _seeded(sampling.seed), memory_errors(LESS_MEMORY):
             inputs = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts])  # (rows, tokens)
@@ -230,12 +274,25 @@ class ChatModel:
                 input_ids=inputs.to(self.device),
                 attention_mask=mask.to(self.device),
                 generation_config=config,
+                logits_processor=LogitsProcessorList(holders),
                 stopping_criteria=StoppingCriteriaList(criteria),
             )
-        return output[:, longest:].tolist()
+        closed = [bool(holders) and holders[0].closed(place) for place in range(len(prompts))]
+        return output[:, longest:].tolist(), closed
+
+    def _holder(
+        self, forms: Sequence[AnswerForm | None], tokenizer: Any, prompt: int, room: int, draws: bool
+    ) -> FormProcessor:
+        rows = int(self.model.get_output_embeddings().weight.shape[0])
+        return FormProcessor(forms, tokenizer, rows=rows, prompt=prompt, room=room, draws=draws)
+
+    def check_form(self, asked: Asked, tokenizer: Any, room: int) -> None:
+        """Raise a ``FormError`` where the form of the answer cannot be held in ``room`` tokens."""
+        if (form := question_of(asked).form) is not None:
+            self._holder([form], tokenizer, 0, room, False)
 
     def fitted(
-        self, messages: Sequence[Message], tokenizer: Any, max_new_tokens: int, cut_history: bool = True
+        self, asked: Asked, tokenizer: Any, max_new_tokens: int, cut_history: bool = True
     ) -> tuple[list[int], int, int]:
         """The conversation's token ids, cut from its oldest turn until an answer fits behind it.
 
@@ -249,15 +306,19 @@ class ChatModel:
             ContextError: there is no room at all.
             UserError: nothing to answer, or text that is none.
         """
+        question = question_of(asked)
+        messages, template = question.messages, question.template
+        if question.form and not question.form.trigger and "enable_thinking" in str(tokenizer.chat_template):
+            template = {"enable_thinking": False, **template}  # a chain of thought is not of the form
         if any(holds_no_character(message.content) for message in messages):
             raise UserError("the text holds bytes that are not UTF-8; save or type it as UTF-8")
-        if not messages or messages[-1].role != "user":
+        if not messages or messages[-1].role not in ("user", "tool"):
             raise UserError("a conversation must end with a message of the user")
         head = [message for message in messages[:1] if message.role == "system"]
         rest = list(messages[len(head) :])
         questions = [index for index, message in enumerate(rest) if message.role == "user"]
         for first in [0, *[index for index in questions if index > 0]] if cut_history else [0]:
-            ids = prompt_ids(tokenizer, [*head, *rest[first:]])
+            ids = prompt_ids(tokenizer, [*head, *rest[first:]], tools=question.tools, **template)
             if len(ids) + max_new_tokens <= self.context_tokens:
                 return ids, first, max_new_tokens
         room = self.context_tokens - len(ids)
@@ -308,10 +369,10 @@ class _Watcher:
                 self.finish = "cancelled"
         return self.finish != "length"
 
-    def answer(self, prompt_tokens: int, seconds: float, dropped: int) -> Answer:
+    def answer(self, prompt_tokens: int, seconds: float, dropped: int, closed: bool = False) -> Answer:
         """What was said, now that no token follows."""
         self._say(self.stream.finish())
-        return Answer(self.stream.text, self.finish, prompt_tokens, self.new_tokens, seconds, dropped)
+        return Answer(self.stream.text, self.finish, prompt_tokens, self.new_tokens, seconds, dropped, closed)
 
     def _say(self, piece: str) -> None:
         if piece and self._on_text is not None:

@@ -22,29 +22,35 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stocklora.cli.console import UserError, say
-from stocklora.instruct.chat.model import Answer, ChatModel, ContextError, Sampling
-from stocklora.instruct.chat.requests import APIError, ChatRequest, conversation_of, sampling_of
-from stocklora.instruct.rows.formats import Message
+from stocklora.instruct.chat.constrained import FormError
+from stocklora.instruct.chat.model import Answer, ChatModel, ContextError, Question, Sampling
+from stocklora.instruct.chat.requests import APIError, ChatRequest, question_of_request, sampling_of
+from stocklora.instruct.chat.tool_calls import calls_in
 from stocklora.runtime.machine import HOST
 
 POLL_S = 0.1  # how often a waiting request looks whether its client is still there
 GRACE_S = 10  # for answers to end after Ctrl-C: one token each, or the reading of a long prompt
 
 
-def serve(model: ChatModel, listener: socket.socket, sampling: Sampling, adapter: str) -> None:
+def serve(
+    model: ChatModel, listener: socket.socket, sampling: Sampling, adapter: str, system: str | None = None
+) -> None:
     """Answer requests until Ctrl-C.
 
     Args:
-        listener: of ``listen``. sampling: what holds where a request does not say otherwise.
+        model: that answers.
+        listener: of ``listen``.
+        sampling: what holds where a request does not say otherwise.
         adapter: the model that is listed first.
+        system: put before conversations that have no system message.
     """
     address = f"http://{HOST}:{listener.getsockname()[1]}/v1"
-    app = make_app(model, sampling, adapter)
+    app = make_app(model, sampling, adapter, system)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
     server = _Server(config, app.state.closing)
 
@@ -69,11 +75,10 @@ def model_names(model: ChatModel, first: str | None = None) -> list[str]:
     return names
 
 
-def make_app(model: ChatModel, sampling: Sampling, adapter: str | None = None) -> FastAPI:
+def make_app(model: ChatModel, sampling: Sampling, adapter: str | None = None, system: str | None = None) -> FastAPI:
     """The web application; ``sampling`` holds where a request does not say otherwise."""
     app = FastAPI(title="stocklora", docs_url=None, redoc_url=None, openapi_url=None)
-    # Keeps web pages of other origins out, whatever name they make point to this machine.
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    app.add_middleware(OwnHost)
     names = model_names(model, adapter)
     started = int(time.time())
     turn = asyncio.Lock()
@@ -94,11 +99,11 @@ def make_app(model: ChatModel, sampling: Sampling, adapter: str | None = None) -
     @app.post("/v1/chat/completions")
     async def complete(request: Request, asked: ChatRequest) -> Any:
         name = _known(asked.model, names)
-        messages = conversation_of(asked)
         chosen = sampling_of(asked, sampling)
         # Refused before a stream begins, when an error can still have a status of its own.
-        ids = await asyncio.to_thread(_prompt_tokens, model, messages, name, chosen)
-        job = _Job(model, messages, name, chosen, asyncio.get_running_loop(), closing)
+        question = await asyncio.to_thread(question_of_request, asked, model.tokenizer(name), system)
+        ids = await asyncio.to_thread(_prompt_tokens, model, question, name, chosen)
+        job = _Job(model, question, name, chosen, asyncio.get_running_loop(), closing)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if asked.stream:
             wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
@@ -107,13 +112,22 @@ def make_app(model: ChatModel, sampling: Sampling, adapter: str | None = None) -
             async for _ in job.pieces(request):
                 pass
         answer = job.answer or Answer("", "cancelled", ids, 0, 0.0)
+        said, calls = job.said(answer)
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "message": {"role": "assistant", "content": said, "refusal": None, **calls},
             "logprobs": None,
-            "finish_reason": _finish_reason(answer),
+            "finish_reason": _finish_reason(answer, calls),
+            **_notes(answer),
         }
         return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(answer)}
+
+    @app.api_route("/v1/{rest:path}", methods=["GET", "POST", "PUT", "DELETE"])
+    async def not_served(rest: str) -> None:
+        raise APIError(
+            f"/v1/{rest} is not served here; there are /v1/chat/completions and /v1/models", status=404,
+            code="unknown_url",
+        )  # fmt: skip
 
     _answer_errors(app)
     return app
@@ -141,7 +155,26 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def unknown_address(request: Request, error: HTTPException) -> JSONResponse:
-        return _answer(APIError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code))
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        if error.detail == "There was an error parsing the body":  # FastAPI's words for bytes that are no text
+            message = "the body is not UTF-8 text; encode it as UTF-8 (GBK and GB18030 are not read)"
+        return _answer(APIError(message, status=error.status_code))
+
+
+class OwnHost:
+    """Keeps web pages of other origins out, whatever name they make point to this machine."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            host = Headers(scope=scope).get("host", "")
+            if host.rpartition(":")[0 if ":" in host else 2] not in (HOST, "localhost"):
+                refused = _answer(APIError(f"the header Host must be {HOST} or localhost, got {host[:80]!r}"))
+                await refused(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class _Server(uvicorn.Server):
@@ -171,7 +204,7 @@ class _Job:
     """One answer, computed in a thread and read in the event loop."""
 
     model: ChatModel
-    messages: list[Message]
+    question: Question
     name: str
     sampling: Sampling
     loop: asyncio.AbstractEventLoop
@@ -201,16 +234,24 @@ class _Job:
             # The next answer's turn comes when this computation is over, even if nobody reads its end.
             await asyncio.shield(worker)
 
+    def said(self, answer: Answer) -> tuple[str | None, dict[str, Any]]:
+        """The answer's text, and its calls as fields of the message."""
+        if not self.question.tools:
+            return answer.text, {}
+        text, calls = calls_in(answer.text, self.model.tokenizer(self.name), self.question.tools)
+        return (text.strip() or None, {"tool_calls": calls}) if calls else (text, {})
+
     def _compute(self) -> None:
         def put(item: str | BaseException | None) -> None:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
 
         try:
             self.answer = self.model.answer(
-                self.messages,
+                self.question,
                 adapter=self.name,
                 sampling=self.sampling,
-                on_text=put,
+                # Where tools may be called, text is told from a call only at its end.
+                on_text=None if self.question.tools else put,
                 cancelled=lambda: self.stop.is_set() or self.closing.is_set(),
                 cut_history=False,
             )
@@ -224,8 +265,14 @@ async def _events(
 ) -> AsyncIterator[str]:
     """Server-sent events: the role, each piece of text, how it ended, the usage if wanted, and ``[DONE]``."""
 
-    def event(delta: dict[str, Any] | None, finish: str | None = None, usage: dict[str, Any] | None = None) -> str:
-        choices = [] if delta is None else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
+    def event(
+        delta: dict[str, Any] | None,
+        finish: str | None = None,
+        usage: dict[str, Any] | None = None,
+        notes: dict[str, Any] | None = None,
+    ) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish, **(notes or {})}
+        choices = [] if delta is None else [choice]
         body = {**head, "object": "chat.completion.chunk", "choices": choices}
         if wants_usage:
             body["usage"] = usage
@@ -243,7 +290,14 @@ async def _events(
         return
     if job.answer is None:
         return
-    yield event({}, _finish_reason(job.answer))
+    calls: dict[str, Any] = {}
+    if job.question.tools:
+        said, calls = job.said(job.answer)
+        if said:
+            yield event({"content": said})
+        if calls:
+            yield event({"tool_calls": [{"index": index, **call} for index, call in enumerate(calls["tool_calls"])]})
+    yield event({}, _finish_reason(job.answer, calls), notes=_notes(job.answer))
     if wants_usage:
         yield event(None, usage=_usage(job.answer))
     yield "data: [DONE]\n\n"
@@ -267,18 +321,20 @@ async def _our_turn(turn: asyncio.Lock, request: Request, closing: threading.Eve
         turn.release()
 
 
-def _prompt_tokens(model: ChatModel, messages: list[Message], name: str, sampling: Sampling) -> int:
+def _prompt_tokens(model: ChatModel, question: Question, name: str, sampling: Sampling) -> int:
     """Length of the prompt.
 
     Raises:
         APIError: it does not fit the model, or the model's chat template refuses it.
     """
     try:
-        ids, _, _ = model.fitted(messages, model.tokenizer(name), sampling.max_new_tokens, cut_history=False)
+        tokenizer = model.tokenizer(name)
+        ids, _, room = model.fitted(question, tokenizer, sampling.max_new_tokens, cut_history=False)
+        model.check_form(question, tokenizer, room)
     except ContextError as error:
         raise APIError(str(error), param="messages", code="context_length_exceeded") from None
     except UserError as error:
-        raise APIError(str(error), param="messages") from None
+        raise APIError(str(error), param="response_format" if isinstance(error, FormError) else "messages") from None
     return len(ids)
 
 
@@ -290,6 +346,8 @@ def _public(error: Exception) -> APIError:
     """What a client may read of an error."""
     if isinstance(error, APIError):
         return error
+    if isinstance(error, FormError):
+        return APIError(str(error), param="response_format")
     message = str(error) if isinstance(error, UserError) else "the server failed; see its output"
     return APIError(message, status=500, kind="server_error")
 
@@ -309,8 +367,15 @@ def _model_card(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "stocklora"}
 
 
-def _finish_reason(answer: Answer) -> str:
+def _finish_reason(answer: Answer, calls: dict[str, Any]) -> str:
+    if calls:
+        return "tool_calls"
     return "length" if answer.finish == "length" else "stop"
+
+
+def _notes(answer: Answer) -> dict[str, Any]:
+    """What OpenAI's API has no field for: an answer that is whole in form alone."""
+    return {"closed_at_limit": True} if answer.closed else {}
 
 
 def _usage(answer: Answer) -> dict[str, int]:

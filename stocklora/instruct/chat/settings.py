@@ -101,6 +101,10 @@ class InferenceSettings(AnswerSettings, LoadSettings):
         None, "which adapter to begin with, by name; none is the base (default: the first)", section="answers"
     )
     system: str | None = setting(None, "system message before every conversation", section="answers", metavar="TEXT")
+    json_schema: str | None = setting(
+        None, "answer in JSON that fits this schema: a file, or one that comes with the program (event_extraction, "
+        "indicator, market_reaction, release, risk, sentiment)", section="answers", metavar="FILE|NAME",
+    )  # fmt: skip
     batch_size: int = setting(8, "prompts of --batch that are answered at once", section="answers")
 
     def check(self) -> None:
@@ -120,8 +124,10 @@ class InferenceSettings(AnswerSettings, LoadSettings):
         for name, mode in (("port", "serve"), ("batch_size", "batch")):
             if getattr(self, name) != defaults[name].default and getattr(self, mode) in (None, False):
                 raise UserError(f"--{name} is for --{mode}; give that too, or leave it out")
+        if self.json_schema is not None and self.serve:
+            raise UserError("--json_schema: a request to the server brings its own, as response_format; leave it out")
         if self.merge is not None:
-            unused = ("system", *AnswerSettings.__dataclass_fields__)
+            unused = ("system", "json_schema", *AnswerSettings.__dataclass_fields__)
             if found := [name for name in unused if getattr(self, name) != defaults[name].default]:
                 raise UserError(f"--{found[0]} is for answers, and --merge gives none; leave it out")
         check_range(self, batch_size=(1, None), port=(0, 65535))

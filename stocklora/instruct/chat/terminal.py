@@ -9,7 +9,7 @@ import select
 import stat
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stocklora.cli.console import UserError, draw, say
 from stocklora.instruct.chat.settings import CompareSettings, InferenceSettings
@@ -19,6 +19,7 @@ from stocklora.instruct.rows.formats import Message, joined
 from stocklora.runtime.files import write_json
 
 if TYPE_CHECKING:
+    from stocklora.instruct.chat.constrained import AnswerForm
     from stocklora.instruct.chat.model import Answer, ChatModel, Sampling
 
 # What the scripts ask where nobody asks anything else: one of each kind that the data sets teach.
@@ -43,31 +44,55 @@ HELP = """\
 /exit            end (so does Ctrl-D; Ctrl-C ends an answer)"""
 
 
-def talk(model: ChatModel, settings: InferenceSettings, adapter: str | None, sampling: Sampling) -> None:
+def talk(
+    model: ChatModel,
+    settings: InferenceSettings,
+    adapter: str | None,
+    sampling: Sampling,
+    schema: Mapping[str, Any] | None = None,
+) -> None:
     """A chat, one prompt, what comes through a pipe, or questions of its own: what ``inference_lora.py`` does here.
+
+    Args:
+        model: that answers.
+        settings: of the script.
+        adapter: that answers first.
+        sampling: how answers are made.
+        schema: that every answer has to fit, in JSON.
 
     Raises:
         UserError: the prompt is empty.
     """
+    form = None
+    if schema is not None:
+        from stocklora.instruct.chat.constrained import form_of_schema
+
+        form = form_of_schema(schema, "--json_schema")
     if settings.chat:
-        chat(model, adapter, sampling, settings.system)
+        chat(model, adapter, sampling, settings.system, form)
         return
     prompt = piped_text() if settings.prompt is None else settings.prompt
     if prompt is None:
-        ask_questions(model, adapter, sampling, settings.system)
+        ask_questions(model, adapter, sampling, settings.system, form)
         return
     if settings.prompt == "-":
         prompt = read_stdin()
     if not prompt.strip():
         raise UserError("the prompt is empty; give some text after --prompt")
-    print_answer(model, [*opening(settings.system), Message("user", prompt)], adapter, sampling)
+    print_answer(model, [*opening(settings.system), Message("user", prompt)], adapter, sampling, form)
 
 
-def ask_questions(model: ChatModel, adapter: str | None, sampling: Sampling, system: str | None = None) -> None:
+def ask_questions(
+    model: ChatModel,
+    adapter: str | None,
+    sampling: Sampling,
+    system: str | None = None,
+    form: AnswerForm | None = None,
+) -> None:
     """Each of ``QUESTIONS`` with its answer below it."""
     for number, question in enumerate(QUESTIONS, start=1):
         say(f"{'' if number == 1 else chr(10)}[{number}/{len(QUESTIONS)}] {question}")
-        print_answer(model, [*opening(system), Message("user", question)], adapter, sampling)
+        print_answer(model, [*opening(system), Message("user", question)], adapter, sampling, form)
 
 
 def opening(system: str | None) -> list[Message]:
@@ -75,7 +100,13 @@ def opening(system: str | None) -> list[Message]:
     return [Message("system", system)] if system else []
 
 
-def print_answer(model: ChatModel, messages: Sequence[Message], adapter: str | None, sampling: Sampling) -> Answer:
+def print_answer(
+    model: ChatModel,
+    messages: Sequence[Message],
+    adapter: str | None,
+    sampling: Sampling,
+    form: AnswerForm | None = None,
+) -> Answer:
     """Write an answer to stdout piece by piece, and in brackets what the reader should know of it.
 
     Raises:
@@ -88,7 +119,10 @@ def print_answer(model: ChatModel, messages: Sequence[Message], adapter: str | N
         sys.stdout.write(printable(piece) if on_terminal else piece)
         sys.stdout.flush()
 
-    answer = model.answer(messages, adapter=adapter, sampling=sampling, on_text=show)
+    from stocklora.instruct.chat.model import Question
+
+    question = Question(messages, form=form)
+    answer = model.answer(question, adapter=adapter, sampling=sampling, on_text=show)
     notes = []
     if answer.dropped_messages:
         notes.append(
@@ -97,11 +131,19 @@ def print_answer(model: ChatModel, messages: Sequence[Message], adapter: str | N
         )
     if answer.finish == "length":
         notes.append(f"cut at {answer.new_tokens:,} tokens")
+    if answer.closed:
+        notes.append(f"closed, in its form, at {sampling.max_new_tokens:,} tokens")
     say("".join(f"\n({note})" for note in notes))
     return answer
 
 
-def chat(model: ChatModel, adapter: str | None, sampling: Sampling, system: str | None = None) -> None:
+def chat(
+    model: ChatModel,
+    adapter: str | None,
+    sampling: Sampling,
+    system: str | None = None,
+    form: AnswerForm | None = None,
+) -> None:
     """Talk until /exit or the end of the input. A question without an answer leaves the conversation as it was."""
     current = model.adapter_or_base(adapter)
     with contextlib.suppress(ImportError):
@@ -126,7 +168,7 @@ def chat(model: ChatModel, adapter: str | None, sampling: Sampling, system: str 
         elif line.startswith("/"):
             current = _obey(command, argument.strip(), model, current)
         elif line:
-            history += _ask(model, [*history, Message("user", line)], current, sampling)
+            history += _ask(model, [*history, Message("user", line)], current, sampling, form)
 
 
 def _obey(command: str, argument: str, model: ChatModel, current: str) -> str:
@@ -147,10 +189,12 @@ def _obey(command: str, argument: str, model: ChatModel, current: str) -> str:
     return current
 
 
-def _ask(model: ChatModel, messages: Sequence[Message], adapter: str, sampling: Sampling) -> list[Message]:
+def _ask(
+    model: ChatModel, messages: Sequence[Message], adapter: str, sampling: Sampling, form: AnswerForm | None
+) -> list[Message]:
     """The question that ends ``messages``, and its answer; nothing where it was interrupted or cannot be answered."""
     try:
-        answer = print_answer(model, messages, adapter, sampling)
+        answer = print_answer(model, messages, adapter, sampling, form)
     except UserError as error:
         say(str(error))
     except KeyboardInterrupt:

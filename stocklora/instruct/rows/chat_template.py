@@ -207,6 +207,19 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, tools: Tools = ()
     return _ids(tokenizer, _render(tokenizer, messages, True, tools=tools, **options))
 
 
+def answer_text(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> str:
+    """What the chat template writes for the last message, an answer, up to the token that ends it.
+
+    Raises:
+        UserError: it refuses the conversation, or knows no tools.
+    """
+    prompt = _render(tokenizer, messages[:-1], True, tools=tools)
+    answer = _render(tokenizer, messages, False, tools=tools).removeprefix(prompt)
+    for end in tokenizer.convert_ids_to_tokens(sorted(end_token_ids(tokenizer))):
+        answer = answer.partition(end)[0]
+    return answer.replace(CUT, "")
+
+
 def encode_answers(tokenizer: Any, record: Record, max_length: int | None) -> list[Encoded]:
     """Sequences in which every answer of a conversation is supervised, mostly a single one.
 

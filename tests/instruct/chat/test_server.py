@@ -143,7 +143,7 @@ def test_text_parts_and_the_developer_role_are_understood(server: Server) -> Non
 @pytest.mark.parametrize(
     ("options", "param", "words"),
     [
-        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages[0].role", "'tool'"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, "messages[0].role", "'critic'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
          "messages[0].content", "text"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", "last message"),
@@ -152,8 +152,19 @@ def test_text_parts_and_the_developer_role_are_understood(server: Server) -> Non
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"n": 2}, "n", "must be 1"),
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"response_format": {"type": "yaml"}}, "response_format", "must be of type text"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strin"}}}},
+         "response_format", "Invalid type: strin"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {
+            "type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}}}, "max_tokens": 3},
+         "response_format", "does not fit into 3 tokens"),
+        ({"tools": [{"type": "function", "function": {"name": "px"}}]}, "tools", "no place for tools"),
         ({"logprobs": True}, "logprobs", "not supported"),
+        ({"frequency_penalty": 1.0}, "frequency_penalty", "not supported"),
+        ({"extra_body": {"min_p": 0.1}}, "min_p", "not supported"),
+        ({"extra_body": {"guided_regex": "a+"}}, "guided_regex", "not supported"),
+        ({"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}},
+         "chat_template_kwargs.enable_thinking", "no such setting"),
         ({"messages": [{"role": "user", "content": "x" * 6000}]}, "messages", "context"),
     ],
 )  # fmt: skip
@@ -180,12 +191,19 @@ def test_an_unknown_model_is_not_found(server: Server) -> None:
 
 def test_foreign_hosts_and_broken_json_are_refused(server: Server) -> None:
     address = f"{server.url}/chat/completions"
-    assert httpx.post(address, headers={"Host": "evil.example"}, json={}).status_code == 400
+    foreign = httpx.post(address, headers={"Host": "evil.example"}, json={})
+    assert foreign.status_code == 400
+    assert "evil.example" in foreign.json()["error"]["message"]
+    for path in ("completions", "embeddings"):
+        answer = httpx.post(f"{server.url}/{path}", json={"model": "first", "prompt": "x", "input": "x"})
+        assert answer.status_code == 404
+        assert f"/v1/{path} is not served here" in answer.json()["error"]["message"]
     as_json = {"Content-Type": "application/json"}
     for content, headers, words in [
         (b'{"model"', as_json, "not valid JSON"),
         (b"{}", {"Content-Type": "text/plain"}, "Content-Type: application/json"),
         (b"[]", as_json, "a JSON object"),
+        ('{"model": "降准"}'.encode("gbk"), as_json, "not UTF-8"),
         (b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}', as_json, "does not exist"),
     ]:
         answer = httpx.post(address, content=content, headers=headers)
