@@ -123,5 +123,5 @@ def plot_backtest(
     low, high = min(column["P05"].min(), came.min()), max(column["P95"].max(), came.max())
     axis.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
     axis.set_ylabel("price", color=MUTED)
-    _legend(axis, columns=2)
+    _legend(axis, columns=5)  # one line, in the room above the highest interval
     save_figure(figure, path)
