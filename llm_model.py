@@ -144,6 +144,8 @@ class StockForecaster(nn.Module):
         """
         tokens = input_ids.shape[1]
         wider = min(padded_tokens(tokens), max(tokens, facts_of(self.backbone.config).context_tokens))
+        if wider > length_that_counts(self.backbone.config):
+            wider = tokens  # there, padding would move the states before it
         return F.pad(input_ids, (0, wider - tokens))
 
     def autocast(self, device_type: str) -> contextlib.AbstractContextManager[Any]:
@@ -209,6 +211,21 @@ def facts_of(config: Any) -> BackboneFacts:
         layers=int(config.num_hidden_layers),
         context_tokens=int(next((tokens for tokens in contexts if tokens), 2**20)),
     )
+
+
+def length_that_counts(config: Any) -> int:
+    """The tokens beyond which a sequence's length changes all of its states, padding included.
+
+    Two ways to stretch rotary positions look at the longest position of a batch: Phi's longrope and dynamic NTK.
+    """
+    config = text_config_of(config)
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]  # one, or one for each kind of layer
+    if not any(part.get("rope_type") in ("longrope", "dynamic") for part in parts):
+        return 2**62
+    known = [part.get("original_max_position_embeddings") for part in parts]
+    known += [getattr(config, "original_max_position_embeddings", None), config.max_position_embeddings]
+    return int(next(tokens for tokens in known if tokens))
 
 
 def text_config_of(config: Any) -> Any:

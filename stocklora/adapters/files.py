@@ -287,11 +287,22 @@ def read_peft(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
         init="pissa" if init == "pissa" else "kaiming",
         train_bias=content.get("bias", "none"),
     )
-    weights, _ = _read_safetensors(folder / "adapter_model.safetensors")
+    weights = _read_peft_weights(folder)
     if foreign := [key for key in weights if not _PEFT_KEY.fullmatch(key)]:
         raise LoRAError(f"{folder} holds weights that are not LoRA's: {', '.join(foreign[:8])}")
     state = {_our_name(key): tensor for key, tensor in weights.items()}
     return replace(config, target_modules=tuple(adapted_names(state)) or ALL_LINEAR), state
+
+
+def _read_peft_weights(folder: Path) -> dict[str, Tensor]:
+    """By PEFT's names; the pickle that older versions wrote is read as plain data alone."""
+    old = folder / "adapter_model.bin"
+    if (folder / "adapter_model.safetensors").exists() or not old.exists():
+        return _read_safetensors(folder / "adapter_model.safetensors")[0]
+    weights = _read_pth(old)
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise LoRAError(f"{old} holds no named weights")
+    return weights
 
 
 def import_peft(model: nn.Module, folder: str | Path, adapter: str = DEFAULT_ADAPTER) -> list[str]:

@@ -43,6 +43,7 @@ VOLATILE_KEYS = {
     "_attn_implementation_autoset",
     "attn_implementation",
     "_commit_hash",
+    "quantization_config",  # the same model with its weights in less
 }
 
 
@@ -250,5 +251,10 @@ def made_whole(folder: Path) -> Iterator[Path]:
             if folder.is_dir():
                 folder.rmdir()  # an empty one, as was checked
             unfinished.rename(folder)
+    except Exception as error:
+        # safetensors says it with an error of its own
+        if "No space left" in str(error) and not isinstance(error, UserError):
+            raise UserError(f"cannot write {folder}: the disk is full; free some space") from None
+        raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_model import facts_of, text_config_of
-from stocklora.base_models.folders import check_model_folder, describe_model
+from stocklora.base_models.folders import check_model_folder, describe_model, read_config, without_volatile
 from stocklora.base_models.quantized import quantization_config, steady_quantized_layers
 from stocklora.cli.console import UserError, one_line
 
@@ -66,10 +68,15 @@ def _from_folder(
     bitsandbytes' layers are made one function of their input alone, in training and in use: see
     ``steady_quantized_layers``. An adapter meets the base it was trained over only in that form.
     """
-    if quantization != "none":
-        from transformers import AutoConfig
+    from transformers import AutoConfig
 
-        config = options.get("config") or AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    config = options.get("config") or AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    stored = stored_quantization(config)
+    if quantization not in ("none", stored) and stored != "none":
+        raise UserError(f"{folder} is stored quantized already ({stored}); leave out --quantization {quantization}")
+    if stored in ("8bit", "4bit"):
+        quantization, options = stored, options | {"device_map": {"": device}}
+    elif quantization != "none":
         with torch.device("meta"):
             skeleton = kind.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
         options |= {
@@ -82,7 +89,10 @@ def _from_folder(
 
 
 # What transformers and a model's own code raise at a configuration that they cannot make a model of.
-UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, IndexError)
+UNLOADABLE = (
+    OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, IndexError,
+    ArithmeticError, pickle.UnpicklingError,
+)  # fmt: skip
 
 
 class BaseModel:
@@ -100,6 +110,11 @@ class BaseModel:
     def description(self) -> dict[str, Any]:
         """See ``describe_model``."""
         return describe_model(self.path)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """``description``, with the configuration itself, for what is trained on it."""
+        return self.description | {"config": without_volatile(read_config(self.path))}
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -119,10 +134,22 @@ class BaseModel:
         except UNLOADABLE as error:
             raise unloadable(self.path, "configuration", error) from None
 
+    @functools.cached_property
+    def quantization(self) -> str:
+        """What the weights are quantized to on disk; see ``stored_quantization``."""
+        return stored_quantization(self.config)
+
     @property
     def context_tokens(self) -> int:
         """What the model can read at once."""
         return facts_of(self.config).context_tokens
+
+
+def unquantized_name(model_path: Path) -> str:
+    """What messages call the model that a quantized one was made from."""
+    name = str(describe_model(model_path)["name"])
+    plain = re.sub(r"(?i)[-_.](unsloth-)?(bnb|gptq|awq|int[48]|fp8|mxfp4|nf4|[48][-_]?bits?).*$", "", name)
+    return f"the unquantized {plain}" if plain != name else f"the unquantized model that {name} was made from"
 
 
 def unloadable(model_path: Path, part: str, error: Exception) -> UserError:
@@ -163,6 +190,23 @@ def steady(config: Any) -> Any:
     return config
 
 
+def differences(stored: dict[str, Any], base: BaseModel) -> list[str]:
+    """Settings by which a base is another function than one whose ``config.json`` held ``stored``: ``name old -> new``.
+
+    Both are read by transformers as it is installed: what versions call otherwise, or leave out, is no difference.
+    """
+    from transformers import AutoConfig
+
+    given = AutoConfig.from_pretrained(base.path, trust_remote_code=base.trust_remote_code)
+    try:
+        was = type(given).from_dict(copy.deepcopy(stored))
+    except UNLOADABLE:
+        return [f"model_type {stored.get('model_type')} -> {given.model_type}"]
+    old, new = (without_volatile(config.to_dict()) for config in (was, given))
+    names = sorted(name for name in old.keys() | new.keys() if name != "architectures")
+    return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+
+
 def first_layers(config: Any, layers: int | None) -> Any:
     """A copy of a configuration, cut to its first ``layers`` layers if given.
 
@@ -197,6 +241,16 @@ def language_model(model: Any) -> Any:
     return model
 
 
+def stored_quantization(config: Any) -> str:
+    """What weights are quantized to on disk: ``none``, bitsandbytes' ``8bit`` or ``4bit``, or a method's name."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return "none"
+    facts = found if isinstance(found, dict) else found.to_dict()
+    bits = {"8bit": facts.get("load_in_8bit"), "4bit": facts.get("load_in_4bit")}
+    return next((name for name, used in bits.items() if used), str(facts.get("quant_method", "an unknown method")))
+
+
 def load_backbone(
     model_path: Path,
     dtype: torch.dtype,
@@ -223,6 +277,11 @@ def load_backbone(
 
     if config is None:
         config = backbone_config(model_path, None, trust_remote_code)
+    if (stored := stored_quantization(config)) not in ("none", "8bit", "4bit"):
+        raise UserError(
+            f"{model_path} is stored quantized by {stored}, which cannot be trained over here; give "
+            f"{unquantized_name(model_path)}"
+        )
     whole = _from_folder(
         AutoModel, model_path, quantization, dtype, device or torch.device("cpu"), trust_remote_code,
         config=first_layers(config, layers),
@@ -239,6 +298,8 @@ def plain_backbone(model_path: Path, layers: int | None = None, trust_remote_cod
     whole = AutoModel.from_pretrained(
         str(model_path), config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
     )
+    if stored_quantization(config) != "none":
+        steady_quantized_layers(whole)
     return language_model(whole).eval()
 
 

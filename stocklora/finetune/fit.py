@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from stocklora.base_models.loading import BaseModel
+from llm_model import length_that_counts
+from stocklora.base_models.loading import BaseModel, unquantized_name
 from stocklora.cli.console import UserError, say, warn
 from stocklora.dataset.prepare import (
     Example,
@@ -194,6 +195,7 @@ def prepare_run(prepared: PreparedData, settings: TrainLoraSettings, base: BaseM
     from accelerate.utils import set_seed
 
     data, device = prepared.data, accelerator.device
+    settings = with_stored_quantization(settings, base)
     set_seed(settings.seed)
     dtype = choose_dtype(settings.dtype, device)
     if device.type == "cpu":
@@ -202,6 +204,7 @@ def prepare_run(prepared: PreparedData, settings: TrainLoraSettings, base: BaseM
     identity = identity_of(settings, prepared.facts, base.description, accelerator.num_processes, place)
     checkpoints = Checkpoints(settings.save_dir / FOLDER, identity, settings.checkpoint_every)
     resumed = from_main(accelerator, checkpoints.load) if settings.resume else None
+    warn_of_length(prepared, base)
     shape = shape_of(settings, base.config)
     setup = setup_of(settings, shape, prepared.examples["train"], dtype, device)
     if accelerator.is_main_process:
@@ -230,13 +233,44 @@ def prepare_run(prepared: PreparedData, settings: TrainLoraSettings, base: BaseM
     return PreparedRun(settings, accelerator, prepared, forecaster, checkpoints, resumed)
 
 
+def warn_of_length(prepared: PreparedData, base: BaseModel) -> None:
+    """A line where the base reads a day otherwise in a long sequence than in a short one."""
+    limit = length_that_counts(base.config)
+    longest = max(len(example.encoded.input_ids) for part in prepared.examples.values() for example in part)
+    if longest > limit:
+        warn(
+            f"{base.path} reads sequences of more than {limit:,} tokens otherwise than shorter ones (longrope or "
+            f"dynamic NTK), and the longest here is {longest:,}: forecasts then depend a little on what they are "
+            f"batched with; --max_tokens_per_sequence {limit} avoids it"
+        )
+
+
+def with_stored_quantization(settings: TrainLoraSettings, base: BaseModel) -> TrainLoraSettings:
+    """``settings`` with the quantization that the base has on disk.
+
+    Raises:
+        UserError: another one was asked for, or every weight is to train.
+    """
+    stored = base.quantization
+    if stored not in ("8bit", "4bit") or settings.quantization == stored:
+        return settings
+    if settings.method == "full":
+        raise UserError(
+            f"--method full trains every weight, and {base.path} is stored in {stored}: give --model_path "
+            f"{unquantized_name(base.path)}, or use --method lora"
+        )
+    if settings.quantization != "none":
+        raise UserError(f"{base.path} is stored in {stored}; leave out --quantization {settings.quantization}")
+    return replace(settings, quantization=stored)
+
+
 def specification(prepared: PreparedData, settings: TrainLoraSettings, base: BaseModel) -> ForecasterSpec:
     """What the forecaster is made of, not calibrated yet."""
     data = prepared.data
     start = data.start(prepared.scale_kind)
     assert start.scale is not None
     return ForecasterSpec(
-        base_model=base.description, backbone_layers=settings.backbone_layers, method=settings.method,
+        base_model=base.identity, backbone_layers=settings.backbone_layers, method=settings.method,
         quantization=settings.quantization, lora=lora_fields(settings),
         prompt=settings.prompt, indicators=list(settings.indicators), anonymize=settings.anonymize,
         window_size=settings.window_size, targets_per_sequence=prepared.targets_per_sequence,

@@ -18,6 +18,7 @@ from stocklora.base_models.loading import (
     UNLOADABLE,
     BaseModel,
     a_few_tokens,
+    differences,
     hidden_states,
     is_causal,
     load_backbone,
@@ -25,7 +26,7 @@ from stocklora.base_models.loading import (
     unloadable,
 )
 from stocklora.base_models.quantized import check_quantization
-from stocklora.cli.console import UserError, warn
+from stocklora.cli.console import UserError, listed, warn
 from stocklora.dataset.prepare import Example, fitted_to_context, make_examples, split_by_rows
 from stocklora.dataset.prompts import DayEncoder, check_lengths
 from stocklora.dataset.windows import DaySequence, last_origin, pack
@@ -193,6 +194,7 @@ def build_forecaster(
         raise
     except UNLOADABLE as error:
         raise unloadable(base.path, "weights", error) from None
+    check_vocabulary(backbone, base)
     width = width_of_causal(backbone, base.path)
     table = torch.tensor(spec.table, dtype=torch.float64)
     model = StockForecaster(backbone, table, torch.tensor(spec.location or [0.0] * spec.horizon), width)
@@ -207,6 +209,27 @@ def build_forecaster(
     attach(model, spec.method, spec.lora, fresh)
     with memory_errors(LESS_MEMORY):
         return Forecaster(model.to(device), spec, encoder, device, base.context_tokens, survey)
+
+
+def check_vocabulary(backbone: Any, base: BaseModel) -> None:
+    """Refuse a tokenizer that writes numbers in tokens which the base has no embeddings for.
+
+    Raises:
+        UserError: naming both sizes.
+    """
+    try:
+        known = int(backbone.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        return
+    if len(base.tokenizer) <= known:
+        return
+    text = " ".join(f"{number} -{number}" for number in range(1000)) + "\nDay: Open=1.5, High, Low, Close, Volume=\n"
+    highest = max(base.tokenizer(text)["input_ids"])
+    if highest >= known:
+        raise UserError(
+            f"the tokenizer in {base.path} writes token {highest}, and the model there has embeddings for {known:,} "
+            f"tokens alone: they are not of one model; fetch it again (download_model.py)"
+        )
 
 
 def width_of_causal(backbone: torch.nn.Module, path: Path) -> int:
@@ -281,10 +304,14 @@ def check_base(spec: ForecasterSpec, weights_path: Path, base: BaseModel) -> Non
     """
     trained_on, given = spec.base_model, base.description
     if trained_on["config_sha256"] != given["config_sha256"]:
-        raise UserError(
-            f"{weights_path} was trained on {trained_on['name']}, but {base.path} is another model; give --model_path "
-            f"the folder of {trained_on['name']}"
-        )
+        stored = trained_on.get("config")
+        changed = differences(stored, base) if stored else [""]
+        if changed:
+            how = f" ({listed(changed, 3)})" if stored else ""
+            raise UserError(
+                f"{weights_path} was trained on {trained_on['name']}, but {base.path} is another model{how}; give "
+                f"--model_path the folder of {trained_on['name']}"
+            )
     if trained_on["revision"] != given["revision"]:
         warn(
             f"{weights_path} was trained on revision {trained_on['revision']} of {trained_on['name']}, but "

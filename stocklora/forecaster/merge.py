@@ -22,7 +22,14 @@ from llm_model import StockForecaster, text_config_of
 from lora import LoRAError, adapters_disabled
 from stocklora.adapters.files import check_peft
 from stocklora.base_models.folders import check_empty, check_files, copy_companions, describe_model, made_whole
-from stocklora.base_models.loading import BaseModel, a_few_tokens, first_layers, hidden_states, plain_backbone
+from stocklora.base_models.loading import (
+    BaseModel,
+    a_few_tokens,
+    first_layers,
+    hidden_states,
+    plain_backbone,
+    unquantized_name,
+)
 from stocklora.cli.console import UserError, print_table, say
 from stocklora.forecaster.forecaster import Forecaster, assemble, check_base, load_forecaster
 from stocklora.forecaster.methods import merge_into_base
@@ -44,7 +51,13 @@ def merge(settings: MergeSettings) -> None:
         UserError: weights without anything to merge, another base model, or a folder that is there already.
     """
     content = load_weights(settings.lora_weights)
-    check_base(content.spec, settings.lora_weights, BaseModel(settings.model_path, settings.trust_remote_code))
+    base = BaseModel(settings.model_path, settings.trust_remote_code)
+    check_base(content.spec, settings.lora_weights, base)
+    if settings.output is not None and base.quantization != "none":
+        raise UserError(
+            f"{settings.model_path} is stored quantized ({base.quantization}), and adapters are merged into whole "
+            f"weights: give --model_path {unquantized_name(settings.model_path)}"
+        )
     method = content.spec.method
     if method == "head":
         raise UserError(
