@@ -1,0 +1,85 @@
+"""Bases that are quantized on disk, saved again, cut short, or have a tokenizer of another model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from families import make_family
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from tuned_models import built, content_of, spec_of, unsettled
+
+from llm_model import length_that_counts
+from stocklora.base_models.loading import BaseModel, stored_quantization
+from stocklora.cli.console import UserError
+from stocklora.forecaster.forecaster import check_base
+from stocklora.forecaster.merge import merge
+from stocklora.forecaster.settings import MergeSettings
+from stocklora.forecaster.weights import save_weights
+
+
+@pytest.fixture
+def base(tiny_models, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_models["llama"], tmp_path / "base"))
+
+
+def changed(base: Path, **settings: object) -> Path:
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings), encoding="utf-8")
+    return base
+
+
+def test_a_base_in_8_bit_on_disk_trains_so_and_merging_names_the_whole_one(base, tmp_path) -> None:
+    stored = tmp_path / "base-bnb-8bit"
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    model.save_pretrained(stored)
+    for path in base.glob("tokenizer*"):
+        shutil.copy(path, stored)
+    assert BaseModel(stored).quantization == "8bit"
+    forecaster = unsettled(built(spec_of(stored, "lora"), stored))
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        used = forecaster.model.backbone(input_ids=ids).last_hidden_state
+        trained = forecaster.model.train().backbone(input_ids=ids).last_hidden_state
+    assert torch.equal(used, trained)
+    save_weights(tmp_path / "w.pth", content_of(forecaster))
+    settings = MergeSettings(lora_weights=tmp_path / "w.pth", model_path=stored, output=tmp_path / "m", device="cpu")
+    with pytest.raises(UserError, match="give --model_path the unquantized base"):
+        merge(settings)
+    merge(replace(settings, model_path=base))
+    assert (tmp_path / "m" / "model.safetensors").exists()
+
+
+def test_a_base_quantized_by_a_method_that_cannot_be_trained_over_is_a_line(base) -> None:
+    changed(base, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert stored_quantization(BaseModel(base).config) == "gptq"
+    with pytest.raises(UserError, match="stored quantized by gptq"):
+        built(spec_of(base, "lora"), base)
+
+
+def test_the_same_model_saved_by_another_version_is_no_other_and_a_resized_vocabulary_is_named(base) -> None:
+    spec = replace(spec_of(base, "lora"), base_model=BaseModel(base).identity)
+    content = json.loads((base / "config.json").read_text())
+    rope = content.pop("rope_parameters")
+    (base / "config.json").write_text(json.dumps(content | {"rope_theta": rope["rope_theta"]}), encoding="utf-8")
+    check_base(spec, Path("w.pth"), BaseModel(base))
+    vocabulary = content["vocab_size"]
+    changed(base, vocab_size=vocabulary + 7)
+    with pytest.raises(UserError, match=f"vocab_size {vocabulary} -> {vocabulary + 7}"):
+        check_base(spec, Path("w.pth"), BaseModel(base))
+
+
+def test_a_tokenizer_that_writes_tokens_beyond_the_embeddings_is_a_line(tmp_path) -> None:
+    small = make_family("Llama 3", tmp_path / "small", vocab_size=20)
+    with pytest.raises(UserError, match="embeddings for 20"):
+        built(spec_of(small, "lora"), small)
+
+
+def test_where_length_counts() -> None:
+    assert length_that_counts(LlamaConfig()) > 10**9
+    stretched = LlamaConfig(rope_scaling={"rope_type": "dynamic", "factor": 2.0}, max_position_embeddings=512)
+    assert length_that_counts(stretched) == 512
