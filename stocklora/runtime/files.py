@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stocklora.cli.console import UserError
+from stocklora.cli.console import UserError, warn
 
 BUNDLED_PRICES = "us_tech_2000_2013.csv.gz"
 
@@ -171,6 +171,29 @@ def to_cell(text: str) -> str:
 def from_cell(cell: str) -> str:
     """The text that ``to_cell`` wrote."""
     return cell[1:] if cell[:1] == "'" and FORMULA.match(cell[1:]) else cell
+
+
+def read_chinese_text(path: Path, missing: str | None = None) -> str:
+    """A file's text as ``read_text`` gives it, or in GB18030 (GBK) where it cannot be anything else, which is said.
+
+    Bytes of many encodings can be read as GB18030. It is believed where the characters are those of everyday Chinese
+    (GB 2312), all but a few.
+
+    Raises:
+        UserError: it is not there, cannot be read, or is in another encoding.
+    """
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        data = path.read_bytes()
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = data.decode("gb18030")
+            foreign = [character for character in text if not character.isascii()]
+            common = sum(bool(character.encode("gb2312", errors="ignore")) for character in foreign)
+            if common >= 0.95 * len(foreign):
+                warn(f"{path} is not UTF-8 text; it was read as GB18030 (GBK)")
+                return text
+    return read_text(path, missing)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from stocklora.instruct.chat.settings import InferenceSettings
 from stocklora.instruct.chat.sources import ADAPTER_WEIGHTS, TRAINING_INFO, first_file
 from stocklora.instruct.chat.text_stream import holds_no_character, without_reasoning
 from stocklora.instruct.rows.formats import Message, Tools, parse_row
-from stocklora.runtime.files import as_json_types, read_text, sha256_of, write_errors
+from stocklora.runtime.files import as_json_types, read_chinese_text, sha256_of, write_errors
 
 PLACEHOLDER = "-"  # stands for the answer that a prompt does not have yet
 
@@ -247,13 +247,14 @@ def appending(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     """(row, content) of every row; content is text or a mapping."""
-    text = read_text(path, f"no file {path} with prompts; write one a line, or JSON lines with a prompt each")
+    text = read_chinese_text(path, f"no file {path} with prompts; write one a line, or JSON lines with a prompt each")
     suffix = path.suffix.lower()
     if suffix == ".json":
         try:
             rows = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON: {error}") from None
+        rows = [rows] if isinstance(rows, dict) else rows
         if not isinstance(rows, list):
             raise UserError(f"{path} must hold a list of rows")
         yield from enumerate(rows, start=1)

@@ -188,6 +188,9 @@ class EvaluateSettings(AnswerSettings, LoadSettings):
     )
     tuned_only: bool = setting(False, "leave out the base model: half the time, and no comparison", section="data")
     batch_size: int = setting(8, "rows that are answered at once", section="answers")
+    constrained: bool = setting(
+        False, "answer the rows whose answers are JSON a second time, held to their schema, and compare", section="data"
+    )
     resamples: int = setting(2000, "bootstrap resamples for the intervals", section="answers")
 
     def check(self) -> None:

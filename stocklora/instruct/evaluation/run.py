@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from stocklora.cli.console import print_table, progress, say, warn
+from stocklora.cli.console import UserError, print_table, say, warn
 from stocklora.cli.settings import SCORES, check_installed
 from stocklora.instruct.chat.settings import EvaluateSettings
 from stocklora.instruct.chat.sources import (
@@ -37,6 +37,7 @@ from stocklora.instruct.rows.formats import SENTIMENTS, Record
 from stocklora.runtime.files import as_json_types, check_writable, write_json, write_text
 from stocklora.runtime.machine import machine_facts, versions_of
 
+PARTIAL = "evaluation_answers.partial.jsonl"  # finished answers, until the results are written
 RESULTS, PREDICTIONS = "evaluation_results.json", "evaluation_predictions.jsonl"
 LIBRARIES = ("torch", "transformers", "peft", "sacrebleu", "rouge-chinese")
 FORMAT = 1
@@ -66,12 +67,18 @@ def evaluate(settings: EvaluateSettings) -> Path:
     say(f"scoring {len(held_out.records)} rows: {held_out.note}")
     if len(held_out.records) < held_out.available:
         say(f"(of {held_out.available}, each kind in its share)")
-    predictions, base_name = _predictions(settings, sources, held_out.records)
+    answering = _Answering(settings, held_out.records, folder)
+    answers, base_name = _predictions(settings, sources, answering)
+    records, predictions = answering.kept(answers)
+    held_out = replace(held_out, records=records)
     results = summarize(held_out.records, predictions, settings.resamples, settings.seed)
     content = {**_conditions(settings, base_name, held_out), **results}
     rows = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in answer_rows(held_out.records, predictions)]
     write_text(folder / PREDICTIONS, "".join(f"{row}\n" for row in rows))
+    if answering.constrained:
+        content["constrained"] = answering.constrained
     write_json(folder / RESULTS, content)
+    (folder / PARTIAL).unlink(missing_ok=True)
     print_results(content)
     say(f"results: {folder / RESULTS}; answers: {folder / PREDICTIONS}")
     return folder / RESULTS
@@ -102,28 +109,28 @@ def _conditions(settings: EvaluateSettings, base_name: str | None, held_out: Hel
 
 
 def _predictions(
-    settings: EvaluateSettings, sources: Sources, records: Sequence[Record]
-) -> tuple[dict[str, list[Prediction]], str | None]:
+    settings: EvaluateSettings, sources: Sources, answering: _Answering
+) -> tuple[dict[str, list[Prediction | None]], str | None]:
     """Answers of the base, where there is one to compare with, and of the tuned model; and the base's name."""
     from stocklora.instruct.chat.load import load_sources
 
-    predictions: dict[str, list[Prediction]] = {}
+    predictions: dict[str, list[Prediction | None]] = {}
     if sources.adapters:
         model = load_sources(sources, settings)
         if not settings.tuned_only:
-            predictions[BASE_SYSTEM] = predict(model, BASE, records, settings, "base")
-        predictions[TUNED_SYSTEM] = predict(model, model.adapters[0], records, settings, "tuned")
+            predictions[BASE_SYSTEM] = answering.predict(model, BASE, "base")
+        predictions[TUNED_SYSTEM] = answering.predict(model, model.adapters[0], "tuned")
         return predictions, sources.base_name
     base = settings.base_model or _base_of_whole(settings.model_path)
     if base is not None and not settings.tuned_only:
         model = load_sources(find_sources(base, []), settings)
-        predictions[BASE_SYSTEM] = predict(model, BASE, records, settings, "base")
+        predictions[BASE_SYSTEM] = answering.predict(model, BASE, "base")
         del model
         gc.collect()
     elif not settings.tuned_only:
         warn(f"the base of {settings.model_path} is not here, so there is nothing to compare with; give --base_model")
     model = load_sources(sources, settings)
-    predictions[TUNED_SYSTEM] = predict(model, BASE, records, settings, "tuned")
+    predictions[TUNED_SYSTEM] = answering.predict(model, BASE, "tuned")
     return predictions, None if base is None else base.name
 
 
@@ -133,28 +140,76 @@ def _base_of_whole(folder: Path) -> Path | None:
     return Path(str(path)) if path and (Path(str(path)) / "config.json").is_file() else None
 
 
-def predict(
-    model: Any, adapter: str, records: Sequence[Record], settings: EvaluateSettings, name: str
-) -> list[Prediction]:
-    """Answers to ``records`` in their order; computed in batches of like length, so that little is padding."""
-    from stocklora.instruct.chat.model import Sampling
+class _Answering:
+    """The rows of one evaluation and what was answered to them.
 
-    sampling, labels = Sampling.of(settings), label_sets(records)
-    lengths = [sum(len(message.content) for message in record.prompt) for record in records]
-    order = sorted(range(len(records)), key=lambda index: lengths[index])
-    predictions: dict[int, Prediction] = {}
-    with progress() as bar:
-        task = bar.add_task(f"answers, {name}", total=len(records))
-        for start in range(0, len(order), settings.batch_size):
-            part = order[start : start + settings.batch_size]
-            found = model.answers([records[index].prompt for index in part], adapter=adapter, sampling=sampling)
-            for index, answer in zip(part, found, strict=True):
-                scores = score(records[index], answer.text, answer.finish, labels[kind_of(records[index])])
-                predictions[index] = Prediction(answer, scores, start)
-            bar.advance(task, len(part))
-    if any(item.answer.dropped_messages for item in predictions.values()):
-        warn("some conversations were longer than the model's context; their oldest turns were left out")
-    return [predictions[index] for index in range(len(records))]
+    Attributes:
+        constrained: what the tuned model scores on rows with a schema, free and held to it; empty if not asked for.
+    """
+
+    def __init__(self, settings: EvaluateSettings, records: Sequence[Record], folder: Path) -> None:
+        self.settings, self.records, self.folder = settings, list(records), folder
+        self.constrained: dict[str, Any] = {}
+
+    def predict(self, model: Any, adapter: str, name: str) -> list[Prediction | None]:
+        """Scored answers, one for each record; None where the row does not fit the model."""
+        from stocklora.instruct.evaluation.answers import answered, forms_of
+
+        found = self._scored(answered(model, adapter, self.records, self.settings, self.folder / PARTIAL, name))
+        if name == TUNED_SYSTEM and self.settings.constrained:
+            forms = forms_of(self.records)
+            chosen = [place for place, form in enumerate(forms) if form is not None and found[place] is not None]
+            if not chosen:
+                warn("--constrained: none of the rows has an answer of a kind with a schema")
+                return found
+            records, held = [self.records[place] for place in chosen], [forms[place] for place in chosen]
+            partial = self.folder / PARTIAL
+            again = answered(model, adapter, records, self.settings, partial, "tuned, held to a schema", held)
+            self.constrained = side_by_side([found[place] for place in chosen], self._scored(again, records))
+        return found
+
+    def _scored(self, answers: Sequence[Any], records: Sequence[Record] | None = None) -> list[Prediction | None]:
+        records = self.records if records is None else records
+        labels = label_sets(self.records)
+        return [
+            None if one is None
+            else Prediction(one[0], score(record, one[0].text, one[0].finish, labels[kind_of(record)]), one[1])
+            for record, one in zip(records, answers, strict=True)
+        ]  # fmt: skip
+
+    def kept(
+        self, predictions: Mapping[str, Sequence[Prediction | None]]
+    ) -> tuple[list[Record], dict[str, list[Prediction]]]:
+        """The records that every model could answer, and what each said to them.
+
+        Raises:
+            UserError: there is none.
+        """
+        rows = list(zip(*predictions.values(), strict=True))
+        places = [place for place, row in enumerate(rows) if None not in row]
+        if not places:
+            raise UserError("no row fits the model's context: give --data FILE with shorter ones")
+        kept = {
+            name: [item for place in places if (item := items[place]) is not None]
+            for name, items in predictions.items()
+        }
+        return [self.records[place] for place in places], kept
+
+
+def side_by_side(free: Sequence[Prediction | None], held: Sequence[Prediction | None]) -> dict[str, Any]:
+    """Free and constrained answers to the same rows: JSON, fields, and seconds a token."""
+    pairs = [(one, other) for one, other in zip(free, held, strict=True) if one is not None and other is not None]
+    result: dict[str, Any] = {"rows": len(pairs)}
+    for name, items in (("free", [one for one, _ in pairs]), ("constrained", [other for _, other in pairs])):
+        result[name] = {
+            **{
+                measure: sum(getattr(item.scores, measure) or 0.0 for item in items) / max(1, len(items))
+                for measure in ("json_valid", "field_accuracy", "fields_exact")
+            },
+            "seconds_a_token": sum(item.answer.seconds for item in items)
+            / max(1, sum(item.answer.new_tokens for item in items)),
+        }
+    return result
 
 
 def label_sets(records: Sequence[Record]) -> dict[str, list[str]]:
@@ -299,6 +354,14 @@ def print_results(content: Mapping[str, Any]) -> None:
         say(f"(of the numbers in the expected answers, {100 * share:.0f}% stand in the question)")
     for line in verdicts(content):
         say(line)
+    if held := content.get("constrained"):
+        shares = ("json_valid", "field_accuracy", "fields_exact")
+        rows = [
+            [name, *(f"{100 * held[name][share]:.1f}%" for share in shares), f"{held[name]['seconds_a_token']:.3f}"]
+            for name in ("free", "constrained")
+        ]
+        title = f"The tuned model on the {held['rows']} rows whose answers have a schema"
+        print_table(title, ["", "JSON alone", "fields right", "all fields", "s a token"], rows)
     measures = [measure for measure in MEASURES if measure.name in OF_KINDS]
     by_kind = []
     for kind, entry in content["by_kind"].items():

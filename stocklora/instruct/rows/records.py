@@ -5,6 +5,7 @@ The forms that a row may have are in ``formats.py``. Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import unicodedata
@@ -17,7 +18,7 @@ from typing import Any
 from stocklora.cli.console import UserError, one_line, warn
 from stocklora.cli.settings import parse_json
 from stocklora.instruct.rows.formats import FORMS, Fault, Record, parse_row, row_of
-from stocklora.runtime.files import as_json_types, read_text, write_text
+from stocklora.runtime.files import as_json_types, read_chinese_text, write_text
 
 PARTS = ("train", "validation", "test")
 PART_NAMES = {
@@ -75,8 +76,10 @@ def read_with_faults(paths: Path | str | Sequence[Path | str]) -> tuple[list[Rec
 
 
 def _rows_of(path: Path) -> Iterator[tuple[int, Any, str]]:
-    """(row, content, what is wrong) of every row; a JSON list begins with [, JSON lines do not."""
-    text = read_text(path, f"no file {path}; make one with data/prepare_data.py or build_instruction_dataset.py")
+    """(row, content, what is wrong) of every row: of a JSON list, of one JSON object, or of JSON lines."""
+    text = read_chinese_text(
+        path, f"no file {path}; make one with data/prepare_data.py or build_instruction_dataset.py"
+    )
     if text.lstrip().startswith("["):
         try:
             rows = parse_json(text)
@@ -84,6 +87,10 @@ def _rows_of(path: Path) -> Iterator[tuple[int, Any, str]]:
             raise UserError(f"{path} is not valid JSON: {error}") from None
         yield from ((number, content, "") for number, content in enumerate(rows, start=1))
         return
+    if text.lstrip().startswith("{") and "\n" in text.strip():
+        with contextlib.suppress(ValueError, RecursionError):
+            yield 1, parse_json(text), ""  # one row, indented over several lines
+            return
     # Not splitlines: that also cuts at U+2028, which a JSON string may hold.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import heapq
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from stocklora.instruct.rows.records import PARTS, first_of, read_with_faults, s
 from stocklora.instruct.sft.settings import SftSettings
 from stocklora.runtime.files import sha256_of
 
+NOTHING_LEARNED = "without supervised token"
 Sequences = dict[tuple[Path, int], list[Encoded]]  # by file and row
 
 
@@ -66,6 +69,11 @@ def read_data(settings: SftSettings, tokenizer: Any) -> InstructionData:
         split["validation"], more = _checked(settings.validation_path, settings, tokenizer, skipped)
         sequences |= more
     parts = {name: _cut_rows(split[name], sequences, settings, skipped) for name in PARTS}
+    if not parts["train"] and (cut := skipped[NOTHING_LEARNED]):
+        raise UserError(
+            f"no row left to train on: --max_length {settings.max_length} cuts all {cut} of them before their answers "
+            f"begin; give a larger one (the longest row has {_longest(sequences):,} tokens), or shorter questions"
+        )
     if not parts["train"]:
         raise UserError(
             f"no row left to train on in {', '.join(map(str, settings.data_path))}: {len(records)} read, skipped: "
@@ -119,8 +127,12 @@ def _cut_rows(
                 rows.append(EncodedRow(record, cut))
                 continue
             # The prompt alone fills max_length.
-            skipped["without supervised token"] += 1
+            skipped[NOTHING_LEARNED] += 1
     return rows
+
+
+def _longest(sequences: Sequences) -> int:
+    return max(len(encoded.input_ids) for row in sequences.values() for encoded in row)
 
 
 def dataset_of(rows: Sequence[EncodedRow], max_length: int | None = None) -> Any:
@@ -148,17 +160,25 @@ def _packed(rows: Sequence[EncodedRow], max_length: int) -> list[list[EncodedRow
     find the sequences of the run it continues.
     """
     groups: list[list[EncodedRow]] = []
-    room: list[int] = []
+    # Rooms that sequences have left, in order, and for each the sequences, the earliest on top.
+    rooms: list[int] = []
+    places: dict[int, list[int]] = {}
     for row in sorted(rows, key=lambda row: -len(row.encoded.input_ids)):  # stable: rows of one length keep their order
         length = len(row.encoded.input_ids)
-        fits = [place for place, left in enumerate(room) if left >= length]
-        if fits:
-            place = min(fits, key=lambda place: room[place])
+        at = bisect.bisect_left(rooms, length)
+        if at < len(rooms):
+            left = rooms[at]
+            place = heapq.heappop(places[left])
+            if not places[left]:
+                del places[left], rooms[at]
             groups[place].append(row)
-            room[place] -= length
         else:
+            left, place = max_length, len(groups)
             groups.append([row])
-            room.append(max_length - length)
+        if left - length not in places:
+            bisect.insort(rooms, left - length)
+            places[left - length] = []
+        heapq.heappush(places[left - length], place)
     return groups
 
 

@@ -541,3 +541,72 @@ def test_mistakes_are_one_line(trained: Path, in_folder: Path, call_script: RunS
 def test_a_missing_library_is_asked_for_before_the_work() -> None:
     with pytest.raises(UserError, match="scoring needs no-such-thing; install: pip install no-such-thing"):
         check_installed({"json": "json", "no_such_module": "no-such-thing"}, "scoring")
+
+
+def test_a_row_too_long_costs_itself_alone(trained: Path, in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "利好"}]}
+        for text in ("央行降准", "长" * 3000, "美联储加息")
+    ]
+    data = write_jsonl(in_folder / "some.jsonl", rows)
+    path = evaluate(EvaluateSettings(model_path=trained, data=[data], max_new_tokens=4, resamples=100, device="cpu"))
+    assert json.loads(path.read_text(encoding="utf-8"))["data"]["rows"] == 2
+    assert [row["row"] for row in read_jsonl(path.with_name("evaluation_predictions.jsonl"))] == [1, 3]
+    said = capsys.readouterr().err
+    assert "1 row(s) do not fit the model (base) and are left out" in said
+    assert "some.jsonl, row 2: the prompt has" in said
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(
+    trained: Path, in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from stocklora.instruct.chat.model import ChatModel
+
+    settings = EvaluateSettings(
+        model_path=trained, max_new_tokens=4, batch_size=2, resamples=100, device="cpu", dtype="float32"
+    )
+    asked: list[int] = []
+    answers = ChatModel.answers
+
+    def stopping(self: ChatModel, conversations: Any, **options: Any) -> Any:
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(len(conversations))
+        return answers(self, conversations, **options)
+
+    monkeypatch.setattr(ChatModel, "answers", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(settings)
+    finished = sum(asked)
+    asked[:] = [0] * 4  # no stop any more
+    path = evaluate(settings)
+    rows = read_jsonl(path.with_name("evaluation_predictions.jsonl"))
+    assert sum(asked) == 2 * len(rows) - finished
+    assert f"{finished} of {len(rows)} answers of base were made by a run that was stopped" in capsys.readouterr().out
+    assert not list(trained.glob("*.partial*"))
+    asked[:] = [0] * 4
+    evaluate(settings)
+    again = read_jsonl(path.with_name("evaluation_predictions.jsonl"))
+    assert [[row[name]["answer"] for name in ("base", "tuned")] for row in rows] == [
+        [row[name]["answer"] for name in ("base", "tuned")] for row in again
+    ]
+
+
+def test_free_and_constrained_answers_stand_side_by_side(
+    tiny_model: Path, in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built = build_dataset(InstructionSettings(num_samples=100)).records
+    rows = [record for record in built if record.meta["kind"] in ("extraction", "risk")][:6]
+    assert {row.meta["kind"] for row in rows} == {"extraction", "risk"}
+    content = [{"messages": [vars(m) | {"calls": None, "call_id": None} for m in r.messages], **r.meta} for r in rows]
+    data = write_jsonl(in_folder / "rows.jsonl", content)
+    settings = EvaluateSettings(
+        model_path=tiny_model, data=[data], max_new_tokens=260, resamples=100, device="cpu", tuned_only=True,
+        constrained=True,
+    )  # fmt: skip
+    found = json.loads(evaluate(replace(settings, output_dir=in_folder / "out")).read_text(encoding="utf-8"))
+    held = found["constrained"]
+    assert held["rows"] == sum(row.meta["kind"] == "extraction" for row in rows)
+    assert held["free"]["json_valid"] == 0.0  # a random model
+    assert held["constrained"]["json_valid"] == 1.0
+    assert "rows whose answers have a schema" in capsys.readouterr().out

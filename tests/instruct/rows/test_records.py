@@ -266,3 +266,31 @@ def test_prepare_data_converts_and_splits(call_script: RunScript, tmp_path: Path
     missing = call_script("data/prepare_data.py", "--convert", "in.jsonl", cwd=tmp_path)
     assert missing.returncode == 2
     assert "--output" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "question"),
+    [
+        ('{"conversations": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]}', "问"),
+        ('{"messages": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]}', "问"),
+        ('{\n  "instruction": "判断情绪",\n  "input": "公司增长",\n  "output": "利好。"\n}\n', "判断情绪\n公司增长"),
+        ('{"instruction": "判断情绪", "input": "公司增长", "output": "利好"}'.encode("gbk"), "判断情绪\n公司增长"),
+    ],
+    ids=["messages' turns under conversations", "ShareGPT's turns under messages", "an indented object", "GBK"],
+)
+def test_what_is_unambiguous_is_read(content: str | bytes, question: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (record,) = read_records(path)
+    assert record.prompt[-1].content == question
+    assert record.row == 1
+
+
+def test_tools_of_a_row_are_checked(tmp_path: Path) -> None:
+    tool = {"name": "price", "parameters": {"type": "object"}}
+    row = {"instruction": "q", "output": "a"}
+    (record,) = read_records(write_lines(tmp_path / "a.jsonl", [{**row, "tools": json.dumps([tool])}]))
+    assert record.tools == [{"type": "function", "function": tool}]
+    for wrong in ("no JSON", [1], [{"type": "function", "function": {}}]):
+        _, (fault,) = read_with_faults(write_lines(tmp_path / "b.jsonl", [{**row, "tools": wrong}]))
+        assert fault.field.startswith("tools")

@@ -10,7 +10,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from source_tree import RunScript
 from stocklora.cli.console import UserError
 from stocklora.instruct.rows.chat_template import (
     IGNORED,
+    Encoded,
     encode,
     end_token_ids,
     fit_embeddings,
@@ -498,3 +499,31 @@ def test_a_tracker_that_is_not_installed_is_one_line(tune: Tune, monkeypatch: py
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
     with pytest.raises(UserError, match="--report_to wandb: it is not installed; pip install wandb"):
         tune(report_to="wandb")
+
+
+def test_packing_is_best_fit_decreasing() -> None:
+    """Against the plain search for the fullest sequence that still has room, which takes the square of the time."""
+    import random
+
+    from stocklora.instruct.sft.data import EncodedRow, _packed
+
+    draw = random.Random(0)
+    for most in (64, 1024):
+        lengths = [draw.randint(1, most) for _ in range(400)]
+        rows: Any = [EncodedRow(cast(Any, place), Encoded([1] * n, [1] * n, 0, 0)) for place, n in enumerate(lengths)]
+        expected: list[list[int]] = []
+        room: list[int] = []
+        for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+            fits = [group for group, left in enumerate(room) if left >= lengths[place]]
+            group = min(fits, key=lambda group: room[group], default=len(room))
+            if group == len(room):
+                expected.append([])
+                room.append(most)
+            expected[group].append(place)
+            room[group] -= lengths[place]
+        assert [[row.record for row in group] for group in _packed(rows, most)] == expected
+
+
+def test_a_length_that_cuts_every_answer_is_told_as_the_cause(tune: Tune) -> None:
+    with pytest.raises(UserError, match=r"--max_length 4 cuts all .* give a larger one \(the longest row has"):
+        tune(max_length=4, preflight_only=True)
