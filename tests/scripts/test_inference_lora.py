@@ -339,7 +339,7 @@ def test_a_row_says_what_of_it_was_left_out_and_keeps_odd_text(adapters, in_fold
         ("a.jsonl", '{"prompt": "x"}\n{"prompt"\n', "row 2: not valid JSON"),
         ("a.jsonl", '{"messages": [{"role": "robot", "content": "x"}]}\n', "messages"),
         ("a.jsonl", '{"id": 1, "prompt": "x"}\n{"id": 1, "prompt": "y"}\n', "'1' stands there twice"),
-        ("a.json", '{"prompt": "x"}', "must hold a list"),
+        ("a.json", '"x"', "must hold a list"),
         ("a.txt", "\n\n", "has no prompts"),
     ],
 )

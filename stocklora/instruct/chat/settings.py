@@ -126,10 +126,9 @@ class InferenceSettings(AnswerSettings, LoadSettings):
                 raise UserError(f"--{name} is for --{mode}; give that too, or leave it out")
         if self.json_schema is not None and self.serve:
             raise UserError("--json_schema: a request to the server brings its own, as response_format; leave it out")
-        if self.merge is not None:
-            unused = ("system", "json_schema", *AnswerSettings.__dataclass_fields__)
-            if found := [name for name in unused if getattr(self, name) != defaults[name].default]:
-                raise UserError(f"--{found[0]} is for answers, and --merge gives none; leave it out")
+        unused = [name for name in ("system", "json_schema") if getattr(self, name) is not None]
+        if self.merge is not None and unused:
+            raise UserError(f"--{unused[0]} is for answers, and --merge gives none; leave it out")
         check_range(self, batch_size=(1, None), port=(0, 65535))
         if self.merge is not None and self.quantization != "none":
             raise UserError(

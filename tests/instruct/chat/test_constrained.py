@@ -164,3 +164,45 @@ def test_a_template_tells_how_it_writes_calls(chat_model: ChatModel, tiny_model:
         tokenizer.chat_template = head + "{{ m.content }}" + calls + tail
         found = call_format(tokenizer)
         assert (found.before, found.after, found.arguments_key) == (before, after, key)
+
+
+def test_text_stays_free_until_it_begins_a_call_and_then_the_call_is_held(tiny_model: Path) -> None:
+    import torch
+
+    from stocklora.instruct.chat.constrained import FormProcessor
+    from stocklora.instruct.chat.tool_calls import calls_in, form_of_calls
+    from stocklora.instruct.rows.chat_template import prepare_tokenizer
+
+    tokenizer = prepare_tokenizer(tiny_model)
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}<tool_call>\n"
+        '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}'
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    parameters = {
+        "type": "object", "properties": {"n": {"enum": [7, 8]}}, "required": ["n"], "additionalProperties": False,
+    }  # fmt: skip
+    tools = [{"type": "function", "function": {"name": "price", "parameters": parameters}}]
+    form = form_of_calls(tokenizer, tools, None, free=True)
+    assert form is not None
+    rows = len(tokenizer)
+    holder = FormProcessor([form], tokenizer, rows=rows, prompt=0, room=200, draws=True)
+    draw = torch.Generator().manual_seed(0)
+    said = tokenizer("好，查一下：<tool_call>", add_special_tokens=False)["input_ids"]
+    ids = torch.empty((1, 0), dtype=torch.long)
+    ends: set[int] = set(holder.rows[0].tokens.ends)
+    while ids.shape[1] < 200 and not (ids.shape[1] and int(ids[0, -1]) in ends):
+        scores = torch.rand((1, rows), generator=draw)
+        held = holder(ids, scores)
+        place = ids.shape[1]
+        if place < len(said):
+            assert torch.equal(held, scores)  # free so far
+            token = said[place]
+        else:
+            token = int(held[0].argmax())
+        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+    text, (call,) = calls_in(tokenizer.decode(ids[0], skip_special_tokens=True), tokenizer, tools)
+    assert text == "好，查一下："
+    assert call["function"]["name"] == "price"
+    assert json.loads(call["function"]["arguments"])["n"] in (7, 8)
