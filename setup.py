@@ -19,6 +19,7 @@ SCRIPTS = [
     "framework_llm",
     "merge_lora",
     "backtest",
+    "ledger",
     "fine_tune_qwen",
     "inference_lora",
     "quick_start",

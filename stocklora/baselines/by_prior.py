@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ from stocklora.cli.console import UserError, say
 from stocklora.dataset.prepare import with_a_day_to_learn_from
 from stocklora.forecaster.explain import explain, say_more
 from stocklora.forecaster.predictions import prediction_rows, print_forecast, write_predictions
+from stocklora.ledger.record import Maker, record_forecast
 from stocklora.metrics.scores import QUANTILE_LEVELS
 from stocklora.prices.tables import log_returns_ahead
+from stocklora.runtime.files import sha256_of
 from stocklora.volatility.market import Markets
-from stocklora.volatility.prior import LEAST_ROWS, WARM_UP_DAYS, MarketPrior, prior_named
+from stocklora.volatility.prior import BUILTIN, LEAST_ROWS, WARM_UP_DAYS, MarketPrior, prior_named
 from stocklora.volatility.random_walk import QuantileBaseline, fit_baselines
 from stocklora.volatility.scales import VolatilityScale
 
@@ -36,6 +39,9 @@ def forecast_and_save(prices: Mapping[str, pd.DataFrame], settings: FrameworkSet
     say(f"forecast by the market prior ({prior}), moved by {sum(map(len, prices.values())):,} days of the file")
     print_forecast(rows)
     say(f"saved: {settings.output}")
+    file = BUILTIN if settings.prior == "builtin" else Path(settings.prior)
+    maker = Maker("market prior", sha256_of(file), prior.made_from["last_day"])
+    record_forecast(settings.ledger, rows, prices, maker)
     say_more(rows, settings, lambda: explain(rows, prices, scale_of(moved), markets))
 
 

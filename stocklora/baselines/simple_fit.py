@@ -32,8 +32,9 @@ from stocklora.dataset.prepare import ForecastData, data_facts, prepare, with_a_
 from stocklora.dataset.windows import SPLITS
 from stocklora.forecaster.explain import say_more
 from stocklora.forecaster.predictions import prediction_rows, print_forecast, write_predictions
+from stocklora.ledger.record import Maker, record_forecast
 from stocklora.metrics.scores import Scores, print_scores
-from stocklora.runtime.files import as_json_types
+from stocklora.runtime.files import as_json_types, sha256_of
 from stocklora.runtime.machine import choose_device, peak_memory_mb, versions
 
 
@@ -88,6 +89,8 @@ def forecast_and_save(prices: Mapping[str, pd.DataFrame], settings: FrameworkSet
     say(f"peak memory: {peak_memory_mb(device.type):,.0f} MB ({device.type})")
     print_forecast(rows)
     say(f"saved: {settings.output}")
+    maker = Maker(f"simple network {settings.model_path}", sha256_of(settings.model_path))
+    record_forecast(settings.ledger, rows, prices, maker)
     say_more(rows, settings, None)
 
 

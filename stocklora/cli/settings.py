@@ -46,14 +46,19 @@ def setting(
     nargs: str | None = None,
     metavar: str | None = None,
     flags: Sequence[str] = (),
+    off: str | None = None,
+    positional: bool = False,
 ) -> Any:
     """A dataclass field that also describes its flag. A mutable default is copied for each instance.
 
     Args:
         flags: spellings in place of ``--name``, the first of them being the one that help shows.
+        off: a flag without a value that sets the field to None, which its type must allow.
+        positional: given by its place, without a flag; it may be left out.
     """
     metadata = {
-        "help": help, "choices": choices, "section": section, "nargs": nargs, "metavar": metavar, "flags": tuple(flags)
+        "help": help, "choices": choices, "section": section, "nargs": "?" if positional else nargs,
+        "metavar": metavar, "flags": tuple(flags), "off": off, "positional": positional,
     }  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -134,7 +139,14 @@ def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> None:
             options["choices"] = info["choices"]
             options["nargs"] = info["nargs"]
             options["metavar"] = info["metavar"] or (None if info["choices"] else field.name.upper())
-        groups[info["section"]].add_argument(*(info["flags"] or (f"--{field.name}",)), dest=field.name, **options)
+        group = groups[info["section"]]
+        if info["positional"]:
+            group.add_argument(field.name, **options)
+            continue
+        group.add_argument(*(info["flags"] or (f"--{field.name}",)), dest=field.name, **options)
+        if info["off"]:
+            off = {"action": "store_const", "const": None, "default": argparse.SUPPRESS}
+            group.add_argument(info["off"], dest=field.name, help=f"not this: no --{field.name}", **off)
 
 
 def resolve_settings(arguments: argparse.Namespace, settings_class: type[S]) -> S:
@@ -228,7 +240,7 @@ def coerced(value: Any, settings_class: type, field: dataclasses.Field[Any], sou
     Raises:
         UserError: a value of another type or outside the choices, or an empty list where the flag wants a value.
     """
-    if value is None and default_of(field) is None:
+    if value is None and (default_of(field) is None or field.metadata["off"]):
         return None
     kind = element_type(settings_class, field)
     if field.metadata["nargs"] not in {"+", "*"}:

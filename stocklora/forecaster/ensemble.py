@@ -17,6 +17,7 @@ members that began elsewhere are refused, since between them lies nothing that w
 from __future__ import annotations
 
 import gc
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from stocklora.cli.console import UserError
 from stocklora.forecaster.forecaster import Forecaster, assemble, with_enough_days
 from stocklora.forecaster.weights import ForecasterSpec, WeightsFile, load_weights, other_setting
 from stocklora.metrics.scores import INTERVAL_COLUMNS
+from stocklora.runtime.files import sha256_of_all
 
 T = TypeVar("T")
 SAME_START = ("levels", "table", "location", "scale")
@@ -100,6 +102,7 @@ class Ensemble:
             parts = [f"{share:g} {path}" for path, share in zip(self.files, shares, strict=True)]
             self.members = [(Path(" + ".join(parts)), members[0][1])]
         self.how, self.keep = how, keep
+        self.digests: dict[Path, str] = {}
         self.device, self.dtype, self.trust_remote_code = device, dtype, trust_remote_code
         self.weights = [self._read(index) for index in range(len(self.members))]
         check_agreement([path for path, _ in self.members], self.weights)
@@ -146,10 +149,24 @@ class Ensemble:
             )
         return self._loaded[index]
 
+    @property
+    def sha256(self) -> str:
+        """Of the weights that forecast, as they were when they were read; of several also of how they are combined."""
+        digests = [self.digests[path] for path in self.files]
+        if len(digests) == 1:
+            return digests[0]
+        combined = [self.how] if self.shares is None else [repr(share) for share in self.shares]
+        return hashlib.sha256(" ".join([*digests, *combined]).encode()).hexdigest()
+
     def _read(self, index: int) -> WeightsFile:
         if self.shares is None:
-            return load_weights(self.files[index])
-        return average([load_weights(path) for path in self.files], self.shares, self.files)
+            return self._read_file(self.files[index])
+        return average([self._read_file(path) for path in self.files], self.shares, self.files)
+
+    def _read_file(self, path: Path) -> WeightsFile:
+        content = load_weights(path)
+        self.digests[path] = sha256_of_all(path)
+        return content
 
 
 def combine_rows(members: Sequence[list[dict[str, Any]]], how: str) -> list[dict[str, Any]]:

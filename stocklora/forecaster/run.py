@@ -12,6 +12,7 @@ from stocklora.forecaster.explain import explain, say_more
 from stocklora.forecaster.live import Prices, price_feed, watch
 from stocklora.forecaster.predictions import print_forecast, write_predictions
 from stocklora.forecaster.settings import ForecastSettings
+from stocklora.ledger.record import Maker, record_forecast
 from stocklora.runtime.machine import choose_device, choose_dtype, peak_memory_mb
 from stocklora.volatility.scales import VolatilityScale
 
@@ -51,6 +52,7 @@ def forecast_prices(settings: ForecastSettings) -> int:
             say(f"\n{news}")
         print_forecast(rows)
         say(f"saved: {settings.output}")
+        record_forecast(settings.ledger, rows, {**prices, **feed.market_only}, maker_of(ensemble))
         if settings.plot is not None:
             plot_each_ticker(settings.plot, prices, rows)
         say_more(rows, settings, lambda: explain_by_ensemble(ensemble, rows, {**prices, **feed.market_only}))
@@ -59,6 +61,16 @@ def forecast_prices(settings: ForecastSettings) -> int:
     if settings.watch is None:
         return feed.exit_code()
     return watch(feed, prices, settings.watch, forecast)
+
+
+def maker_of(ensemble: Ensemble) -> Maker:
+    """What the ledger is told of who forecasts: the files, the hash of what was read from them, and their prior."""
+    names = " and ".join(
+        f"{content.spec.base_model['name']} with {path}"
+        for (path, _), content in zip(ensemble.members, ensemble.weights, strict=True)
+    )
+    days = [content.training["prior"]["last_day"] for content in ensemble.weights if content.training.get("prior")]
+    return Maker(names, ensemble.sha256, max(days, default=None))
 
 
 def explain_by_ensemble(ensemble: Ensemble, rows: list[dict[str, Any]], prices: Prices) -> list[dict[str, Any]]:

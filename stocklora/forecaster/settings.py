@@ -27,6 +27,10 @@ class MoreOutputs:
         metavar="N",
     )  # fmt: skip
     paths_output: Path = setting(Path("paths.csv"), "with --paths: where they go", section="more", metavar="CSV")
+    ledger: Path | None = setting(
+        Path("forecasts.db"), "append the forecast to this record, which ledger.py scores when the closes have come",
+        section="more", metavar="FILE", off="--no-ledger",
+    )  # fmt: skip
     above: float | None = setting(
         None, "say how probable closes above this price are (of one ticker)", section="more", metavar="PRICE"
     )

@@ -231,6 +231,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def sha256_of_all(path: Path) -> str:
+    """Of a file's bytes; of a folder, of the names and bytes of all files in it."""
+    if not path.is_dir():
+        return sha256_of(path)
+    digest = hashlib.sha256()
+    for file in sorted(inside for inside in path.rglob("*") if inside.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\n{sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
 def load_plain(path: Path, kind: str, newest: int, maker: str, advice: str = "") -> dict[str, Any]:
     """What ``torch.save`` wrote of tensors and plain values; code in it is never run.
 

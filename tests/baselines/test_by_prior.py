@@ -53,7 +53,7 @@ def test_the_documented_command(sample_csv: Path, call_script: RunScript, tmp_pa
     assert (result.returncode, result.stderr) == (0, "")
     assert f"forecast by the market prior ({load_prior()}), moved by" in result.stdout
     assert "saved: predictions.csv" in result.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["predictions.csv"]
+    assert {path.name for path in tmp_path.iterdir()} == {"predictions.csv", "forecasts.db"}
     table = predictions(tmp_path)
     assert list(table) == list(PREDICTION_COLUMNS)
     ((ticker, frame),) = read_prices(sample_csv).items()
