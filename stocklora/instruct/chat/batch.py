@@ -114,7 +114,8 @@ def run_batch(
         try:
             tokenizer, question = model.tokenizer(adapter), questions[prompt.key]
             _, _, room = model.fitted(question, tokenizer, sampling.max_new_tokens)
-            model.check_form(question, tokenizer, room)
+            if question.form is not None:
+                model.check_form(question.form, tokenizer, room)
         except UserError as error:
             raise UserError(f"{source}, row {prompt.row}: {error}") from None
     if len(todo) < len(prompts):

@@ -286,10 +286,9 @@ class ChatModel:
         rows = int(self.model.get_output_embeddings().weight.shape[0])
         return FormProcessor(forms, tokenizer, rows=rows, prompt=prompt, room=room, draws=draws)
 
-    def check_form(self, asked: Asked, tokenizer: Any, room: int) -> None:
-        """Raise a ``FormError`` where the form of the answer cannot be held in ``room`` tokens."""
-        if (form := question_of(asked).form) is not None:
-            self._holder([form], tokenizer, 0, room, False)
+    def check_form(self, form: AnswerForm, tokenizer: Any, room: int) -> None:
+        """Raise a ``FormError`` where no answer of that form is as short as ``room`` tokens."""
+        self._holder([form], tokenizer, 0, room, False)
 
     def fitted(
         self, asked: Asked, tokenizer: Any, max_new_tokens: int, cut_history: bool = True

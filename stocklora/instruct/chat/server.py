@@ -330,7 +330,8 @@ def _prompt_tokens(model: ChatModel, question: Question, name: str, sampling: Sa
     try:
         tokenizer = model.tokenizer(name)
         ids, _, room = model.fitted(question, tokenizer, sampling.max_new_tokens, cut_history=False)
-        model.check_form(question, tokenizer, room)
+        if question.form is not None:
+            model.check_form(question.form, tokenizer, room)
     except ContextError as error:
         raise APIError(str(error), param="messages", code="context_length_exceeded") from None
     except UserError as error:

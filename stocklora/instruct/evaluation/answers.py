@@ -96,7 +96,8 @@ def _that_fit(
     for index, question in enumerate(questions):
         try:
             _, _, room = model.fitted(question, tokenizer, sampling.max_new_tokens)
-            model.check_form(question, tokenizer, room)
+            if question.form is not None:
+                model.check_form(question.form, tokenizer, room)
             fits.append(index)
         except ContextError as error:
             too_long.append((index, error))
