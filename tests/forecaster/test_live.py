@@ -36,6 +36,7 @@ from stocklora.forecaster.live import (
     watch,
 )
 from stocklora.forecaster.settings import ForecastSettings
+from stocklora.ledger.chain import read_entries
 from stocklora.prices.calendar import is_complete, sessions_between
 from stocklora.prices.sources.request import DownloadSettings
 from stocklora.prices.tables import read_prices, write_prices
@@ -486,7 +487,9 @@ def test_watching_a_ticker_from_start_to_ctrl_c(server: YahooServer, tmp_path: P
     assert text.count("warning:") == 1
     assert text.count("80% from") == 3
     assert text.count("trainable parameters") == 1  # the model was loaded once
-    assert {path.name for path in work.iterdir()} == {"predictions.csv"}
+    assert {path.name for path in work.iterdir()} == {"predictions.csv", "forecasts.db"}
+    recorded = [entry.content["origin"] for entry in read_entries(work / "forecasts.db")]
+    assert recorded == [f"{day:%Y-%m-%d}" for day in days[-3:]]  # the ledger fills by itself
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C cannot be sent to one process there")
