@@ -130,8 +130,7 @@ class LoRALayer(nn.Module):
 
     def shapes(self, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
         """The shapes of the parts that an adapter has here."""
-        out_features, in_features = self.features
-        return {"lora_A": (config.rank, in_features), "lora_B": (out_features, config.rank)}
+        return {"lora_A": (config.rank, self.in_features), "lora_B": (self.out_features, config.rank)}
 
     def add_adapter(self, name: str, config: LoRAConfig, initialize: bool = True) -> None:
         """Put a fresh adapter beside the base; all zero where its weights are about to be loaded."""
@@ -307,8 +306,8 @@ def attach(model: nn.Module, names: list[str], config: LoRAConfig, adapter: str,
     for name, layer in {name: config.layer(model.get_submodule(name), name) for name in names}.items():
         model.set_submodule(name, layer)
         layer.add_adapter(adapter, config, initialize)
+    model.requires_grad_(False)  # a head of yours can be turned on again afterwards
     set_adapter(model, adapter)
-    only_lora_trainable(model)
 
 
 def refuse(model: nn.Module, action: str, *states: str) -> None:
@@ -317,13 +316,6 @@ def refuse(model: nn.Module, action: str, *states: str) -> None:
     for state in states:
         if any(getattr(layer, state) for layer in lora_layers(model).values()):
             raise LoRAError(f"cannot {action} {ways_out[state]}")
-
-
-def only_lora_trainable(model: nn.Module) -> None:
-    """Freeze every parameter but the active adapter's. A head of yours can be turned on again afterwards."""
-    model.requires_grad_(False)
-    for layer in adapter_layers(model).values():
-        layer.set_trainable(layer.active, True)
 
 
 def set_adapter(model: nn.Module, adapter: str) -> None:
