@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 # Workers share the cores: one thread each beats all of them fighting. Set before torch is imported.
@@ -22,7 +24,7 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from script_calls import call_in_process
 from source_tree import REPO_ROOT, RunScript
-from tiny_models import make_tiny_models
+from tiny_models import MODELS, make_tiny_models
 from yahoo_server import YahooServer
 
 # Machines differ in speed and share their cores; wall-clock deadlines would only make tests flaky.
@@ -104,6 +106,22 @@ def call_script() -> RunScript:
 
 
 @pytest.fixture(scope="session")
+def nursery() -> ForkServerContext:
+    """Processes born with everything imported and nothing computed yet: ``nursery.Process(target=..., args=...)``.
+
+    A run by ``finetune`` imports these, some of them late; in a process without them that takes longer than the run.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "stocklora.finetune.fit", "stocklora.metrics.significance", "stocklora.plots.forecasts", "accelerate",
+            "exchange_calendars", "transformers.optimization", "transformers.models.qwen3.modeling_qwen3",
+        ]
+    )  # fmt: skip
+    return context
+
+
+@pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder for the whole run, the same in every xdist worker; made anew for each run."""
     base = tmp_path_factory.getbasetemp()
@@ -116,14 +134,15 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_models(shared_folder: Path) -> dict[str, Path]:
     """Folders of tiny random models by family (``qwen3``, ``llama``, ``gpt2``), each with a real tokenizer.
 
-    Weights come from a fixed seed. The first worker that needs them makes them, the others wait.
+    ``shallow_qwen3`` and ``shallow_gpt2`` have one layer in place of two. Weights come from a fixed seed. The first
+    worker that needs them makes them, the others wait.
     """
     root = shared_folder / "tiny_models"
     with FileLock(str(root) + ".lock"):
         if not (root / "complete").exists():
             make_tiny_models(root)
             (root / "complete").touch()
-    return {name: root / name for name in ("qwen3", "llama", "gpt2")}
+    return {name: root / name for name in MODELS}
 
 
 @pytest.fixture(scope="session")

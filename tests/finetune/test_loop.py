@@ -28,17 +28,40 @@ from stocklora.runtime.machine import choose_device
 LEVELS = np.array(QUANTILE_LEVELS)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def prices():
     return {"AAA": random_prices(220, 1), "BBB": random_prices(180, 2, "2020-02-03")}
 
 
+def settings_of(model, folder):
+    return TrainLoraSettings(
+        model_path=model, epochs=2, batch_size=2, targets_per_sequence=20, dtype="float32", device="cpu",
+        learning_rate=1e-3, head_learning_rate=1e-2, save_dir=folder,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def settings(tiny_model, tmp_path):
-    return TrainLoraSettings(
-        model_path=tiny_model, epochs=2, batch_size=2, targets_per_sequence=20, dtype="float32", device="cpu",
-        learning_rate=1e-3, head_learning_rate=1e-2, save_dir=tmp_path / "checkpoints",
-    )  # fmt: skip
+    return settings_of(tiny_model, tmp_path / "checkpoints")
+
+
+@pytest.fixture(scope="module")
+def plain(prices, tiny_model, tmp_path_factory):
+    """A run of ``settings``, not to be changed."""
+    return finetune(prices, settings_of(tiny_model, tmp_path_factory.mktemp("plain")))
+
+
+TREND = {
+    "epochs": 5, "horizon": 1, "batch_size": 1, "learning_rate": 4e-3, "head_learning_rate": 1e-3,
+    "targets_per_sequence": 40, "scale": "ewma",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def learned(tiny_model, tmp_path_factory):
+    """A run that found a planted trend, not to be changed."""
+    settings = settings_of(tiny_model, tmp_path_factory.mktemp("learned"))
+    return finetune({"X": planted_trend(600)}, changed(settings, **TREND))
 
 
 def unsettled(run):
@@ -75,12 +98,10 @@ def test_a_model_that_only_gets_worse_ends_as_the_random_walk(prices, settings):
     assert run.outcome.best_epoch == 0
 
 
-def test_it_learns_when_there_is_something_to_learn(settings):
-    changes = {"epochs": 6, "horizon": 1, "batch_size": 1, "learning_rate": 2e-3, "head_learning_rate": 3e-4}
-    run = finetune({"X": planted_trend(1500)}, changed(settings, targets_per_sequence=40, scale="ewma", **changes))
-    assert run.outcome.best_ratio < 0.92
-    assert run.test_scores["model"].pinball_bp < 0.92 * run.test_scores["ewma"].pinball_bp
-    assert run.test_scores["model"].mae < 0.98 * run.test_scores["naive"].mae
+def test_it_learns_when_there_is_something_to_learn(learned):
+    assert learned.outcome.best_ratio < 0.92
+    assert learned.test_scores["model"].pinball_bp < 0.92 * learned.test_scores["ewma"].pinball_bp
+    assert learned.test_scores["model"].mae < 0.98 * learned.test_scores["naive"].mae
 
 
 def gradients(run, examples, cut):
@@ -124,8 +145,8 @@ def test_packed_forecasts_are_those_of_one_window_a_pass_when_they_see_the_same_
     assert np.ptp(one[:, 0, 4] / one[:, 0, 8]) > 0.01  # and the forecasts do differ from day to day
 
 
-def test_the_same_seed_gives_the_same_weights(prices, settings, tmp_path):
-    runs = [finetune(prices, changed(settings, save_dir=tmp_path / name)) for name in ("a", "b")]
+def test_the_same_seed_gives_the_same_weights(prices, settings, plain, tmp_path):
+    runs = [plain, finetune(prices, settings)]
     first, second = (load_weights(run.weights_path) for run in runs)
     assert all(torch.equal(first.adapters[name], second.adapters[name]) for name in first.adapters)
     assert all(torch.equal(first.head[name], second.head[name]) for name in first.head)
@@ -144,8 +165,8 @@ def test_saved_weights_forecast_the_same_in_a_new_forecaster(prices, settings, c
     assert content.training["test_scores"]["model"]["pinball_bp"] == run.test_scores["model"].pinball_bp
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(prices, settings):
-    plain, checkpointed = (finetune(prices, changed(settings, gradient_checkpointing=flag)) for flag in (False, True))
+def test_gradient_checkpointing_changes_nothing_but_memory(prices, settings, plain):
+    checkpointed = finetune(prices, changed(settings, gradient_checkpointing=True))
     assert checkpointed.forecaster.model.backbone.is_gradient_checkpointing
     assert not plain.forecaster.model.backbone.is_gradient_checkpointing
     for one, other in zip(plain.outcome.history[1:], checkpointed.outcome.history[1:], strict=True):
@@ -216,25 +237,15 @@ def test_a_model_that_learned_nothing_scores_exactly_as_its_start(prices, settin
     assert model.mae == pytest.approx(start.mae, rel=1e-4)
 
 
-def test_a_gain_that_may_be_chance_is_not_kept(settings, tmp_path):
-    changes = {"epochs": 2, "horizon": 1, "batch_size": 1, "learning_rate": 2e-3, "head_learning_rate": 3e-4}
-    prices = {"X": planted_trend(1500)}
-    kept, left = (
-        finetune(
-            prices,
-            changed(
-                settings, targets_per_sequence=40, scale="ewma", required_gain=required,
-                save_dir=tmp_path / str(required), **changes,
-            ),
-        )
-        for required in (0.0, 50.0)
-    )  # fmt: skip
-    assert kept.outcome.best_epoch > 0
-    assert_holds_the_best_epoch(kept, prices)
-    assert kept.outcome.unproven_epoch is None
+def test_a_gain_that_may_be_chance_is_not_kept(settings, learned):
+    prices = {"X": planted_trend(600)}
+    left = finetune(prices, changed(settings, required_gain=50.0, **TREND))
+    assert learned.outcome.best_epoch > 0
+    assert_holds_the_best_epoch(learned, prices)
+    assert learned.outcome.unproven_epoch is None
     assert left.outcome.best_epoch == 0
-    assert left.outcome.unproven_epoch == kept.outcome.best_epoch
-    assert 0.0 < left.outcome.gain_in_errors == kept.outcome.gain_in_errors < 50.0
+    assert left.outcome.unproven_epoch == learned.outcome.best_epoch
+    assert 0.0 < left.outcome.gain_in_errors == learned.outcome.gain_in_errors < 50.0
     assert_holds_the_best_epoch(left, prices)
     assert "unproven_epoch" in load_weights(left.weights_path).training
 
@@ -261,15 +272,15 @@ def test_early_stopping_waits_for_its_patience(prices, settings):
     assert run.outcome.history[-1]["epoch"] == run.outcome.best_epoch + 2
 
 
-def test_history_and_curve_are_written(prices, settings):
-    run = finetune(prices, settings)
-    history = pd.read_csv(settings.save_dir / "training_history.csv")
+def test_history_and_curve_are_written(plain):
+    folder = plain.weights_path.parent
+    history = pd.read_csv(folder / "training_history.csv")
     assert history["epoch"].tolist() == [0, 1, 2]
     assert history["validation_ratio"][0] == 1.0
     assert history["train_loss"][1:].notna().all()
-    assert (settings.save_dir / "training_curve.png").read_bytes()[:4] == b"\x89PNG"
-    assert not [path for path in settings.save_dir.iterdir() if path.name.startswith(".")]
-    assert run.outcome.steps == 2 * -(-len(run.data.sequences("train", 20)) // 2)
+    assert (folder / "training_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert plain.outcome.steps == 2 * -(-len(plain.data.sequences("train", 20)) // 2)
 
 
 def test_changing_future_prices_moves_no_earlier_forecast_bit_for_bit(prices, settings):

@@ -121,7 +121,7 @@ def _peak_mb(settings: TrainLoraSettings, dtype: torch.dtype, queue: Any) -> Non
         return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 / 1e6
 
     torch.set_num_threads(1)
-    table = {"A": random_prices(320, 1)}
+    table = {"A": random_prices(160, 1)}  # two training sequences
     data = prepare(table, 30, 3)
     fields = {} if settings.method in ("full", "head") else {**LORA, "rank": 8, "dora": settings.use_dora}
     spec = dataclasses.replace(
@@ -142,7 +142,7 @@ def _peak_mb(settings: TrainLoraSettings, dtype: torch.dtype, queue: Any) -> Non
     standardize_head(forecaster.model, examples, CPU, frozen)
     optimization = Optimization(forecaster.model, examples, data.levels, settings, Alone(CPU), frozen)
     copies = [optimization.trained()]
-    list(optimization.epoch(1))
+    assert len(list(optimization.epoch(1))) == 2  # the second finds the optimizer's moments there
     copies.append(optimization.trained())
     predict(forecaster.model, examples, CPU, states=frozen)
     shape = shape_of(settings)
@@ -172,8 +172,8 @@ def middling_model(tmp_path_factory) -> Path:
     [
         ({}, torch.float32),
         ({"method": "full"}, torch.bfloat16),
-        ({"gradient_checkpointing": True}, torch.bfloat16),
-        ({"quantization": "4bit"}, torch.bfloat16),
+        ({"gradient_checkpointing": True}, torch.float32),  # bfloat16 takes half a minute on many processors
+        ({"quantization": "4bit"}, torch.float32),
         ({"method": "peft", "use_dora": True}, torch.float32),
     ],
     ids=str,
@@ -182,11 +182,11 @@ def test_the_plan_is_within_a_factor_of_what_is_measured(tiny_model, middling_mo
     context = multiprocessing.get_context("fork")
     measured = []
     for model in (tiny_model, middling_model):
-        settings = TrainLoraSettings(model_path=model, batch_size=2, epochs=1, **flags)
+        settings = TrainLoraSettings(model_path=model, batch_size=1, epochs=1, **flags)
         queue = context.Queue()
         process = context.Process(target=_peak_mb, args=(settings, dtype, queue))
         process.start()
-        measured.append(queue.get(timeout=120))
+        measured.append(queue.get(timeout=60))
         process.join()
     (program_mb, _), (peak_mb, planned_mb) = measured
     grown_mb = peak_mb - program_mb  # what the larger model took more

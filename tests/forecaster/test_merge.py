@@ -210,9 +210,9 @@ def test_mistakes_are_one_line_and_leave_nothing(tiny_models, tmp_path, monkeypa
     assert {path.name for path in tmp_path.iterdir()} == {"w.pth", "h.pth", "f.pth", "inf.pth", "taken"}
 
 
-def test_the_script_from_weights_to_forecast(run_script, tiny_model, table, tmp_path, monkeypatch, capsys) -> None:
+def test_the_script_from_weights_to_forecast(call_script, tiny_model, table, tmp_path, monkeypatch, capsys) -> None:
     saved(tmp_path / "w.pth", tiny_model, "peft", "4bit")
-    result = run_script(
+    result = call_script(
         "merge_lora.py", "--lora_weights", "w.pth", "--model_path", tiny_model, "--output", "merged", "--export_peft",
         "adapter", "--verify", "--data", table, "--device", "cpu", cwd=tmp_path,
     )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import pickle
 import re
@@ -49,21 +48,6 @@ def changed(settings: TrainLoraSettings, **changes: Any) -> TrainLoraSettings:
 
 
 # ------------------------------------------------------------------------------------------ two processes, here
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Any:
-    """Processes born with everything imported and nothing computed yet."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "stocklora.finetune.fit",
-            "accelerate",
-            "transformers.models.qwen3.modeling_qwen3",
-            "stocklora.plots.forecasts",
-        ]
-    )
-    return context
 
 
 def free_port() -> int:

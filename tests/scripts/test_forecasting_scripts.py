@@ -27,9 +27,7 @@ META = {"source": "test", "adjust": "all", "interval": "1d"}
 def trained(tmp_path_factory, run_script: RunScript, tiny_model: Path, sample_csv: Path) -> tuple[Path, str]:
     """A folder with a short run's checkpoints, and what the run printed."""
     folder = tmp_path_factory.mktemp("trained")
-    result = run_script(
-        "train_lora.py", "--data", sample_csv, "--model_path", tiny_model, "--epochs", 2, "--batch_size", 1, cwd=folder
-    )
+    result = run_script("train_lora.py", "--data", sample_csv, "--model_path", tiny_model, "--epochs", 1, cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
@@ -67,9 +65,9 @@ def test_weights_load_as_plain_data_and_hold_the_metadata(trained, tiny_model):
     assert "torch" in training["versions"]
 
 
-def test_the_forecast_is_three_real_sessions_with_ordered_quantiles(trained, run_script, tiny_model, sample_csv):
+def test_the_forecast_is_three_real_sessions_with_ordered_quantiles(trained, call_script, tiny_model, sample_csv):
     folder, _ = trained
-    result = run_script(
+    result = call_script(
         "framework_llm.py", "--test_csv", sample_csv, "--model_path", tiny_model, "--plot", "chart.png", cwd=folder
     )
     assert result.returncode == 0, result.stderr
@@ -287,8 +285,8 @@ def test_mistakes_in_forecasting_are_one_line(trained, call_script, tiny_models,
     assert {path.name for path in tmp_path.iterdir()} == {"short.csv", "short.csv.meta.json"}
 
 
-def test_quick_start_tells_the_whole_story(run_script, tiny_model, tmp_path):
-    result = run_script("quick_start.py", "--model_path", tiny_model, "--epochs", 1, cwd=tmp_path)
+def test_quick_start_tells_the_whole_story(call_script, tiny_model, tmp_path):
+    result = call_script("quick_start.py", "--model_path", tiny_model, "--epochs", 1, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for step in range(1, 6):
         assert f"[{step}/5]" in result.stdout

@@ -9,9 +9,9 @@ from source_tree import RunScript
 
 
 def test_the_assistants_demo_ends_with_scores_and_pictures(
-    tiny_model: Path, run_script: RunScript, tmp_path: Path
+    tiny_model: Path, call_script: RunScript, tmp_path: Path
 ) -> None:
-    result = run_script(
+    result = call_script(
         "quick_start.py", "--track", "instruct", "--fast", "--model_path", str(tiny_model), cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr

@@ -37,7 +37,7 @@ python framework_llm.py --test_csv sample_test.csv --model_path ./Qwen3-0.6B --l
 
 
 @pytest.fixture(scope="module")
-def user(tmp_path_factory, run_script: RunScript, tiny_models):
+def user(tmp_path_factory, run_script: RunScript, call_script: RunScript, tiny_models):
     """A user's folder, Yahoo and a hub; calls run documented lines in it and return what was printed."""
     folder = tmp_path_factory.mktemp("user")
     yahoo = YahooServer().start()
@@ -45,7 +45,7 @@ def user(tmp_path_factory, run_script: RunScript, tiny_models):
     days = sessions_between("AAPL", today - pd.DateOffset(years=2), today - pd.Timedelta(days=2))
     yahoo.plans["AAPL"] = Stock(made_up_bars(days))
     with serving_hub() as hub:
-        for name, family in (("gpt2-medium", "gpt2"), ("Qwen/Qwen3-0.6B", "qwen3")):
+        for name, family in (("gpt2-medium", "shallow_gpt2"), ("Qwen/Qwen3-0.6B", "shallow_qwen3")):
             files = {path.name: path.read_bytes() for path in tiny_models[family].iterdir() if path.is_file()}
             hub.models[name] = {COMMIT: files}
         env = {
@@ -53,17 +53,17 @@ def user(tmp_path_factory, run_script: RunScript, tiny_models):
             "NO_PROXY": "127.0.0.1", "STOCKLORA_YAHOO_URL": yahoo.url, "STOCKLORA_CACHE": str(folder / ".cache"),
         }  # fmt: skip
 
-        def run(commands: str) -> str:
+        def run(commands: str, start: RunScript = call_script) -> str:
             printed = ""
             for command in commands.strip().splitlines():
                 python, script, *options = shlex.split(command)
                 assert python == "python"
-                result = run_script(script, *options, cwd=folder, env=env)
+                result = start(script, *options, cwd=folder, env=env)
                 assert result.returncode == 0, (command, result.stdout, result.stderr)
                 printed += result.stdout
             return printed
 
-        run(DOWNLOADS)
+        run(DOWNLOADS, run_script)  # the hub's address is read when a library is imported
         yield folder, run
     yahoo.stop()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -20,14 +21,14 @@ RESUME = (
     "--max_length 256"
 )
 # Long enough to be stopped in the middle, with dropout and a judgement every few steps.
-LONG = "--use_lora --lora_r 8 --num_epochs 2 --batch_size 2 --eval_steps 4 --learning_rate 1e-3 --logging_steps 1 --early_stopping_patience 0 --lora_dropout 0.1"  # noqa: E501
+LONG = "--use_lora --lora_r 8 --num_epochs 2 --batch_size 2 --eval_steps 2 --learning_rate 1e-3 --logging_steps 1 --early_stopping_patience 0 --lora_dropout 0.1"  # noqa: E501
 
 
 def test_the_documents_commands_work_as_written(
-    run_script: RunScript, call_script: RunScript, tiny_model: Path, tmp_path: Path
+    call_script: RunScript, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = lay_out(tmp_path / "project", tiny_model, rows=170)
-    result = run_script("scripts/qlora/train_qlora.py", cwd=folder)
+    folder = lay_out(tmp_path / "project", tiny_models["shallow_qwen3"], rows=170)
+    result = call_script("scripts/qlora/train_qlora.py", cwd=folder)
     assert result.returncode == 0, result.stderr
     info = info_of(folder / "qlora_output")
     assert info["quantization"] == "4bit"
@@ -45,54 +46,62 @@ def test_the_documents_commands_work_as_written(
     assert (folder / "qlora_output/adapter_config.json").is_file()
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(REPO_ROOT / "fine_tune_qwen.py"), *shlex.split(LONG), *arguments],
-        cwd=folder, env={**os.environ, "PYTHONIOENCODING": "utf-8"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, encoding="utf-8",
-    )  # fmt: skip
+def run_as_main(script: Path, arguments: list[str], folder: Path, printed: Path) -> None:
+    """In a process of its own: as ``python script *arguments`` in ``folder``, with its words in files."""
+    printed.mkdir(parents=True, exist_ok=True)
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(printed / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.chdir(folder)
+    sys.argv[:] = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
 
 
-def wait_for(pattern: str, folder: Path, process: subprocess.Popen[str]) -> None:
+def start(nursery: Any, folder: Path, *arguments: str) -> Any:
+    given = (REPO_ROOT / "fine_tune_qwen.py", list(arguments), folder, folder / "printed")
+    process = nursery.Process(target=run_as_main, args=given)
+    process.start()
+    return process
+
+
+def wait_for(pattern: str, folder: Path, process: Any) -> None:
     deadline = time.monotonic() + 120
     while not list(folder.glob(pattern)):
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive(), (folder / "printed/stderr").read_text(encoding="utf-8")
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are another matter there")
-def test_a_run_that_was_stopped_and_one_that_was_killed_end_as_one_left_alone(
-    call_script: RunScript, tiny_model: Path, tmp_path: Path
+def test_a_run_that_was_stopped_then_killed_ends_as_one_left_alone(
+    call_script: RunScript, tiny_model: Path, tmp_path: Path, nursery: Any
 ) -> None:
     folder = lay_out(tmp_path / "project", tiny_model)
     result = call_script("fine_tune_qwen.py", *shlex.split(LONG), "--output_dir", "alone", cwd=folder)
     assert result.returncode == 0, result.stderr
     expected = load_file(folder / "alone/adapter_model.safetensors")
 
-    process = start(folder, "--output_dir", "stopped")
-    wait_for("stopped/checkpoint-4/stocklora_checkpoint.json", folder, process)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, (out, err)
+    process = start(nursery, folder, *shlex.split(LONG), "--output_dir", "interrupted")
+    wait_for("interrupted/checkpoint-2/stocklora_checkpoint.json", folder, process)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(120)
+    out, err = ((folder / "printed" / name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+    assert process.exitcode == 130, (out, err)
     assert "Traceback" not in err
     command = out.splitlines()[-1].strip()
     assert command.startswith("python fine_tune_qwen.py --use_lora")
-    assert not (folder / "stopped/adapter_model.safetensors").exists()
-    words = shlex.split(command)
-    result = call_script(words[1], *words[2:], cwd=folder)
-    assert result.returncode == 0, result.stderr
+    assert not (folder / "interrupted/adapter_model.safetensors").exists()
 
-    process = start(folder, "--output_dir", "killed")
-    wait_for("killed/checkpoint-8/stocklora_checkpoint.json", folder, process)
+    process = start(nursery, folder, *shlex.split(command)[2:])
+    wait_for("interrupted/checkpoint-6/stocklora_checkpoint.json", folder, process)
     process.kill()
-    process.communicate(timeout=120)
-    arguments = [*shlex.split(LONG), "--output_dir", "killed", "--resume_from_checkpoint", "last"]
+    process.join(120)
+    assert not (folder / "interrupted/adapter_model.safetensors").exists()
+    arguments = [*shlex.split(LONG), "--output_dir", "interrupted", "--resume_from_checkpoint", "last"]
     result = call_script("fine_tune_qwen.py", *arguments, cwd=folder)
     assert result.returncode == 0, result.stderr
 
-    for name in ("stopped", "killed"):
-        found = load_file(folder / name / "adapter_model.safetensors")
-        assert found.keys() == expected.keys()
-        assert all(found[key].equal(expected[key]) for key in expected), name
-        assert info_of(folder / name)["losses"] == info_of(folder / "alone")["losses"]
+    found = load_file(folder / "interrupted/adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(found[key].equal(expected[key]) for key in expected)
+    assert info_of(folder / "interrupted")["losses"] == info_of(folder / "alone")["losses"]

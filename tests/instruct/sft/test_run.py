@@ -302,7 +302,7 @@ def test_a_checkpoint_of_another_run_or_half_of_one_is_told(
 
 
 def test_early_stopping_keeps_the_best(tune: Tune, tmp_path: Path) -> None:
-    assert tune(num_epochs=30, learning_rate=0.5, max_grad_norm=100.0, early_stopping_patience=2) == 0
+    assert tune(num_epochs=30, learning_rate=2.0, max_grad_norm=100.0, early_stopping_patience=2) == 0
     folder = tmp_path / "out"
     info = info_of(folder)
     judged = [(entry["step"], entry["eval_loss"]) for entry in log_of(folder) if "eval_loss" in entry and entry["step"]]
