@@ -42,7 +42,7 @@ def forecast_and_save(prices: Mapping[str, pd.DataFrame], settings: FrameworkSet
     file = BUILTIN if settings.prior == "builtin" else Path(settings.prior)
     maker = Maker("market prior", sha256_of(file), prior.made_from["last_day"])
     record_forecast(settings.ledger, rows, prices, maker)
-    say_more(rows, settings, lambda: explain(rows, prices, scale_of(moved), markets))
+    say_more(rows, settings, lambda: explain(rows, prices, scale_of(moved), markets), prior)
 
 
 def known_to_prior(prices: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:

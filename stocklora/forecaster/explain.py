@@ -20,6 +20,7 @@ from stocklora.forecaster.settings import MoreOutputs
 from stocklora.runtime.files import replacing, to_cell
 from stocklora.volatility.harx import AHEAD_INPUTS
 from stocklora.volatility.market import Market, Markets
+from stocklora.volatility.prior import MarketPrior
 from stocklora.volatility.scales import HARX_INPUTS, VolatilityScale
 
 YEAR_DAYS = 250
@@ -135,7 +136,10 @@ def write_explanation(path: Path, explained: Sequence[Mapping[str, Any]]) -> Non
 
 
 def say_more(
-    rows: Sequence[Mapping[str, Any]], settings: MoreOutputs, explained: Callable[[], list[dict[str, Any]]] | None
+    rows: Sequence[Mapping[str, Any]],
+    settings: MoreOutputs,
+    explained: Callable[[], list[dict[str, Any]]] | None,
+    prior: MarketPrior | None = None,
 ) -> None:
     """Explanations, paths and probabilities, as far as they were asked for.
 
@@ -143,6 +147,7 @@ def say_more(
         rows: of ``predictions.csv``.
         settings: what was asked for.
         explained: the rows of ``explain``; None for a forecaster that has no scale of its own.
+        prior: whose paths are drawn from; by default the one that comes along.
 
     Raises:
         UserError: a file that cannot be written.
@@ -153,10 +158,10 @@ def say_more(
         write_explanation(settings.explain_output, content)
         say(f"saved: {settings.explain_output}")
     if settings.paths is not None:
-        write_paths(settings.paths_output, rows, paths_of(rows, settings.paths))
+        write_paths(settings.paths_output, rows, paths_of(rows, settings.paths, prior))
         say(f"saved: {settings.paths_output}")
     if settings.above is not None or settings.below is not None:
-        print_probabilities(rows, settings.above, settings.below)
+        print_probabilities(rows, settings.above, settings.below, prior)
 
 
 def print_explanation(explained: Sequence[Mapping[str, Any]]) -> None:

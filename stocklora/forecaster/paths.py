@@ -18,7 +18,7 @@ import pandas as pd
 from stocklora.cli.console import say
 from stocklora.metrics.scores import INTERVAL_COLUMNS
 from stocklora.runtime.files import replacing, to_cell
-from stocklora.volatility.prior import load_prior
+from stocklora.volatility.prior import MarketPrior, load_prior
 
 LEVELS = np.array(list(INTERVAL_COLUMNS))
 PATHS_FOR_PROBABILITIES = 4000
@@ -57,13 +57,15 @@ def joint_paths(history: np.ndarray, quantiles: np.ndarray, levels: np.ndarray, 
     return result
 
 
-def paths_of(rows: Sequence[Mapping[str, Any]], count: int) -> dict[str, np.ndarray]:
+def paths_of(rows: Sequence[Mapping[str, Any]], count: int, prior: MarketPrior | None = None) -> dict[str, np.ndarray]:
     """(count, horizon) closes of every ticker.
 
     Args:
         rows: of ``predictions.csv``.
+        count: of each.
+        prior: whose paths say how days follow each other; by default the one that comes along.
     """
-    history = load_prior().paths
+    history = (prior or load_prior()).paths
     result = {}
     for name in dict.fromkeys(row["Ticker"] for row in rows):
         own = [row for row in rows if row["Ticker"] == name]
@@ -91,9 +93,11 @@ def write_paths(path: Path, rows: Sequence[Mapping[str, Any]], paths: Mapping[st
         )
 
 
-def print_probabilities(rows: Sequence[Mapping[str, Any]], above: float | None, below: float | None) -> None:
+def print_probabilities(
+    rows: Sequence[Mapping[str, Any]], above: float | None, below: float | None, prior: MarketPrior | None = None
+) -> None:
     """Say how probable closes of the one ticker above and below a price are, day by day and on any of the days."""
-    ((name, closes),) = paths_of(rows, PATHS_FOR_PROBABILITIES).items()
+    ((name, closes),) = paths_of(rows, PATHS_FOR_PROBABILITIES, prior).items()
     for word, price in (("above", above), ("below", below)):
         if price is None:
             continue

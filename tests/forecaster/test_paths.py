@@ -13,7 +13,7 @@ from source_tree import RunScript
 
 from stocklora.forecaster.paths import LEVELS, joint_paths
 from stocklora.prices.tables import write_prices
-from stocklora.volatility.prior import load_prior
+from stocklora.volatility.prior import fit_prior, load_prior
 
 META = {"source": "test", "adjust": "all", "interval": "1d"}
 BY_PRIOR = ["--model_path", "prior", "--test_csv", "prices.csv"]
@@ -106,3 +106,20 @@ def test_a_price_of_several_tickers_is_refused_before_anything_is_written(
     assert result.stderr.startswith("error: --above and --below are a price of one ticker; choose it with --tickers")
     assert len(result.stderr.splitlines()) == 1
     assert not (folder / "predictions.csv").exists()
+
+
+def test_a_prior_of_ones_own_has_its_own_paths(folder: Path, call_script: RunScript) -> None:
+    """Made of days that follow a trend: its paths go on as they begin."""
+    draw = np.random.default_rng(0)
+    frame = random_prices(300, 5, volatility=0.004)
+    drift = np.exp(np.cumsum(0.02 * np.sign(np.sin(np.arange(300) / 8.0)) + 0.001 * draw.standard_normal(300)))
+    frame[["Open", "High", "Low", "Close"]] = frame[["Open", "High", "Low", "Close"]].mul(drift, axis=0)
+    fit_prior({"one": {"T": frame}}, horizon=3).save(folder / "mine.json")
+    followed = []
+    for prior in ("builtin", "mine.json"):
+        asked = ["framework.py", *BY_PRIOR, "--tickers", "AAA", "--prior", prior, "--paths", 400]
+        result = call_script(*asked, cwd=folder)
+        assert (result.returncode, result.stderr) == (0, "")
+        closes = pd.read_csv(folder / "paths.csv").pivot_table(index="Path", columns="Day", values="Close")
+        followed.append(np.corrcoef(closes[1], closes[3])[0, 1])
+    assert followed[1] > followed[0] + 0.2
