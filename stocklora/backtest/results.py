@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from stocklora.metrics.significance import long_run_variance
-from stocklora.runtime.files import replacing, to_cell
+from stocklora.runtime.files import write_csv
 
 REFERENCE = "naive"  # the last close, which every model stands beside
 INTERVALS = (0.50, 0.80, 0.90)
@@ -213,6 +213,4 @@ def write_metrics(path: Path, result: BacktestResult) -> None:
         UserError: the file cannot be written.
     """
     table = pd.DataFrame([*result.pooled, *result.by_ticker], columns=METRIC_COLUMNS)
-    table["Ticker"] = table["Ticker"].map(to_cell, na_action="ignore")
-    with replacing(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+    write_csv(path, table, float_format="%.6g")

@@ -17,7 +17,7 @@ import pandas as pd
 from stocklora.cli.console import say
 from stocklora.forecaster.paths import paths_of, print_probabilities, write_paths
 from stocklora.forecaster.settings import MoreOutputs
-from stocklora.runtime.files import replacing, to_cell
+from stocklora.runtime.files import write_csv
 from stocklora.volatility.harx import AHEAD_INPUTS
 from stocklora.volatility.market import Market, Markets
 from stocklora.volatility.prior import MarketPrior
@@ -129,10 +129,7 @@ def explain(
 
 def write_explanation(path: Path, explained: Sequence[Mapping[str, Any]]) -> None:
     """Write the rows of ``explain``, with digits enough that the product holds."""
-    with replacing(path) as temporary:
-        pd.DataFrame([{**row, "Ticker": to_cell(row["Ticker"])} for row in explained]).to_csv(
-            temporary, index=False, date_format="%Y-%m-%d", float_format="%.12g", lineterminator="\n"
-        )
+    write_csv(path, pd.DataFrame(list(explained)), date_format="%Y-%m-%d", float_format="%.12g")
 
 
 def say_more(

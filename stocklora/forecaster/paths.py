@@ -17,7 +17,7 @@ import pandas as pd
 
 from stocklora.cli.console import say
 from stocklora.metrics.scores import INTERVAL_COLUMNS
-from stocklora.runtime.files import replacing, to_cell
+from stocklora.runtime.files import write_csv
 from stocklora.volatility.prior import MarketPrior, load_prior
 
 LEVELS = np.array(list(INTERVAL_COLUMNS))
@@ -83,14 +83,11 @@ def write_paths(path: Path, rows: Sequence[Mapping[str, Any]], paths: Mapping[st
         count, horizon = closes.shape
         days = np.arange(1, horizon + 1)
         tables.append(pd.DataFrame({
-            "Ticker": to_cell(name), "Path": np.repeat(np.arange(1, count + 1), horizon),
+            "Ticker": name, "Path": np.repeat(np.arange(1, count + 1), horizon),
             "Date": np.tile([dates[name, day] for day in days], count), "Day": np.tile(days, count),
             "Close": closes.reshape(-1),
         }))  # fmt: skip
-    with replacing(path) as temporary:
-        pd.concat(tables).to_csv(
-            temporary, index=False, date_format="%Y-%m-%d", float_format="%.7g", lineterminator="\n"
-        )
+    write_csv(path, pd.concat(tables), date_format="%Y-%m-%d", float_format="%.7g")
 
 
 def print_probabilities(

@@ -12,7 +12,7 @@ import pandas as pd
 from stocklora.cli.console import print_table, say
 from stocklora.metrics.scores import INTERVAL_COLUMNS
 from stocklora.prices.calendar import next_sessions
-from stocklora.runtime.files import replacing, to_cell
+from stocklora.runtime.files import write_csv
 
 PREDICTION_COLUMNS = (
     "Ticker", "Origin", "Date", "Day", "Last_Close", "Predicted_Close",
@@ -45,11 +45,9 @@ def prediction_rows(
 def write_predictions(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write ``predictions.csv``: one row a ticker and day, prices with enough digits for a penny stock."""
     frame = pd.DataFrame(rows, columns=list(PREDICTION_COLUMNS))
-    frame["Ticker"] = frame["Ticker"].map(to_cell)
     for name in PREDICTION_COLUMNS[4:]:
         frame[name] = [float(f"{value:.7g}") for value in frame[name]]
-    with replacing(path) as temporary:
-        frame.to_csv(temporary, index=False, date_format="%Y-%m-%d", lineterminator="\n")
+    write_csv(path, frame, date_format="%Y-%m-%d")
 
 
 MOST_ROWS = 30  # more than a screen is for the file

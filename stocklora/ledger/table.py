@@ -14,7 +14,7 @@ from stocklora.ledger.chain import Entry
 from stocklora.ledger.record import BASELINES
 from stocklora.metrics.scores import INTERVAL_COLUMNS
 from stocklora.prices.calendar import is_complete
-from stocklora.runtime.files import replacing
+from stocklora.runtime.files import write_csv
 
 LEVELS = np.array(list(INTERVAL_COLUMNS))
 COLUMNS = list(INTERVAL_COLUMNS.values())
@@ -72,8 +72,7 @@ def columns_of(name: str) -> list[str]:
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write the table as CSV."""
-    with replacing(path) as temporary:
-        table.to_csv(temporary, index=False, date_format="%Y-%m-%d", lineterminator="\n")
+    write_csv(path, table, date_format="%Y-%m-%d")
 
 
 def judged(table: pd.DataFrame, now: dt.datetime) -> pd.DataFrame:

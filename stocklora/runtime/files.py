@@ -196,6 +196,22 @@ def read_chinese_text(path: Path, missing: str | None = None) -> str:
     return read_text(path, missing)
 
 
+def write_csv(path: Path, table: Any, **options: Any) -> None:
+    """Write a table for people and spreadsheets, atomically: texts as ``to_cell`` has them, no index.
+
+    Args:
+        table: a pandas frame.
+        options: of its ``to_csv``.
+    """
+
+    def safe(value: Any) -> Any:
+        return to_cell(value) if isinstance(value, str) else value
+
+    texts = {name: table[name].map(safe) for name in table if table[name].dtype.kind == "O"}
+    with replacing(path) as temporary:
+        table.assign(**texts).to_csv(temporary, index=False, lineterminator="\n", **options)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text with ``\\n`` line ends, atomically."""
     with replacing(path) as temporary:

@@ -49,8 +49,9 @@ def test_what_scripts_write(folder: Path, call_script: RunScript) -> None:
     backtest += ["--forecasts_format", "csv"]
     result = call_script(*backtest, cwd=folder)
     assert result.returncode == 0, result.stderr
+    assert call_script("ledger.py", "export", cwd=folder).returncode == 0
     written = [path for path in folder.rglob("*.csv*") if path.suffix != ".json"]
-    assert len(written) >= 6, written
+    assert len(written) >= 7, written
     for path in written:
         cells = cells_of(path)
         assert not [cell for cell in cells if runs(cell)], path
