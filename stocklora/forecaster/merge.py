@@ -207,7 +207,8 @@ def saved_class(config: Any) -> Any:
     import transformers
 
     names = config.architectures or [""]
-    if (kind := getattr(transformers, names[0], None)) is not None:
+    kind = getattr(transformers, names[0], None)
+    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
         return kind
     whole = any("ForCausalLM" in name or "LMHead" in name for name in names)
     return transformers.AutoModelForCausalLM if whole else None

@@ -159,7 +159,8 @@ def _tables(
     """``read_table`` ticker by ticker, by way of pieces in ``folder`` where the file is large."""
     size = path.stat().st_size  # of a pipe 0, which nobody but read_table may open
     is_large = 4 * size >= LARGE_FILE_BYTES and size * (4 if _is_gzip(path) else 1) >= LARGE_FILE_BYTES
-    column = _ticker_column(path) if is_large else None
+    # Which rows are broken, and whether they are few, is a question to the whole file.
+    column = _ticker_column(path) if is_large and not reading.drop_bad_rows else None
     if column is None:
         yield from read_table(path, meta, reading).items()
         return

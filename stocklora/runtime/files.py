@@ -32,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
     folders are made. A link stays a link: the file it points to is replaced. A device or a pipe
     (``/dev/stdout``) is written to, not replaced. On any failure the temporary file goes and ``path``
     is as it was; errors of the block itself pass unchanged, unless they are the disk's. A process that is killed leaves
-    its temporary file, which the next one to write the same path takes away.
+    its temporary file, which the next one that writes into the folder takes away.
 
     Raises:
         UserError: the folder cannot be written, the disk is full, or ``path`` is a folder.
@@ -47,10 +47,10 @@ def replacing(path: Path) -> Iterator[Path]:
             raise UserError(f"cannot write {path}: {target.parent} is a file, not a folder")
         if not is_special:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_left_over(target)
+            _remove_left_over(target.parent)
         # a name's length has a limit (255 bytes), and the random part needs room
         handle, name = tempfile.mkstemp(
-            prefix=f"{_own_prefix(target)}{os.getpid()}.",
+            prefix=f".{target.stem[:40]}.{_mark()}.",
             suffix=target.suffix if len(target.suffix) <= 20 else "",
             dir=None if is_special else target.parent,
         )
@@ -77,21 +77,28 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _own_prefix(target: Path) -> str:
-    """How names of temporary files beside ``target`` begin on this machine, before the process's number."""
-    return f".{target.stem[:40]}.{zlib.crc32(platform.node().encode()) & 0xFFFF:04x}-"
+def _mark() -> str:
+    """What tells a temporary file of this process: the machine, and the process's number there."""
+    return f"{zlib.crc32(platform.node().encode()) & 0xFFFF:04x}-{os.getpid()}"
 
 
-def _remove_left_over(target: Path) -> None:
-    """Take away temporary files of processes that were killed while they wrote ``target``."""
-    prefix = _own_prefix(target)
-    for name in os.listdir(target.parent):
-        number = name.removeprefix(prefix).partition(".")[0]
-        if name.startswith(prefix) and number.isdigit() and int(number) != os.getpid():
+_looked_into: set[Path] = set()  # by this process; a folder of thousands of files is not listed at each write
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Take away temporary files of processes that were killed while they wrote into ``folder``."""
+    folder = folder.absolute()
+    if folder in _looked_into:
+        return
+    _looked_into.add(folder)
+    machine = _mark().partition("-")[0]
+    for name in os.listdir(folder):
+        found = re.fullmatch(rf"\..*\.{machine}-(\d+)\..+", name)
+        if found and int(found[1]) != os.getpid():
             import psutil  # only where one was killed
 
-            if not psutil.pid_exists(int(number)):
-                (target.parent / name).unlink(missing_ok=True)
+            if not psutil.pid_exists(int(found[1])):
+                (folder / name).unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

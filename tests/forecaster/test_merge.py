@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from stocklora.adapters.layer import AdapterConfig
 from stocklora.cli.console import UserError
 from stocklora.forecaster.ensemble import Ensemble, average, mean_head
 from stocklora.forecaster.forecaster import Forecaster, load_forecaster
-from stocklora.forecaster.merge import merge
+from stocklora.forecaster.merge import merge, saved_class
 from stocklora.forecaster.settings import ForecastSettings, MergeSettings
 from stocklora.forecaster.weights import WeightsFile, load_weights, save_weights
 from stocklora.prices.calendar import sessions_between
@@ -392,3 +393,8 @@ def test_a_weight_is_a_number_after_the_last_colon() -> None:
     assert shares("C:\\x\\a.pth") is None
     assert [path.name for path, _ in ForecastSettings(lora_weights=[Path("d/a.pth:0.7")]).members] == ["a.pth"]
     assert AdapterConfig.from_dict(LORA).rank == 2
+
+
+@pytest.mark.parametrize("name", ["pipeline", "AutoTokenizer", "logging", "Trainer"])
+def test_a_configuration_names_no_code_that_is_no_model(name: str) -> None:
+    assert saved_class(SimpleNamespace(architectures=[name])) is None

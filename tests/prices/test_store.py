@@ -21,6 +21,7 @@ from price_tables import random_prices
 
 from stocklora.cli.console import UserError
 from stocklora.prices import store as price_store
+from stocklora.prices.settings import ReadingSettings
 from stocklora.prices.store import INDEX_NAME, PriceStore, returns_ahead, spool
 from stocklora.prices.tables import log_returns_ahead, meta_path, read_prices, write_prices
 
@@ -252,6 +253,23 @@ class TestSameErrors:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         assert error_of(spool, [path], tmp_path / "store") == error_of(read_prices, path)
         assert list((tmp_path / "store").iterdir()) == []
+
+    def test_broken_rows_are_few_or_many_by_the_whole_file(self, tmp_path: Path) -> None:
+        """A tenth of the file may go, though it is a third of one ticker."""
+        frames = {name: random_prices(30, seed) for seed, name in enumerate(("AAPL", "KO", "MSFT", "IBM", "XOM"))}
+        lines = [f"Ticker,{','.join(['Date', *frames['KO'].columns])}"]
+        for name, frame in frames.items():
+            rows = frame.to_csv(date_format="%Y-%m-%d", header=False, lineterminator="\n").splitlines()
+            lines += [
+                f"{name},{row}x" if name == "KO" and 5 <= at < 15 else f"{name},{row}" for at, row in enumerate(rows)
+            ]
+        path, reading = tmp_path / "p.csv", ReadingSettings(drop_bad_rows=True, exchange="24/7")
+        path.write_text("\n".join(lines) + "\n")
+        expected = read_prices(path, reading=reading)
+        assert {name: len(frame) for name, frame in expected.items()} == dict.fromkeys(frames, 30) | {"KO": 20}
+        store = spool([path], tmp_path / "store", reading=reading)
+        for name, frame in expected.items():
+            pd.testing.assert_frame_equal(store[name], frame, check_freq=False)
 
     def test_a_gzip_that_is_none(self, tmp_path: Path) -> None:
         (tmp_path / "p.csv.gz").write_text(LONG)

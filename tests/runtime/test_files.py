@@ -238,17 +238,24 @@ def test_bytes_then_name_then_folder_reach_the_disk(tmp_path: Path, monkeypatch:
 
 
 def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    def by_another(text: str) -> None:
+        """Write in a process that has not been here before."""
+        if (child := os.fork()) == 0:
+            write_text(tmp_path / "a.txt", text)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+
     ready, child = os.pipe(), os.fork()
     if child == 0:
-        with replacing(tmp_path / "a.txt"):
+        with replacing(tmp_path / "b.txt"):
             os.write(ready[1], b".")
             signal.pause()
     os.read(ready[0], 1)
-    write_text(tmp_path / "a.txt", "mine")
+    by_another("first")
     (half,) = set(names(tmp_path)) - {"a.txt"}  # of the other process, which lives
+    assert half.startswith(".b.")
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    (tmp_path / ".a.mine.txt").write_text("somebody's own file with a similar name")
-    write_text(tmp_path / "a.txt", "again")
-    assert names(tmp_path) == [".a.mine.txt", "a.txt"]
-    assert half.startswith(".a.")
+    (tmp_path / ".b.mine.txt").write_text("somebody's own file with a similar name")
+    by_another("second")
+    assert names(tmp_path) == [".b.mine.txt", "a.txt"]
