@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import sys
 
-from stocklora.cli.console import UserError
+from stocklora.base_models.folders import check_model_folder
 from stocklora.cli.settings import SettingsParser
-from stocklora.forecaster.settings import MergeSettings
+from stocklora.forecaster.settings import MergeSettings, check_weights_path
 
 
 def build_parser() -> SettingsParser:
@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(settings: MergeSettings) -> None:
-    if not settings.lora_weights.exists():  # before seconds of imports
-        raise UserError(f"no weights file {settings.lora_weights}; train one with: python train_lora.py --data FILE")
+    check_weights_path(settings.lora_weights)  # before seconds of imports
+    check_model_folder(settings.model_path)
     from stocklora.forecaster.merge import merge
 
     merge(settings)

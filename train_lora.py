@@ -31,14 +31,16 @@ def run(settings: TrainLoraSettings) -> None:
     if not settings.data:
         raise UserError("no data: give --data FILE (make one with: python download.py --ticker AAPL --period 1y)")
     from stocklora.dataset.prepare import select_tickers
+    from stocklora.finetune.prepare import before_torch
     from stocklora.prices.tables import read_prices
 
     prices = select_tickers(read_prices(settings.data, reading=settings), settings.tickers)
+    split = before_torch(prices, settings)
 
     from stocklora.finetune.fit import finetune
     from stocklora.finetune.report import print_outcome
 
-    result = finetune(prices, settings)
+    result = finetune(prices, settings, split=split)
     print_outcome(result)
     say(f"weights: {result.weights_path}")
     say(

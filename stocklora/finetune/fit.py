@@ -21,14 +21,13 @@ from stocklora.dataset.prepare import (
     data_facts,
     fitted_to_context,
     make_examples,
-    prepare,
-    with_a_day_to_learn_from,
 )
 from stocklora.dataset.prompts import DayEncoder, check_lengths, fit_targets_per_sequence
 from stocklora.dataset.windows import SPLITS
 from stocklora.finetune.loop import train
 from stocklora.finetune.memory import print_plan, setup_of, shape_of, warn_if_too_large
 from stocklora.finetune.optimization import TrainingOutcome, compiled
+from stocklora.finetune.prepare import SplitPrices, split_prices
 from stocklora.finetune.report import WEIGHTS_NAME, FinetunedRun, print_run_facts, save_run
 from stocklora.finetune.resume import FOLDER, Checkpoints, identity_of, resume_command
 from stocklora.finetune.settings import TrainLoraSettings
@@ -48,7 +47,6 @@ from stocklora.runtime.distributed import (
 )
 from stocklora.runtime.files import check_writable
 from stocklora.runtime.machine import choose_device, choose_dtype, keep_freed_memory, memory_errors
-from stocklora.volatility.prior import prior_named
 from stocklora.volatility.scales import SCALES
 
 
@@ -86,7 +84,13 @@ class PreparedRun:
     resumed: Mapping[str, Any] | None
 
 
-def finetune(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings, *, alone: bool = False) -> FinetunedRun:
+def finetune(
+    prices: Mapping[str, pd.DataFrame],
+    settings: TrainLoraSettings,
+    *,
+    alone: bool = False,
+    split: SplitPrices | None = None,
+) -> FinetunedRun:
     """Train on ``prices`` and write weights, history and curve into ``settings.save_dir``.
 
     Where several processes were launched, all of them call this together.
@@ -94,6 +98,7 @@ def finetune(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings, *,
     Args:
         prices: ticker -> table of days.
         alone: this process trains by itself, whatever others were launched beside it.
+        split: what ``before_torch`` made of these prices.
 
     Raises:
         UserError: anything in data, base model or settings that the user can mend; nothing is written then.
@@ -102,7 +107,8 @@ def finetune(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings, *,
 
     base = BaseModel(settings.model_path, settings.trust_remote_code)
     accelerator = join_training_processes(settings, alone)
-    run = prepare_run(prepare_data(prices, settings, base), settings, base, accelerator)
+    split = split or split_prices(prices, settings)
+    run = prepare_run(prepare_data(split, settings, base), settings, base, accelerator)
     with memory_errors(LESS_MEMORY):
         outcome = train_forecaster(run)
         quantiles, scores = calibrate_and_score(run)
@@ -133,19 +139,13 @@ def join_training_processes(settings: TrainLoraSettings, alone: bool) -> Any:
     return accelerator
 
 
-def prepare_data(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings, base: BaseModel) -> PreparedData:
-    """Splits, baselines, token sequences, and the facts on record.
+def prepare_data(split: SplitPrices, settings: TrainLoraSettings, base: BaseModel) -> PreparedData:
+    """Token sequences of the days, and the facts on record.
 
     Raises:
-        UserError: too few days, or a sequence that the base model's context cannot hold.
+        UserError: a sequence that the base model's context cannot hold.
     """
-    prior = prior_named(settings.prior)
-    prices = with_a_day_to_learn_from(prices, settings.window_size + settings.horizon + 1)
-    data = prepare(
-        prices, settings.window_size, settings.horizon, settings.validation_fraction, settings.test_fraction,
-        settings.validation_from, settings.test_from, prior,
-    )  # fmt: skip
-    scale_kind = data.better_scale() if settings.scale == "auto" else settings.scale
+    data, scale_kind, prior = split.data, split.scale_kind, split.prior
     encoder = DayEncoder(base.tokenizer, settings.prompt, settings.indicators, anonymize=settings.anonymize)
     targets, examples = encode_splits(data, settings, encoder, scale_kind, base.context_tokens)
     sequences = {split: [example.encoded.sequence for example in part] for split, part in examples.items()}
@@ -219,7 +219,7 @@ def prepare_run(prepared: PreparedData, settings: TrainLoraSettings, base: BaseM
     )  # fmt: skip
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(forecaster)
-    print_run_facts(forecaster, data, prepared.examples, settings, prepared.scale_kind, shape.parameters)
+    print_run_facts(forecaster, prepared.examples, settings, shape.parameters)
     if (count := accelerator.num_processes) > 1:
         together = settings.batch_size * settings.gradient_accumulation_steps * count
         say(f"{'processes':<19} {count}, {together} sequences a step together")

@@ -6,11 +6,13 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from llm_model import StockForecaster, distance_sum, pinball_sum
 from stocklora.cli.console import UserError
@@ -118,6 +120,16 @@ class NotFiniteError(Exception):
     """A loss, gradient or forecast that is no number any more; the message says when."""
 
 
+def share_of_learning_rate(step: int, *, warmup: int, total: int) -> float:
+    """Half a cosine after a linear warmup (``get_cosine_schedule_with_warmup`` of transformers, to the last bit).
+
+    Written out, since importing that one brings in PEFT, bitsandbytes and torch's compiler: two seconds.
+    """
+    if step < warmup:
+        return step / max(1, warmup)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / max(1, total - warmup)))))
+
+
 class Optimization:
     """Model, optimizer and learning-rate schedule, moved a step at a time.
 
@@ -139,8 +151,6 @@ class Optimization:
         accelerator: Any,
         frozen: FrozenStates | None = None,
     ) -> None:
-        from transformers import get_cosine_schedule_with_warmup
-
         groups = parameter_groups(model, settings.learning_rate, settings.head_learning_rate, settings.lora_plus_ratio)
         optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
         self.settings, self.accelerator = settings, accelerator
@@ -149,7 +159,7 @@ class Optimization:
         self.steps = 0
         self.total_steps = math.ceil(len(training) / self.per_step) * settings.epochs
         warmup = int(settings.warmup_ratio * self.total_steps)
-        self.schedule = get_cosine_schedule_with_warmup(optimizer, warmup, self.total_steps)
+        self.schedule = LambdaLR(optimizer, partial(share_of_learning_rate, warmup=warmup, total=self.total_steps))
         self.forecaster = model
         self.model, self.optimizer = prepared(accelerator, model, optimizer)
         self.levels = torch.tensor(levels, dtype=torch.float32, device=accelerator.device)

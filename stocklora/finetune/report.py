@@ -11,26 +11,21 @@ import numpy as np
 import pandas as pd
 
 from stocklora.adapters.survey import LayerKind
-from stocklora.cli.console import listed, print_table, say, warn
+from stocklora.cli.console import print_table, say, warn
 from stocklora.dataset.prepare import Example, ForecastData
-from stocklora.dataset.windows import SPLITS
 from stocklora.finetune.optimization import HISTORY_COLUMNS, TrainingOutcome
+from stocklora.finetune.prepare import print_facts
 from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.forecaster.forecaster import Forecaster
 from stocklora.forecaster.methods import trained_state
 from stocklora.forecaster.weights import WeightsFile, save_weights
 from stocklora.metrics.scores import Scores, print_scores
-from stocklora.prices.quality import short_form
 from stocklora.runtime.files import as_json_types, replacing
 from stocklora.runtime.machine import peak_memory_mb, versions
 
 WEIGHTS_NAME = "best_lora_weights.pth"
 HISTORY_NAME = "training_history.csv"
 CURVE_NAME = "training_curve.png"
-SCALE_NAMES = {
-    "ewma": "EWMA volatility", "har": "HAR-range volatility", "harx": "HAR-X volatility",
-    "prior": "the market prior's volatility, moved by the training days",
-}  # fmt: skip
 STORED_AS = {"none": "", "8bit": ", linear layers in int8", "4bit": ", linear layers in 4-bit nf4"}
 
 
@@ -54,17 +49,11 @@ class FinetunedRun:
 
 
 def print_run_facts(
-    forecaster: Forecaster,
-    data: ForecastData,
-    examples: Mapping[str, list[Example]],
-    settings: TrainLoraSettings,
-    scale_kind: str,
-    base_parameters: int,
+    forecaster: Forecaster, examples: Mapping[str, list[Example]], settings: TrainLoraSettings, base_parameters: int
 ) -> None:
     """Print what is about to be trained, before the first step.
 
     Args:
-        scale_kind: of the volatility that the forecaster starts from.
         base_parameters: of the base model; those of a quantized one are packed and cannot be counted.
     """
     model = forecaster.model
@@ -73,25 +62,15 @@ def print_run_facts(
     total = base_parameters + inside + sum(parameter.numel() for parameter in model.head.parameters())
     tokens = sum(len(example.encoded.input_ids) for example in examples["train"])
     days_read = sum(len(example.encoded.sequence.days) for example in examples["train"])
-    days = {split: sum(len(parts[split]) for parts in data.origins.values()) for split in SPLITS}
     spec = forecaster.spec
-    facts = [
-        ("prices", short_form(data.prices)),
-        *([("tickers", listed(list(data.prices)))] if len(data.prices) > 1 else []),
-        ("days to learn from", f"{days['train']:,}; to validate {days['validation']:,} (from "
-                               f"{data.dates.validation:%Y-%m-%d}); to test {days['test']:,} (from "
-                               f"{data.dates.test:%Y-%m-%d})"),
+    print_facts([
         ("base model", f"{spec.base_model['name']}, {number_format(forecaster)} on {forecaster.device.type}"),
         ("method", name_of_method(settings)),
         ("parameters", f"{total:,} total, {trainable:,} trainable ({100 * trainable / total:.2f}%)"),
         ("prompt", f"{' + '.join([spec.prompt, *spec.indicators])}, {tokens / days_read:.1f} tokens a day"),
         ("sequences", f"{len(examples['train']):,} of up to {spec.window_size + spec.targets_per_sequence - 1} days, "
                       f"{spec.targets_per_sequence} forecasts each; {tokens:,} tokens an epoch"),
-        ("starts at", f"the random walk scaled by {SCALE_NAMES[scale_kind]}"
-                      if settings.expand_rank_from is None else f"the forecasts of {settings.expand_rank_from}"),
-    ]  # fmt: skip
-    for name, text in facts:
-        say(f"{name:<19} {text}")
+    ])  # fmt: skip
     print_survey(forecaster.survey)
     if len(examples["train"]) < settings.batch_size:
         warn(

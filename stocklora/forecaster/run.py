@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stocklora.base_models.folders import check_model_folder
 from stocklora.cli.console import UserError, say, warn
 from stocklora.forecaster.explain import explain, say_more
 from stocklora.forecaster.live import Prices, price_feed, watch
 from stocklora.forecaster.predictions import print_forecast, write_predictions
-from stocklora.forecaster.settings import ForecastSettings
+from stocklora.forecaster.settings import ForecastSettings, check_weights_path
 from stocklora.ledger.record import Maker, record_forecast
+from stocklora.prices.quality import short_form
 from stocklora.runtime.machine import choose_device, choose_dtype, peak_memory_mb
 from stocklora.volatility.scales import VolatilityScale
 
@@ -32,6 +34,10 @@ def forecast_prices(settings: ForecastSettings) -> int:
     feed = price_feed(settings)
     prices = feed.first()
     settings.check_price(prices)
+    for weights, model in settings.members:
+        check_weights_path(weights)
+        check_model_folder(model)
+    say(f"prices: {short_form(prices)}")
 
     from stocklora.forecaster.ensemble import Ensemble  # only now: torch takes seconds, and prices may be missing
 

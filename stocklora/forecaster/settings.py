@@ -151,6 +151,16 @@ class ForecastSettings(MoreOutputs, ReadingSettings):
         return shares or None
 
 
+def check_weights_path(path: Path) -> None:
+    """Whether there is anything at ``path``: told before torch is imported, which takes seconds.
+
+    Raises:
+        UserError: with the command that trains.
+    """
+    if not path.exists():
+        raise UserError(f"no weights file {path}; train one with: python train_lora.py --data FILE --model_path FOLDER")
+
+
 def split_share(path: Path) -> tuple[Path, float | None]:
     """``a.pth:0.7`` -> ``a.pth`` and 0.7; a path without a number after a colon has no share."""
     match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", str(path))

@@ -16,6 +16,7 @@ from stocklora.adapters.files import export_peft, read_peft
 from stocklora.adapters.layer import AdapterConfig
 from stocklora.base_models.folders import check_empty
 from stocklora.cli.console import UserError
+from stocklora.forecaster.settings import check_weights_path
 from stocklora.metrics.calibration import Calibration
 from stocklora.runtime.files import as_json_types, load_plain, replacing
 
@@ -117,8 +118,7 @@ def load_weights(path: Path) -> WeightsFile:
     """
     if path.is_dir():
         return read_folder(path)
-    if not path.is_file():
-        raise UserError(f"no weights file {path}; train one with: python train_lora.py --data FILE --model_path FOLDER")
+    check_weights_path(path)
     again = "; give the best_lora_weights.pth of a run of train_lora.py"
     content = load_plain(path, FORMAT, FORMAT_VERSION, "train_lora.py", again)
     try:

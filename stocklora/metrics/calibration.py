@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from stocklora.metrics.scores import median_index, pinball_loss
 
@@ -44,6 +43,8 @@ def fit_calibration(returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarr
         quantiles: (n, horizon, levels), uncalibrated.
         levels: (levels,) increasing.
     """
+    from scipy.optimize import minimize_scalar  # takes a second, and a forecast does not need it
+
     levels = np.asarray(levels)
     base = float(pinball_loss(returns, quantiles, levels).mean())
     if len(returns) == 0 or not base > 0:

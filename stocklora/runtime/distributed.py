@@ -61,7 +61,7 @@ def join_processes(device: torch.device) -> Any:
     from accelerate import Accelerator
 
     environment = os.environ
-    if environment.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in environment and not _launched():
+    if environment.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in environment and not launched():
         warn(
             "accelerate launch --cpu starts one process, whatever --num_processes says; for several on CPUs: "
             "accelerate launch --multi_gpu --num_processes 2 train_lora.py --device cpu ..."
@@ -83,13 +83,13 @@ def asked_for_cpu() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
-def _launched() -> bool:
+def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def launched_processes() -> Any:
     """The processes that were launched together, for work that shares no gradients; else this one alone."""
-    if not _launched():
+    if not launched():
         return Alone()
     from accelerate import PartialState
 
@@ -98,7 +98,7 @@ def launched_processes() -> Any:
 
 def wait_for_everyone() -> None:
     """A barrier where several processes were launched; nothing otherwise."""
-    if _launched():
+    if launched():
         from accelerate import PartialState
 
         PartialState().wait_for_everyone()
