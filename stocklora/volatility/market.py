@@ -8,6 +8,7 @@ Nothing here is larger than the number of dates, so a panel of any width streams
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -21,6 +22,7 @@ SURPRISE_PRIOR_DAYS = 10.0
 SURPRISE_LIMIT = 6.0  # one crash is not a new regime
 SURPRISE_WARM_UP_DAYS = 10  # a ticker's first scales rest on next to nothing: what they expect surprises nobody
 RANGE_FLOOR = 1e-4  # one basis point
+REMEMBERED_BYTES = 64 * 2**20  # of what was computed from tables asked for lately
 
 
 def garman_klass_variance(frame: pd.DataFrame) -> pd.Series:
@@ -43,6 +45,13 @@ class Market:
         self._table: pd.DataFrame | None = None
         self._derived: dict[str, pd.DataFrame] = {}
         self._running: tuple[float, pd.DataFrame] | None = None  # and what it started from
+        self._remembered: dict[tuple[int, int], tuple[pd.DataFrame, np.ndarray]] = {}
+
+    def without_surprises(self) -> Market:
+        """The same days, and what was computed from them, for the surprises of another scale."""
+        other = copy.copy(self)
+        other._surprises, other._running = {}, None
+        return other
 
     def add(self, frame: pd.DataFrame) -> None:
         """One ticker's days: its log return, the size of it, and its log Garman-Klass range."""
@@ -52,6 +61,7 @@ class Market:
         _accumulate(self._days, dates[1:], np.stack([returns, np.abs(returns), ranges], axis=1)[1:])
         self._table = None
         self._derived.clear()
+        self._remembered.clear()
 
     def add_surprise(self, frame: pd.DataFrame, scale: np.ndarray) -> None:
         """One ticker's |return| in units of the one-day scale known the day before, its first days left out.
@@ -86,6 +96,22 @@ class Market:
             self._derived[name] = compute(days)
         return self._derived[name]
 
+    def remembered(self, frame: pd.DataFrame, horizon: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """``compute()``, once while ``frame``, the very table, is among the last asked for; not to be written into.
+
+        Each scale that is fitted reads the same inputs of the same tables several times.
+        """
+        key = id(frame), horizon  # of a table that is kept here, so that no other can take its id
+        if key not in self._remembered:
+            values = compute()
+            values.flags.writeable = False
+            self._remembered[key] = frame, values
+            held = sum(kept.nbytes for _, kept in self._remembered.values())
+            while held > REMEMBERED_BYTES:
+                held -= self._remembered.pop(next(iter(self._remembered)))[1].nbytes
+            return values
+        return self._remembered[key][1]
+
     def running_surprise(self, index: pd.DatetimeIndex, usual: float) -> tuple[np.ndarray, np.ndarray]:
         """Exponentially weighted means over past days, at every date of ``index``.
 
@@ -118,6 +144,12 @@ class Markets:
     def of(self, ticker: str) -> Market:
         """The market of the ticker's exchange."""
         return self._by_exchange.setdefault(exchange_of(ticker), Market())
+
+    def without_surprises(self) -> Markets:
+        """See ``Market.without_surprises``."""
+        markets = Markets()
+        markets._by_exchange = {name: market.without_surprises() for name, market in self._by_exchange.items()}
+        return markets
 
 
 def market_of(prices: Mapping[str, pd.DataFrame]) -> Market:

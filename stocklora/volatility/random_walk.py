@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from stocklora.metrics.scores import median_index
+from stocklora.volatility.market import markets_of
 from stocklora.volatility.prior import MarketPrior
 from stocklora.volatility.scales import MOST_FITTED_ORIGINS, OWN_SCALES, VolatilityScale, fit_scale, thinned
 
@@ -95,10 +96,11 @@ def fit_baselines(
         "naive": QuantileBaseline("naive", None, nothing, raw),
         "drift": QuantileBaseline("drift", None, pooled.mean(axis=0), raw),
     }
+    plain = markets_of(prices) if not set(kinds).isdisjoint(("harx", "prior")) else None
     for kind in kinds:
         start = prior.scale_for(pooled.shape[1]) if prior is not None and kind == "prior" else None
-        scale = fit_scale(kind, prices, origins, returns, start)
-        markets = scale.markets_of(prices)
+        scale = fit_scale(kind, prices, origins, returns, start, plain)
+        markets = scale.markets_of(prices, plain)
         scaled = []
         for name, frame in prices.items():
             values = scale.at(frame, markets.of(name))

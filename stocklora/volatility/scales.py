@@ -142,11 +142,16 @@ class VolatilityScale:
         markets = self.markets_of(prices)
         return {name: self.at(frame, markets.of(name)) for name, frame in prices.items()}
 
-    def markets_of(self, prices: Mapping[str, pd.DataFrame]) -> Markets:
-        """The markets as this scale reads them, with surprises where it adapts."""
+    def markets_of(self, prices: Mapping[str, pd.DataFrame], plain: Markets | None = None) -> Markets:
+        """The markets as this scale reads them, with surprises where it adapts.
+
+        Args:
+            prices: ticker -> its table.
+            plain: what ``markets_of`` made of these prices, if it has been called already.
+        """
         if not self.adapts:
             return Markets()
-        markets = markets_of(prices)
+        markets = (plain or markets_of(prices)).without_surprises()
         for name, frame in prices.items():
             market = markets.of(name)
             market.add_surprise(frame, self.before_adapting(frame, market)[:, 0])
@@ -197,10 +202,14 @@ class VolatilityScale:
 
 
 def regression_inputs(frame: pd.DataFrame, market: Market, horizon: int) -> np.ndarray:
-    """(horizon, days, inputs) of ``harx``: first those of ``range_features``."""
-    alike, ahead = harx_features(frame, market, horizon)
-    base = np.concatenate([range_features(frame), alike], axis=1)
-    return np.concatenate([np.broadcast_to(base, (horizon, *base.shape)), ahead], axis=2)
+    """(horizon, days, inputs) of ``harx``: first those of ``range_features``; not to be written into."""
+
+    def compute() -> np.ndarray:
+        alike, ahead = harx_features(frame, market, horizon)
+        base = np.concatenate([range_features(frame), alike], axis=1)
+        return np.concatenate([np.broadcast_to(base, (horizon, *base.shape)), ahead], axis=2)
+
+    return market.remembered(frame, horizon, compute)
 
 
 def fit_scale(
@@ -209,6 +218,7 @@ def fit_scale(
     origins: Mapping[str, range],
     returns: Mapping[str, np.ndarray],
     prior: VolatilityScale | None = None,
+    markets: Markets | None = None,
 ) -> VolatilityScale:
     """Fit a scale on the given origins of each ticker, pooled.
 
@@ -222,6 +232,7 @@ def fit_scale(
         origins: ticker -> training rows.
         returns: ticker -> (days, horizon) log returns ahead.
         prior: where the scale ``prior`` starts, of the same horizon; without any training origin it stays there.
+        markets: what ``markets_of`` made of these prices, if it has been called already.
     """
     horizon = next(iter(returns.values())).shape[1]
     if kind == "ewma":
@@ -236,11 +247,12 @@ def fit_scale(
         inputs = np.concatenate([range_features(prices[name])[rows[name]] for name in prices])
         fitted = [_numbers(_har_regression(inputs, sizes[:, step])) for step in range(horizon)]
         return VolatilityScale("har", horizon, tuple(fitted))
-    inputs = _stacked_inputs(prices, rows, horizon)
+    markets = markets or markets_of(prices)
+    inputs = _stacked_inputs(prices, rows, horizon, markets)
     if kind == "prior":
         assert prior is not None
         return _moved(prior, inputs, sizes)
-    return _fit_harx(prices, rows, inputs, sizes)
+    return _fit_harx(prices, rows, inputs, sizes, markets)
 
 
 def thinned(origins: Mapping[str, range], most: int) -> dict[str, list[int]]:
@@ -249,9 +261,10 @@ def thinned(origins: Mapping[str, range], most: int) -> dict[str, list[int]]:
     return {name: list(rows[::every]) for name, rows in origins.items()}
 
 
-def _stacked_inputs(prices: Mapping[str, pd.DataFrame], rows: Mapping[str, list[int]], horizon: int) -> np.ndarray:
+def _stacked_inputs(
+    prices: Mapping[str, pd.DataFrame], rows: Mapping[str, list[int]], horizon: int, markets: Markets
+) -> np.ndarray:
     """(horizon, n, inputs) of the regression at the given rows of all tickers."""
-    markets = markets_of(prices)
     return np.concatenate(
         [regression_inputs(frame, markets.of(name), horizon)[:, rows[name]] for name, frame in prices.items()], axis=1
     )
@@ -273,9 +286,13 @@ def _moved(prior: VolatilityScale, inputs: np.ndarray, sizes: np.ndarray) -> Vol
 
 
 def _fit_harx(
-    prices: Mapping[str, pd.DataFrame], rows: Mapping[str, list[int]], inputs: np.ndarray, sizes: np.ndarray
+    prices: Mapping[str, pd.DataFrame],
+    rows: Mapping[str, list[int]],
+    inputs: np.ndarray,
+    sizes: np.ndarray,
+    markets: Markets,
 ) -> VolatilityScale:
-    markets, horizon = markets_of(prices), len(inputs)
+    horizon = len(inputs)
     dates = np.concatenate([prices[name].index.to_numpy()[rows[name]] for name in prices])
     centre, spread = zip(*[centre_and_spread(step) for step in inputs], strict=True)
     for row, width in zip(centre, spread, strict=True):

@@ -11,6 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from price_tables import random_prices
 
+from stocklora.metrics.scores import QUANTILE_LEVELS
+from stocklora.prices.tables import log_returns_ahead
+from stocklora.volatility import scales
 from stocklora.volatility.market import (
     MARKET_COLUMNS,
     SURPRISE_HALF_LIFE_DAYS,
@@ -20,6 +23,8 @@ from stocklora.volatility.market import (
     garman_klass_variance,
     market_of,
 )
+from stocklora.volatility.prior import prior_named
+from stocklora.volatility.random_walk import fit_baselines
 from stocklora.volatility.scales import ewma_volatility
 
 USUAL = 0.8
@@ -308,3 +313,35 @@ def test_the_input_stays_as_it_was() -> None:
     for name, frame in prices.items():
         pd.testing.assert_frame_equal(frame, copies[0][name])
         assert (scales[name] == copies[1][name]).all()
+
+
+def test_a_tables_inputs_are_computed_once_for_all_scales_fitted_on_it(monkeypatch):
+    prices = {name: random_prices(420, seed) for seed, name in enumerate(["A", "B"])}
+    real, seen = scales.harx_features, []
+    monkeypatch.setattr(scales, "harx_features", lambda frame, *rest: seen.append(id(frame)) or real(frame, *rest))
+    origins = {name: range(70, 380) for name in prices}
+    returns = {name: log_returns_ahead(frame["Close"].to_numpy(), 3) for name, frame in prices.items()}
+    fit_baselines(prices, origins, returns, np.array(QUANTILE_LEVELS), scales.SCALES, {}, prior_named("builtin"))
+    assert sorted(seen) == sorted(map(id, prices.values()))
+
+
+def test_what_a_market_remembers_is_of_the_very_table_and_bounded(monkeypatch):
+    frames = [random_prices(30, seed) for seed in range(3)]
+    market = market_of({"A": frames[0]})
+    counts = []
+
+    def asked(frame, horizon=3):
+        return market.remembered(frame, horizon, lambda: counts.append(None) or frame["Close"].to_numpy().copy())
+
+    assert asked(frames[0]) is asked(frames[0])
+    asked(frames[0], horizon=4)
+    asked(frames[0].copy())
+    assert len(counts) == 3
+    with pytest.raises(ValueError, match="read-only"):
+        asked(frames[0])[0] = 1.0
+    monkeypatch.setattr("stocklora.volatility.market.REMEMBERED_BYTES", 2 * frames[0]["Close"].to_numpy().nbytes)
+    for frame in frames[1:]:
+        asked(frame)
+    assert len(market._remembered) == 2
+    market.add(frames[1])
+    assert not market._remembered  # another market now
