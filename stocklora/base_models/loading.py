@@ -49,8 +49,8 @@ def load_causal_model(
         raise UserError(f"{quantization} weights need bitsandbytes: pip install bitsandbytes ({error})") from None
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:  # the last: weights of other shapes
-        raise UserError(f"cannot load the model in {folder}: {one_line(str(error))[:300]}") from None
+    except UNLOADABLE as error:
+        raise unloadable(folder, "weights", error) from None
     return model.to(device) if quantization == "none" else model
 
 
@@ -160,6 +160,8 @@ def unloadable(model_path: Path, part: str, error: Exception) -> UserError:
     elif "Unrecognized configuration class" in str(error):
         hint = " (its own code has no AutoModel in its auto_map, or it is no language model: choose another base)"
     what = str(error) if isinstance(error, UserError | OSError | ValueError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, pickle.UnpicklingError):  # torch advises to run what is in it
+        what = "its .bin is damaged, or holds more than tensors, such as code, which is never run; use safetensors"
     return UserError(f"cannot load the {part} of the base model in {model_path}: {one_line(what)[:300]}{hint}")
 
 

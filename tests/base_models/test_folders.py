@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 from stocklora.base_models import download as base_models
 from stocklora.base_models.download import DownloadModelSettings, fetch, model_folder
 from stocklora.base_models.folders import check_model_folder, config_sha256, describe_model
-from stocklora.base_models.hubs import RemoteFile, select_files
+from stocklora.base_models.repository import RemoteFile, select_files
 from stocklora.cli.console import UserError
 
 
@@ -51,30 +51,67 @@ def test_save_dir_is_the_folder_or_its_parent(name: str, save_dir: str | None, s
     assert model_folder(checked) == Path(expected)
 
 
-def test_only_what_loading_needs_is_selected() -> None:
-    def chosen(*names: str, trust: bool = False) -> set[str]:
-        files = [RemoteFile(name, 1) for name in ("config.json", "tokenizer.json", *names)]
-        return {file.path for file in select_files(files, "m", trust_remote_code=trust)} - {
-            "config.json",
-            "tokenizer.json",
-        }
+INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 
-    assert chosen("model.safetensors", "pytorch_model.bin", "model.onnx") == {"model.safetensors"}
-    index = "model.safetensors.index.json"
-    shards = {"model.safetensors-00001-of-00002.safetensors", "model.safetensors-00002-of-00002.safetensors"}
-    assert chosen(index, *shards, "consolidated.safetensors", "adapter_model.safetensors") == {index, *shards}
-    assert chosen("model.safetensors", index, "model-00001-of-00001.safetensors") == {"model.safetensors"}
-    bins = {"pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"}
-    assert chosen(*bins, "training_args.bin", "flax_model.msgpack") == bins
+
+def chosen(*names: str, shards: Sequence[str] = (), trust: bool = False, rest: Sequence[str] = ()) -> set[str]:
+    """What is taken of a repository beside config.json and ``rest``, by default a tokenizer."""
+    rest = rest or ["tokenizer.json"]
+    files = [RemoteFile(name, 1) for name in ("config.json", *rest, *names)]
+    index = {"weight_map": {f"layer.{number}": name for number, name in enumerate(shards)}}
+    taken = select_files(files, "org/m", lambda path: index, trust_remote_code=trust)
+    return {file.path for file in taken} - {"config.json", *rest}
+
+
+def test_one_copy_of_the_weights_is_selected() -> None:
+    whole = {"model.safetensors"}
+    assert chosen("model.safetensors", "pytorch_model.bin", "model.onnx", "model.fp16.safetensors") == whole
+    assert chosen("model.safetensors", INDEX, "model-00001-of-00001.safetensors") == whole
     assert chosen("pytorch_model.bin", "a/model.safetensors", "../vocab.txt") == {"pytorch_model.bin"}
-    assert chosen("model.safetensors", "own.py", "x/own.py", trust=True) == {"model.safetensors", "own.py"}
-    assert "own.py" not in chosen("model.safetensors", "own.py")
-    assert chosen("model.safetensors", "additional_chat_templates/rag.jinja") == {
-        "model.safetensors",
-        "additional_chat_templates/rag.jinja",
-    }
-    with pytest.raises(UserError, match="neither safetensors"):
+    shards = {"model.safetensors-00001-of-00002.safetensors", "layer-2.safetensors"}
+    others = ["consolidated-00001-of-00002.safetensors", "adapter_model.safetensors", "model.gguf", "tf_model.h5"]
+    others += ["model-00001-of-00002.safetensors", "original/consolidated.00.pth", "consolidated.00.pth"]
+    assert chosen(INDEX, *shards, *others, BIN_INDEX, shards=sorted(shards)) == {INDEX, *shards}
+    bins = {BIN_INDEX, "pytorch_model-00001-of-00001.bin"}
+    noise = ["training_args.bin", "flax_model.msgpack"]
+    assert chosen(*bins, *noise, shards=["pytorch_model-00001-of-00001.bin"]) == bins
+
+
+def test_texts_come_and_code_only_when_trusted() -> None:
+    texts = ["generation_config.json", "chat_template.jinja", "additional_chat_templates/rag.jinja", "tokenizer.model"]
+    texts += ["tekken.json", "merges.txt", "vocab.json", "LICENSE.txt", "USE_POLICY.md", "preprocessor_config.json"]
+    left = ["README.md", "own.py", "x/own.py", "own_vocab.txt", "params.json", "original/tokenizer.model", "x/LICENSE"]
+    assert chosen("model.safetensors", *texts, *left) == {"model.safetensors", *texts}
+    # Python code may read what nobody else does; an index whose shards stay behind would look like half a model.
+    code = {"own.py", "own_vocab.txt", "params.json"}
+    assert chosen("model.safetensors", INDEX, *texts, *left, trust=True) == {"model.safetensors", *texts, *code}
+
+
+@pytest.mark.parametrize(
+    "names", [["tokenizer.model"], ["vocab.json", "merges.txt"], ["tekken.json"], ["tiktoken.model"], ["qwen.tiktoken"]]
+)
+def test_each_kind_of_tokenizer_is_one(names: list[str]) -> None:
+    assert chosen("model.safetensors", rest=names) == {"model.safetensors"}
+    with pytest.raises(UserError, match="org/m has no tokenizer .*choose another model"):
+        chosen("model.safetensors", rest=[f"original/{name}" for name in names])
+
+
+def test_what_cannot_be_selected_is_said() -> None:
+    with pytest.raises(UserError, match=r"neither safetensors .*\(there is model-00001-of-00002.safetensors\)"):
         chosen("model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match=r"there is consolidated.00.pth, model.gguf"):
+        chosen("model.gguf", "consolidated.00.pth")
+    with pytest.raises(UserError, match="lacks b.safetensors, which its model.safetensors.index.json names"):
+        chosen(INDEX, "a.safetensors", shards=["a.safetensors", "b.safetensors"])
+    with pytest.raises(UserError, match="lacks ../b.safetensors"):
+        chosen(INDEX, "../b.safetensors", shards=["../b.safetensors"])
+    with pytest.raises(UserError, match="among its own Python files: add --trust_remote_code"):
+        chosen("model.safetensors", "tokenization_own.py", rest=["README.md"])
+    assert chosen("model.safetensors", "tokenization_own.py", rest=["README.md"], trust=True)
+    for broken in (None, [], {}, {"weight_map": [1]}, {"weight_map": {"a": {}}}):
+        files = [RemoteFile(name, 1) for name in ("config.json", "tokenizer.json", INDEX)]
+        with pytest.raises(UserError, match="names no shards"):
+            select_files(files, "org/m", lambda path, broken=broken: broken)
 
 
 def test_a_users_own_complete_folder_passes(model: Path, tiny_models: dict[str, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from tuned_models import built, content_of, spec_of, unsettled
 
 from llm_model import length_that_counts
-from stocklora.base_models.loading import BaseModel, stored_quantization
+from stocklora.base_models.loading import BaseModel, load_causal_model, stored_quantization
 from stocklora.cli.console import UserError
 from stocklora.forecaster.forecaster import check_base
 from stocklora.forecaster.merge import merge
@@ -83,3 +84,20 @@ def test_where_length_counts() -> None:
     assert length_that_counts(LlamaConfig()) > 10**9
     stretched = LlamaConfig(rope_scaling={"rope_type": "dynamic", "factor": 2.0}, max_position_embeddings=512)
     assert length_that_counts(stretched) == 512
+
+
+def test_code_in_a_base_of_ones_own_is_never_run(base, tmp_path) -> None:
+    class Code:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (base / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Code()}, base / "pytorch_model.bin")
+    for load in (
+        lambda: load_causal_model(base, dtype=torch.float32, device=torch.device("cpu")),
+        lambda: built(spec_of(base, "lora"), base),
+    ):
+        with pytest.raises(UserError, match="such as code, which is never run; use safetensors") as caught:
+            load()
+        assert "weights_only" not in str(caught.value)  # torch's advice is to run it
+    assert not (tmp_path / "ran").exists()

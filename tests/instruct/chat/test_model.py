@@ -303,7 +303,7 @@ def test_weights_of_other_shapes_than_the_configuration_says_are_one_line(tiny_m
     shutil.copytree(tiny_model, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"hidden_size": 16}), encoding="utf-8")
-    with pytest.raises(UserError, match="cannot load the model in"):
+    with pytest.raises(UserError, match="cannot load the weights of the base model in"):
         load_chat_model(tmp_path / "m", dtype="float32", device="cpu")
 
 
