@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from stocklora.adapters.arithmetic import adapted_names, without_pissa
 from stocklora.adapters.biases import bias_modules
 from stocklora.adapters.layer import AdapterConfig, attach, principal_factors
 from stocklora.base_models.quantized import dense_weight
-from stocklora.cli.console import UserError, listed
+from stocklora.cli.console import UserError
 from stocklora.runtime.files import replacing
 
 
@@ -70,7 +69,7 @@ def load_lora(model: nn.Module, path: str | Path, adapter: str = DEFAULT_ADAPTER
     path = Path(path)
     _check_suffix(path)
     if path.suffix == ".safetensors":
-        state, metadata = _read_safetensors(path)
+        state, metadata = read_safetensors(path)
         try:
             settings = json.loads(metadata["lora_config"])
         except (KeyError, ValueError):
@@ -112,14 +111,15 @@ def _check_suffix(path: Path) -> None:
         raise LoRAError(f"cannot tell the format of {path}; name it .pth or .safetensors")
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name, and the file's metadata."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise LoRAError(f"cannot read {path}: {_first_line(error)}") from error
+        raise LoRAError(f"cannot read {path}: {first_line(error)}") from error
 
 
 def _read_pth(path: Path) -> Any:
@@ -131,7 +131,8 @@ def _read_pth(path: Path) -> Any:
         raise LoRAError(f"cannot read {path}: broken, or it holds more than plain tensors") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, without the lines that explain it."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -227,36 +228,6 @@ def export_peft(
     _write(folder / "adapter_config.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
-def check_peft(folder: str | Path, base: nn.Module) -> nn.Module:
-    """``base`` with the adapter in ``folder`` as PEFT loads it, once it is known to be on the layers it was made for.
-
-    PEFT renames layers of some families on the way in, refuses others, and passes over weights whose names it does
-    not find; it warns at best.
-
-    Raises:
-        LoRAError: PEFT refuses the adapter, or loads it in another form than it has in the folder.
-    """
-    import peft
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = peft.PeftModel.from_pretrained(base, str(folder))
-    except Exception as error:  # PEFT and transformers refuse in many ways
-        raise LoRAError(f"PEFT refuses it ({_first_line(error)[:160]})") from None
-    stored, _ = _read_safetensors(Path(folder) / "adapter_model.safetensors")
-    weights = {_our_name(name): value for name, value in stored.items()}
-    named = loaded.named_parameters()
-    there = {_our_name(re.sub(r"\.default(?=\.|$)", "", name)): value.detach().cpu() for name, value in named}
-    there = {name: value for name, value in there.items() if ".lora_" in name or name in weights}
-    others = sorted(weights.keys() ^ there.keys())
-    others += [name for name in sorted(weights.keys() & there.keys()) if not torch.equal(weights[name], there[name])]
-    if others:
-        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in others))
-        raise LoRAError(f"PEFT would put adapters elsewhere than on {listed(layers, 3)}")
-    return loaded
-
-
 def read_peft(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """An adapter saved by PEFT: its settings, and its weights by our names; PiSSA's start is not among them.
 
@@ -268,10 +239,13 @@ def read_peft(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     try:
         content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LoRAError(f"cannot read {folder / 'adapter_config.json'}: {_first_line(error)}") from error
+        raise LoRAError(f"cannot read {folder / 'adapter_config.json'}: {first_line(error)}") from error
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
         raise LoRAError(f"{folder} is no LoRA adapter of PEFT's")
     strange = [key for key, value in content.items() if value and key not in _PEFT_HARMLESS | _PEFT_HANDLED]
+    # Weights of linear layers are adapted as the layers are; other tensors, such as all experts in one, are not here.
+    if all(str(name).endswith(".weight") for name in content.get("target_parameters") or []):
+        strange = [key for key in strange if key != "target_parameters"]
     init = content.get("init_lora_weights", True)
     if init not in _PEFT_PLAIN_INITS and init != "pissa":
         strange.append("init_lora_weights")
@@ -290,7 +264,7 @@ def read_peft(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     weights = _read_peft_weights(folder)
     if foreign := [key for key in weights if not _PEFT_KEY.fullmatch(key)]:
         raise LoRAError(f"{folder} holds weights that are not LoRA's: {', '.join(foreign[:8])}")
-    state = {_our_name(key): tensor for key, tensor in weights.items()}
+    state = {our_name(key): tensor for key, tensor in weights.items()}
     return replace(config, target_modules=tuple(adapted_names(state)) or ALL_LINEAR), state
 
 
@@ -298,7 +272,7 @@ def _read_peft_weights(folder: Path) -> dict[str, Tensor]:
     """By PEFT's names; the pickle that older versions wrote is read as plain data alone."""
     old = folder / "adapter_model.bin"
     if (folder / "adapter_model.safetensors").exists() or not old.exists():
-        return _read_safetensors(folder / "adapter_model.safetensors")[0]
+        return read_safetensors(folder / "adapter_model.safetensors")[0]
     weights = _read_pth(old)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise LoRAError(f"{old} holds no named weights")
@@ -326,7 +300,7 @@ def import_peft(model: nn.Module, folder: str | Path, adapter: str = DEFAULT_ADA
     return _attach_state(model, replace(config, target_modules=tuple(names) or ALL_LINEAR), state, adapter)
 
 
-def _our_name(key: str) -> str:
+def our_name(key: str) -> str:
     """PEFT's name of a weight -> ours."""
     name = key.removeprefix(_PEFT_PREFIX).removesuffix(".weight").removesuffix("_vector")
     return re.sub(r"\.base_layer\.bias$", ".bias", name)

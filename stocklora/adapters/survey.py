@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lora
 from stocklora.adapters.probe import kind_of
 
-NO_LINEAR = "no linear layer"
+NO_LINEAR, EXPERTS = "no linear layer", "experts in one tensor"
 LEAST_SHARE = 0.01  # of all weights: smaller ones are listed only if they are linear layers
 QUANTIZED = {"Linear8bitLt": "int8", "Linear4bit": "nf4"}
 
@@ -50,16 +50,18 @@ def survey_of(backbone: nn.Module, fields: Mapping[str, Any], lost: Mapping[str,
     kinds: dict[tuple[str, str, str], list[int]] = {}
     for name, module in backbone.named_modules():
         for part, weight in module.named_parameters(recurse=False):
-            if part == "bias" or (weight.ndim < 2 and type(module).__name__ not in QUANTIZED):
+            if part == "bias" or (weight.squeeze().ndim < 2 and type(module).__name__ not in QUANTIZED):
                 continue
             if name in linear:
                 out_features, in_features = lora.LoRALayer(linear[name]).features
                 note = "" if name in adapted else lost.get(name, "not asked for")
                 key, count = (kind_of(name), number_format(module, weight), note), out_features * in_features
             else:
-                convolves = isinstance(module, nn.modules.conv._ConvNd)
-                note = "experts in one tensor" if weight.ndim == 3 and not convolves else NO_LINEAR
                 full = f"{name}.{part}" if part != "weight" else name
+                experts = "expert" in f"{full} {type(module).__name__}".lower()
+                stacked = EXPERTS if experts else "matrices in one tensor"
+                convolves = isinstance(module, nn.modules.conv._ConvNd)
+                note = stacked if weight.ndim == 3 and not convolves else NO_LINEAR
                 key, count = (kind_of(full), number_format(module, weight), note), weight.numel()
             kinds.setdefault(key, []).append(count)
     found = [LayerKind(name, len(counts), sum(counts), dtype, note) for (name, dtype, note), counts in kinds.items()]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llm_model import StockForecaster, text_config_of
 from lora import LoRAError, adapters_disabled
-from stocklora.adapters.files import check_peft
+from stocklora.adapters.peft_check import check_peft, name_by_weight
 from stocklora.base_models.folders import check_empty, check_files, copy_companions, describe_model, made_whole
 from stocklora.base_models.loading import (
     BaseModel,
@@ -116,9 +116,18 @@ def check_export(
     """
     ids, beside, untuned = ours
     advice = "use --output for a merged model, or train on other layers (--target_modules)"
-    plain = plain_backbone(settings.model_path, content.spec.backbone_layers, settings.trust_remote_code).to(device)
+
+    def plain() -> Any:
+        layers = content.spec.backbone_layers
+        return plain_backbone(settings.model_path, layers, settings.trust_remote_code).to(device)
+
     try:
-        loaded: Any = check_peft(folder, plain).eval()
+        try:
+            loaded: Any = check_peft(folder, plain()).eval()
+        except LoRAError:
+            if not name_by_weight(folder):
+                raise
+            loaded = check_peft(folder, plain()).eval()
     except LoRAError as error:
         raise UserError(f"cannot export {settings.lora_weights}: {error}; {advice}") from None
     with torch.no_grad():

@@ -116,7 +116,8 @@ class PeftLoRA(Tuning):
             try:
                 model.backbone = peft.get_peft_model(model.backbone, options)  # type: ignore[arg-type]
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise LoRAError(f"PEFT cannot adapt these layers ({one_line(str(error))[:160]}); {own}") from None
+                reason = one_line(str(error)).partition(". ")[0][:160]
+                raise LoRAError(f"PEFT cannot adapt these layers ({reason}); {own}") from None
         there = {name for name, _ in self._layers(model)}
         if others := sorted(there.symmetric_difference(names)):
             raise LoRAError(

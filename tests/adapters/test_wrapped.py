@@ -7,12 +7,15 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from families import make_family
 from lora_models import make_model, output, randomize
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 from lora import LoRAError
-from stocklora.adapters.files import check_peft, export_peft, import_peft, load_lora, read_peft, save_lora
+from stocklora.adapters.files import export_peft, import_peft, load_lora, read_peft, save_lora
 from stocklora.adapters.layer import AdapterConfig, apply_lora
+from stocklora.adapters.peft_check import check_peft, name_by_weight
 
 
 @pytest.fixture
@@ -55,3 +58,24 @@ def test_an_export_that_peft_passes_over_is_found(tmp_path: Path) -> None:
     check_peft(tmp_path, make_model(head=False))
     with pytest.raises(LoRAError, match="PEFT would put adapters elsewhere than on layers.0"):
         check_peft(tmp_path, make_model())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("shared_experts.up_proj",)])
+def test_layers_that_peft_takes_for_experts_stay_where_they_are(tmp_path: Path, targets) -> None:
+    """Named by their weights: of one such layer alone, or with dropout, PEFT would not even load the adapter."""
+    base = make_family("GLM 4.5", tmp_path / "base")
+
+    def plain() -> torch.nn.Module:
+        return AutoModel.from_pretrained(base).eval()
+
+    ours = plain()
+    names = apply_lora(ours, AdapterConfig(rank=2, dropout=0.1, target_modules=targets))
+    randomize(ours)
+    export_peft(ours.eval(), tmp_path, base_model="base")
+    with pytest.raises(LoRAError, match="PEFT"):
+        check_peft(tmp_path, plain())
+    assert name_by_weight(tmp_path)
+    torch.testing.assert_close(output(check_peft(tmp_path, plain()).eval()), output(ours))
+    again = plain()
+    assert sorted(import_peft(again, tmp_path)) == sorted(names)
+    torch.testing.assert_close(output(again), output(ours))
