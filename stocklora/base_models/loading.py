@@ -91,7 +91,7 @@ def _from_folder(
 # What transformers and a model's own code raise at a configuration that they cannot make a model of.
 UNLOADABLE = (
     OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, IndexError,
-    ArithmeticError, pickle.UnpicklingError,
+    ArithmeticError, AssertionError, NameError, SyntaxError, pickle.UnpicklingError,
 )  # fmt: skip
 
 
@@ -157,8 +157,6 @@ def unloadable(model_path: Path, part: str, error: Exception) -> UserError:
     hint = ""
     if "trust_remote_code" in str(error):
         hint = " (it brings Python code of its own: add --trust_remote_code if you trust its author)"
-    elif "Unrecognized configuration class" in str(error):
-        hint = " (its own code has no AutoModel in its auto_map, or it is no language model: choose another base)"
     what = str(error) if isinstance(error, UserError | OSError | ValueError) else f"{type(error).__name__}: {error}"
     if isinstance(error, pickle.UnpicklingError):  # torch advises to run what is in it
         what = "its .bin is damaged, or holds more than tensors, such as code, which is never run; use safetensors"
@@ -232,8 +230,39 @@ def first_layers(config: Any, layers: int | None) -> Any:
     return config
 
 
+def backbone_class(config: Any) -> Any:
+    """``AutoModel``; where a model's own code has no class for that, the one with a vocabulary head around it.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    own = getattr(config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" in own and "AutoModel" not in own:
+        return AutoModelForCausalLM
+    if "AutoModel" not in own and config.model_type not in MODEL_MAPPING_NAMES:
+        raise ValueError(
+            f"there is no language model for its {type(config).__name__}, in transformers or in its own auto_map; "
+            f"choose another base"
+        )
+    return AutoModel
+
+
 def language_model(model: Any) -> Any:
-    """The decoder of text inside a model that also reads pictures or sound; any other model as it is."""
+    """The decoder of text inside a model with a vocabulary head, or that also reads pictures or sound.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if model.get_output_embeddings() is not None:
+        if model.base_model is model:
+            raise ValueError(
+                f"its own code has no AutoModel in its auto_map, and {type(model).__name__} keeps its decoder under "
+                f"another name than base_model_prefix says; choose another base"
+            )
+        model = model.base_model
     if text_config_of(model.config) is model.config:
         return model
     for name in ("language_model", "text_model", "model"):
@@ -275,8 +304,6 @@ def load_backbone(
     Raises:
         ImportError: quantization without bitsandbytes.
     """
-    from transformers import AutoModel
-
     if config is None:
         config = backbone_config(model_path, None, trust_remote_code)
     if (stored := stored_quantization(config)) not in ("none", "8bit", "4bit"):
@@ -285,7 +312,7 @@ def load_backbone(
             f"{unquantized_name(model_path)}"
         )
     whole = _from_folder(
-        AutoModel, model_path, quantization, dtype, device or torch.device("cpu"), trust_remote_code,
+        backbone_class(config), model_path, quantization, dtype, device or torch.device("cpu"), trust_remote_code,
         config=first_layers(config, layers),
     )  # fmt: skip
     backbone: nn.Module = language_model(whole)
@@ -294,10 +321,10 @@ def load_backbone(
 
 def plain_backbone(model_path: Path, layers: int | None = None, trust_remote_code: bool = False) -> Any:
     """As ``load_backbone`` in float32, but with everything that transformers makes of the model by itself."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
 
     config = first_layers(AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code), layers)
-    whole = AutoModel.from_pretrained(
+    whole = backbone_class(config).from_pretrained(
         str(model_path), config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
     )
     if stored_quantization(config) != "none":

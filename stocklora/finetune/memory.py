@@ -15,7 +15,14 @@ import torch
 from llm_model import facts_of, padded_tokens, text_config_of
 from lora import LoRAError, find_targets, linear_layers
 from stocklora.base_models import memory as sizes
-from stocklora.base_models.loading import UNLOADABLE, backbone_config, first_layers, language_model, unloadable
+from stocklora.base_models.loading import (
+    UNLOADABLE,
+    backbone_class,
+    backbone_config,
+    first_layers,
+    language_model,
+    unloadable,
+)
 from stocklora.base_models.memory import FLOAT_BYTES, Memory
 from stocklora.cli.console import UserError, print_table, say
 from stocklora.dataset.prepare import Example
@@ -74,14 +81,15 @@ def shape_of(settings: TrainLoraSettings, config: Any = None) -> ModelShape:
     Raises:
         UserError: a configuration that cannot be read, or targets that the model does not have.
     """
-    from transformers import AutoModel
 
     try:
         if config is None:
             config = backbone_config(settings.model_path, None, settings.trust_remote_code)
         config = first_layers(config, settings.backbone_layers)
         with torch.device("meta"):
-            model = language_model(AutoModel.from_config(config, trust_remote_code=settings.trust_remote_code))
+            model = language_model(
+                backbone_class(config).from_config(config, trust_remote_code=settings.trust_remote_code)
+            )
     except UNLOADABLE as error:
         raise unloadable(settings.model_path, "layers", error) from None
     names = settings.target_modules

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from tuned_models import built, content_of, spec_of, unsettled
 
 from llm_model import length_that_counts
-from stocklora.base_models.loading import BaseModel, load_causal_model, stored_quantization
+from stocklora.base_models.loading import BaseModel, hidden_states, load_causal_model, stored_quantization
 from stocklora.cli.console import UserError
-from stocklora.forecaster.forecaster import check_base
+from stocklora.finetune.memory import shape_of
+from stocklora.finetune.settings import TrainLoraSettings
+from stocklora.forecaster.forecaster import build_forecaster, check_base
 from stocklora.forecaster.merge import merge
 from stocklora.forecaster.settings import MergeSettings
 from stocklora.forecaster.weights import save_weights
@@ -101,3 +104,76 @@ def test_code_in_a_base_of_ones_own_is_never_run(base, tmp_path) -> None:
             load()
         assert "weights_only" not in str(caught.value)  # torch's advice is to run it
     assert not (tmp_path / "ran").exists()
+
+
+# --------------------------------------------------------------------------------------------- code of a model's own
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+OWN_CONFIG, OWN_MODEL = {"AutoConfig": "modeling_own.OwnConfig"}, "modeling_own.OwnForCausalLM"
+
+
+@pytest.fixture
+def own(base, tmp_path, monkeypatch) -> Path:
+    """A base whose classes come in a Python file beside it, among them none for ``AutoModel``."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (base / "modeling_own.py").write_text(OWN_CODE)
+    classes = OWN_CONFIG | {"AutoModelForCausalLM": OWN_MODEL}
+    return changed(base, model_type="own", architectures=["OwnForCausalLM"], auto_map=classes)
+
+
+def test_code_without_automodel_trains_merges_and_is_exported(own, tmp_path) -> None:
+    spec = spec_of(own, "lora")
+    with pytest.raises(UserError, match="add --trust_remote_code if you trust"):
+        built(spec, own)
+    trusted = BaseModel(own, trust_remote_code=True)
+    forecaster = unsettled(build_forecaster(spec, trusted, torch.device("cpu"), torch.float32, fresh=False))
+    assert type(forecaster.model.backbone).__name__ == "LlamaModel"
+    assert shape_of(TrainLoraSettings(model_path=own, trust_remote_code=True)).layers == 2
+    save_weights(tmp_path / "w.pth", content_of(forecaster))
+    settings = MergeSettings(
+        lora_weights=tmp_path / "w.pth", model_path=own, output=tmp_path / "m", export_peft=tmp_path / "a",
+        device="cpu", trust_remote_code=True,
+    )  # fmt: skip
+    merge(settings)
+    ids = torch.arange(5, 25)[None]
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "m", trust_remote_code=True)
+    with torch.no_grad():
+        beside, merged = (hidden_states(model, ids) for model in (forecaster.model.backbone, whole.model))
+    torch.testing.assert_close(merged, beside, rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "a" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("classes", "code", "words"),
+    [
+        (
+            {},
+            "",
+            "no language model for its OwnConfig, in transformers or in its own auto_map; choose",
+        ),
+        ({"AutoModelForSeq2SeqLM": OWN_MODEL}, "", "there is no language model for its OwnConfig"),
+        (
+            {"AutoModelForCausalLM": OWN_MODEL},
+            "    base_model_prefix = 'nothing'",
+            "has no AutoModel in its auto_map",
+        ),
+        ({"AutoModelForCausalLM": "other.Own"}, "", "other.py"),
+        ({"AutoModelForCausalLM": OWN_MODEL}, "1 +", "SyntaxError"),
+    ],
+)
+def test_code_that_gives_no_decoder_is_one_line(own, classes, code, words) -> None:
+    changed(own, auto_map=OWN_CONFIG | classes)
+    (own / "modeling_own.py").write_text(OWN_CODE + code + "\n")
+    with pytest.raises(UserError, match=words) as caught:
+        shape_of(TrainLoraSettings(model_path=own, trust_remote_code=True))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ import peft
 import pytest
 import torch
 from price_tables import random_prices
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModel, AutoModelForCausalLM
 from tuned_models import CPU, LORA, VARIANTS, built, content_of, exact, spec_of, unsettled
 
@@ -209,6 +211,44 @@ def test_mistakes_are_one_line_and_leave_nothing(tiny_models, tmp_path, monkeypa
     )
     assert "disk full" in error()
     assert {path.name for path in tmp_path.iterdir()} == {"w.pth", "h.pth", "f.pth", "inf.pth", "taken"}
+
+
+def disk_full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def safetensors_disk_full(*_: Any, **__: Any) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def torch_disk_full(*_: Any, **__: Any) -> None:
+    raise RuntimeError("[enforce fail at inline_container.cc:874] . PytorchStreamWriter failed writing file data/0")
+
+
+@pytest.mark.parametrize(
+    ("place", "fails"),
+    [
+        ("transformers.modeling_utils.safe_save_file", safetensors_disk_full),
+        ("shutil.copyfile", disk_full),
+        ("torch.save", torch_disk_full),
+        ("pathlib.Path.mkdir", disk_full),
+        ("pathlib.Path.rename", disk_full),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--output", "--export_peft"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_model, tmp_path, monkeypatch, capsys, place, fails, flag):
+    weights = saved(tmp_path / "w.pth", tiny_model, "lora")
+    monkeypatch.setattr(place, fails)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    options = ["--lora_weights", str(weights), "--model_path", str(tiny_model), flag, str(tmp_path / "out")]
+    code = merge_lora.main([*options, "--device", "cpu"])
+    printed = capsys.readouterr().err
+    if flag == "--export_peft" and place in ("shutil.copyfile", "transformers.modeling_utils.safe_save_file"):
+        assert code == 0  # an adapter has none of these
+        return
+    assert code == 2
+    assert re.fullmatch(r"error: cannot write .*(No space left on device|the disk is full; free some space)\n", printed)
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
 
 
 def test_the_script_from_weights_to_forecast(call_script, tiny_model, table, tmp_path, monkeypatch, capsys) -> None:
