@@ -108,6 +108,9 @@ MEASURES = (
 )  # fmt: skip
 
 
+OF_LABELS = ("label_accuracy", "sentiment_accuracy", "sentiment_macro_f1")  # which a constant answer scores in too
+
+
 def is_sentiment(record: Record) -> bool:
     """Whether the row asks for 利好, 利空 or 中性."""
     return wanted_label(record) in SENTIMENTS
@@ -116,6 +119,10 @@ def is_sentiment(record: Record) -> bool:
 def wanted_label(record: Record) -> str | None:
     label = record.meta.get("label")
     return label if isinstance(label, str) else None
+
+
+def kind_of(record: Record) -> str:
+    return str(record.meta.get("kind") or "other")
 
 
 def shown(entry: Mapping[str, Any] | None, measure: Measure, signed: bool = False) -> str:

@@ -53,6 +53,7 @@ WORDS = {
     "base": ("base", "基座"),
     "base_name": ("base ({name})", "基座（{name}）"),
     "tuned": ("tuned", "微调"),
+    "majority": ("majority class", "多数类"),
     "difference": ("difference, points", "差值（百分点）"),
     "generation": ("Time and length of answers", "生成时间与长度"),
     "expected": ("dashed: expected answers ({count:.0f})", "虚线：参考答案（{count:.0f}）"),
@@ -236,6 +237,13 @@ def _plot_scores(results: Mapping[str, Any], words: Words, path: Path) -> Path:
         if name == BASE_SYSTEM:
             label = words("base_name").format(name=words.font.drawable(last_part(str(results["base_model"]))))
         axis.scatter(*zip(*points, strict=True), s=42, color=color, zorder=3, label=label, clip_on=False)
+    majority = results.get("majority") or {}
+    for place, m in enumerate(measures):
+        if m.name in majority:  # what always giving the commonest label scores
+            named = axis.get_legend_handles_labels()[1][len(systems) :]
+            value = 100 * majority[m.name]["value"]
+            axis.plot([value] * 2, [place - 0.3, place + 0.3], color=INK, linewidth=1.6, clip_on=False,
+                      label=None if named else words("majority"))  # fmt: skip
     axis.set_yticks(range(len(measures)), [words(m.name) for m in measures], color=INK, fontsize=10)
     axis.set_ylim(len(measures) - 0.5, -0.5)
     axis.set_xlim(0, 100)
@@ -249,7 +257,7 @@ def _plot_scores(results: Mapping[str, Any], words: Words, path: Path) -> Path:
             settled = bool(entry) and entry["low"] is not None and (entry["low"] > 0 or entry["high"] < 0)
             axis.text(1.02, place, text, transform=transform, va="center", fontsize=9.5,
                       color=INK if settled else MUTED, fontweight="bold" if settled else "normal")  # fmt: skip
-    axis.legend(frameon=False, labelcolor=MUTED, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
+    axis.legend(frameon=False, labelcolor=MUTED, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)
     save_figure(figure, path)
     return path
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from stocklora.cli.console import UserError, print_table, say, warn
+from stocklora.cli.console import UserError, say, warn
 from stocklora.cli.settings import SCORES, check_installed
 from stocklora.instruct.chat.settings import EvaluateSettings
 from stocklora.instruct.chat.sources import (
@@ -18,21 +18,21 @@ from stocklora.instruct.chat.sources import (
     Sources,
     find_sources,
     is_adapter,
-    last_part,
     trained_base,
 )
 from stocklora.instruct.evaluation.bootstrap import Estimate, Resampler
 from stocklora.instruct.evaluation.held_out import HeldOut, held_out_rows
+from stocklora.instruct.evaluation.majority import beside_majority, commonest_labels
 from stocklora.instruct.evaluation.measures import (
     BASE_SYSTEM,
     MEASURES,
     TUNED_SYSTEM,
     Prediction,
-    number,
-    shown,
+    kind_of,
     wanted_label,
 )
 from stocklora.instruct.evaluation.scoring import score
+from stocklora.instruct.evaluation.tables import print_results
 from stocklora.instruct.rows.formats import SENTIMENTS, Record
 from stocklora.runtime.files import as_json_types, check_writable, write_json, write_text
 from stocklora.runtime.machine import machine_facts, versions_of
@@ -41,11 +41,6 @@ PARTIAL = "evaluation_answers.partial.jsonl"  # finished answers, until the resu
 RESULTS, PREDICTIONS = "evaluation_results.json", "evaluation_predictions.jsonl"
 LIBRARIES = ("torch", "transformers", "peft", "sacrebleu", "rouge-chinese")
 FORMAT = 1
-# measures of the table by kind of row, and what its cells call them
-OF_KINDS = {
-    "success_rate": "ended", "chrf": "chrF", "rouge_l": "ROUGE-L", "label_accuracy": "label", "json_valid": "JSON",
-    "field_accuracy": "fields", "numbers_supported": "numbers", "generated_tokens": "tokens",
-}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- a run
@@ -222,10 +217,6 @@ def label_sets(records: Sequence[Record]) -> dict[str, list[str]]:
     return {kind: sorted(labels) for kind, labels in sets.items()}
 
 
-def kind_of(record: Record) -> str:
-    return str(record.meta.get("kind") or "other")
-
-
 # ------------------------------------------------------------------------------------------------------- summary
 
 
@@ -267,6 +258,7 @@ def summarize(
         },
         "systems": systems,
         "difference": difference,
+        "majority": beside_majority(records, list(predictions.values())[-1], by_event),
         "by_kind": _by_kind(records, predictions),
         "expected": _of_expected(records, by_event),
     }
@@ -285,13 +277,21 @@ def _by_kind(records: Sequence[Record], predictions: Mapping[str, Sequence[Predi
     for kind, members in sorted(kinds.items()):
         draws = Resampler(members, 0, 0)
         chosen = [records[index] for index in members]
-        result[kind] = {"rows": len(members)}
+        result[kind] = {"rows": len(members), "majority": _commonest(chosen)}
         for name, items in predictions.items():
             mine = [items[index] for index in members]
             result[kind][name] = {
                 measure.name: as_json_types(measure.values(draws, mine, chosen)[0]) for measure in MEASURES
             }
     return result
+
+
+def _commonest(records: Sequence[Record]) -> dict[str, Any] | None:
+    """The commonest label of rows of one kind, and its share; None where they have none."""
+    wanted = [label for label in map(wanted_label, records) if label is not None]
+    for label in commonest_labels(records).values():
+        return {"label": label, "share": wanted.count(label) / len(wanted)}
+    return None
 
 
 def _of_expected(records: Sequence[Record], draws: Resampler) -> dict[str, Any]:
@@ -328,64 +328,3 @@ def answer_rows(records: Sequence[Record], predictions: Mapping[str, Sequence[Pr
             }
         rows.append(as_json_types(row))
     return rows
-
-
-# -------------------------------------------------------------------------------------------------------- tables
-
-
-def print_results(content: Mapping[str, Any]) -> None:
-    """The table of measures, what is settled by it in words, and a table by kind of row."""
-    systems: Mapping[str, Any] = content["systems"]
-    rows = []
-    for measure in MEASURES:
-        entries = [systems[name].get(measure.name) for name in systems]
-        if not any(entries):
-            continue
-        counts = sorted({entry["rows"] for entry in entries if entry})
-        cells = [shown(entry, measure) for entry in entries]
-        if content["difference"]:
-            cells.append(shown(content["difference"].get(measure.name), measure, signed=True))
-        rows.append([measure.label, "-".join(map(str, counts)), *cells])
-    names = {BASE_SYSTEM: f"base ({last_part(str(content['base_model']))})", TUNED_SYSTEM: "tuned"}
-    header = ["", "rows", *[names[name] for name in systems]]
-    title = f"Held-out rows: value and 95% interval ({content['intervals'].partition('; ')[2]})"
-    print_table(title, [*header, "difference"] if content["difference"] else header, rows)
-    if (share := content["expected"]["numbers_supported"]) is not None:
-        say(f"(of the numbers in the expected answers, {100 * share:.0f}% stand in the question)")
-    for line in verdicts(content):
-        say(line)
-    if held := content.get("constrained"):
-        shares = ("json_valid", "field_accuracy", "fields_exact")
-        rows = [
-            [name, *(f"{100 * held[name][share]:.1f}%" for share in shares), f"{held[name]['seconds_a_token']:.3f}"]
-            for name in ("free", "constrained")
-        ]
-        title = f"The tuned model on the {held['rows']} rows whose answers have a schema"
-        print_table(title, ["", "JSON alone", "fields right", "all fields", "s a token"], rows)
-    measures = [measure for measure in MEASURES if measure.name in OF_KINDS]
-    by_kind = []
-    for kind, entry in content["by_kind"].items():
-        cells = []
-        for measure in measures:
-            values = [entry[name][measure.name] for name in systems]
-            missing = all(value is None for value in values)
-            cells.append("" if missing else " / ".join("-" if v is None else number(v, measure) for v in values))
-        by_kind.append([kind, entry["rows"], *cells])
-    if len(by_kind) > 1:
-        title = f"By kind of row: {' / '.join(systems)}"
-        print_table(title, ["kind", "rows", *[OF_KINDS[measure.name] for measure in measures]], by_kind)
-
-
-def verdicts(content: Mapping[str, Any]) -> list[str]:
-    """What the paired differences settle: a line for each measure of quality whose interval leaves 0 out."""
-    lines = []
-    for measure in MEASURES:
-        entry = content["difference"].get(measure.name)
-        if not measure.better or measure.unit != "%" or not entry or entry["low"] is None:
-            continue
-        if entry["low"] > 0 or entry["high"] < 0:
-            word = "better" if entry["value"] * measure.better > 0 else "worse"
-            lines.append(f"the tuned model is {word}: {measure.label}, {shown(entry, measure, signed=True)}")
-    if content["difference"] and not lines:
-        lines.append("no difference in quality between base and tuned is larger than chance")
-    return lines

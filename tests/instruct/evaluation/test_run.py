@@ -20,8 +20,9 @@ from stocklora.instruct.chat.model import Answer
 from stocklora.instruct.chat.settings import EvaluateSettings
 from stocklora.instruct.evaluation.bootstrap import Resampler, spread
 from stocklora.instruct.evaluation.held_out import held_out_rows
+from stocklora.instruct.evaluation.majority import majority_verdicts
 from stocklora.instruct.evaluation.measures import MEASURES, Prediction
-from stocklora.instruct.evaluation.run import evaluate, label_sets, print_results, summarize, verdicts
+from stocklora.instruct.evaluation.run import evaluate, label_sets, summarize
 from stocklora.instruct.evaluation.scoring import (
     chrf,
     json_scores,
@@ -31,6 +32,7 @@ from stocklora.instruct.evaluation.scoring import (
     same_value,
     score,
 )
+from stocklora.instruct.evaluation.tables import print_results, verdicts
 from stocklora.instruct.news.dataset import InstructionSettings, build_dataset
 from stocklora.instruct.rows.formats import SENTIMENTS, Message, Record
 from stocklora.instruct.rows.records import read_records, split_records
@@ -356,6 +358,33 @@ def test_the_summary_puts_base_and_tuned_side_by_side(capsys: pytest.CaptureFixt
     same = summarize(rows, {"base": base, "tuned": base}, resamples=300)
     assert verdicts(same) == ["no difference in quality between base and tuned is larger than chance"]
     json.dumps(content, allow_nan=False)
+
+
+def test_accuracy_stands_beside_that_of_the_commonest_label(capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["中性"] * 6 + ["利好"] * 3 + ["利空"]
+    rows = [record(f"快讯{i}", f"情绪：{label}", kind="sentiment", label=label) for i, label in enumerate(wanted)]
+    rows += [record("风险？", "风险等级：高", kind="risk", label="高"), record("问", "答")]
+    right = [prediction(row, row.answer) for row in rows]
+    always = [prediction(row, "情绪：中性") for row in rows]
+    found = summarize(rows, {"base": always, "tuned": right}, 400)
+    assert found["majority"]["labels"] == {"risk": "高", "sentiment": "中性"}
+    assert found["majority"]["sentiment_accuracy"]["value"] == pytest.approx(0.6)
+    assert found["majority"]["label_accuracy"]["value"] == pytest.approx(7 / 11)
+    # F1 of the label that is always said is 2 * 6 / (10 + 6), of the two others 0.
+    assert found["majority"]["sentiment_macro_f1"]["value"] == pytest.approx(0.75 / 3)
+    gap = found["majority"]["sentiment_macro_f1"]["difference"]
+    assert gap["value"] == pytest.approx(0.75)
+    assert gap["low"] > 0
+    assert found["by_kind"]["sentiment"]["majority"] == {"label": "中性", "share": 0.6}
+    assert found["by_kind"]["other"]["majority"] is None
+    print_results({"base_model": "x", "intervals": "95%; x", **found})
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("majority class", "中性 60.0%", "above the majority class: sentiment label, macro F1, +75.0 pt"):
+        assert words in shown
+    # A model that says nothing else is not called better, and rows without labels have no majority.
+    same = summarize(rows, {"tuned": always}, 400)
+    assert "not surely above" in majority_verdicts(same)[1]
+    assert summarize(rows[-1:], {"tuned": right[-1:]}, 100)["majority"] is None
 
 
 # ------------------------------------------------------------------------------------------------------ held-out rows
