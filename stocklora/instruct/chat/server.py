@@ -27,6 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stocklora.cli.console import UserError, say
+from stocklora.instruct.chat.bodies import AnyEncoding
 from stocklora.instruct.chat.constrained import FormError
 from stocklora.instruct.chat.model import Answer, ChatModel, ContextError, Question, Sampling
 from stocklora.instruct.chat.requests import APIError, ChatRequest, question_of_request, sampling_of
@@ -79,6 +80,7 @@ def make_app(model: ChatModel, sampling: Sampling, adapter: str | None = None, s
     """The web application; ``sampling`` holds where a request does not say otherwise."""
     app = FastAPI(title="stocklora", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(OwnHost)
+    app.router.route_class = AnyEncoding
     names = model_names(model, adapter)
     started = int(time.time())
     turn = asyncio.Lock()
@@ -155,10 +157,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def unknown_address(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        if error.detail == "There was an error parsing the body":  # FastAPI's words for bytes that are no text
-            message = "the body is not UTF-8 text; encode it as UTF-8 (GBK and GB18030 are not read)"
-        return _answer(APIError(message, status=error.status_code))
+        return _answer(APIError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code))
 
 
 class OwnHost:

@@ -203,13 +203,31 @@ def test_foreign_hosts_and_broken_json_are_refused(server: Server) -> None:
         (b'{"model"', as_json, "not valid JSON"),
         (b"{}", {"Content-Type": "text/plain"}, "Content-Type: application/json"),
         (b"[]", as_json, "a JSON object"),
-        ('{"model": "降准"}'.encode("gbk"), as_json, "not UTF-8"),
+        ('{"model": "café à la carte"}'.encode("latin-1"), as_json, "byte 14 of the body is not UTF-8, nor Chinese"),
+        (b'{"model": "\xff"}', as_json, "name the encoding"),
+        ('{"model": "降准"}'.encode("gbk"), {"Content-Type": "application/json; charset=utf-8"}, "is not utf-8"),
+        ('{"model": "降准"}'.encode("gbk"), {"Content-Type": "application/json; charset=nope"}, "'nope'"),
         (b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}', as_json, "does not exist"),
     ]:
         answer = httpx.post(address, content=content, headers=headers)
         assert answer.status_code in (400, 404)
         assert words in answer.json()["error"]["message"]
         assert answer.json()["error"]["param"] in (None, "model")
+
+
+def test_a_body_in_another_encoding_is_read(server: Server) -> None:
+    body = {"model": "first", "messages": [{"role": "user", "content": "央行降准50个基点，朱镕基"}], "max_tokens": 6}
+    text = json.dumps(body, ensure_ascii=False)
+
+    def said(content: bytes, charset: str = "") -> str:
+        headers = {"Content-Type": f"application/json{charset}"}
+        answer = httpx.post(f"{server.url}/chat/completions", content=content, headers=headers, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    plain = said(text.encode())
+    assert said(text.encode("gbk")) == said(text.encode("gb18030"), '; charset="GB18030"') == plain
+    assert said(text.encode("utf-8-sig")) == said(text.encode("utf-16")) == plain
 
 
 def test_several_clients_all_get_their_own_answer(server: Server) -> None:
