@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(settings: CompareSettings) -> None:
-    settings.check_answers()
+    settings.check()
     from stocklora.instruct.chat.terminal import compare
 
     compare(settings)

@@ -29,6 +29,9 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,), "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],),
     "echo": (False,), "min_p": (0,), "ignore_eos": (False,), "best_of": (1,), "min_tokens": (0,),
 }  # fmt: skip
+# Of a message: what is read of it, and what an earlier answer brings back that is no part of a prompt.
+OF_MESSAGES = ("role", "content", "tool_calls", "tool_call_id")
+BROUGHT_BACK = ("name", "refusal", "annotations", "parsed", "reasoning", "reasoning_content")
 OF_THE_TEMPLATE = {"messages", "tools", "documents", "add_generation_prompt", "tokenize", "continue_final_message"}
 
 
@@ -54,7 +57,9 @@ class APIError(Exception):
 
 
 class StreamOptions(BaseModel):
-    """``stream_options``."""
+    """``stream_options``; what else stands in it is looked at with the other fields."""
+
+    model_config = ConfigDict(extra="allow")
 
     include_usage: bool = False
 
@@ -103,6 +108,9 @@ def question_of_request(request: ChatRequest, tokenizer: Any, system: str | None
     try:
         form = _form_of(request)
         tools = [] if request.tool_choice == "none" else _tools_of(request)
+        if form is not None and request.stop:
+            raise APIError("stop could end the JSON that the answer must be before it is whole; leave it out",
+                           param="stop")  # fmt: skip
         if tools and form is not None:
             raise APIError("tools and response_format exclude each other here; give one", param="response_format")
         if tools:
@@ -118,6 +126,15 @@ def _check_fields(request: ChatRequest) -> None:
         if value is None or name in LABELS or value in NOTHING.get(name, ()):
             continue
         raise APIError(f"'{name}' is not supported here; leave it out", param=name, code="unsupported_parameter")
+    if request.stream_options is not None:
+        if not request.stream:
+            raise APIError("stream_options are for stream: true; leave them out", param="stream_options")
+        # Without that padding, streams are as this server makes them.
+        for name, value in (request.stream_options.model_extra or {}).items():
+            if value not in (None, False):
+                where = f"stream_options.{name}"
+                raise APIError(f"'{where}' is not supported here; leave it out", param=where,
+                               code="unsupported_parameter")  # fmt: skip
     if request.n not in (None, 1):
         raise APIError("n must be 1: one answer a request", param="n", code="unsupported_parameter")
 
@@ -150,7 +167,10 @@ def _form_of(request: ChatRequest) -> AnswerForm | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return form_of_schema({"type": "object"})
+        schema = wanted.get("schema")  # as llama.cpp and Together write it
+        if schema is not None and not isinstance(schema, dict):
+            raise APIError("response_format.schema must be a JSON schema, which is an object", param="response_format")
+        return form_of_schema(schema or {"type": "object"}, "response_format.schema")
     described = wanted.get("json_schema")
     if kind == "json_schema" and isinstance(described, dict) and isinstance(described.get("schema"), dict):
         return form_of_schema(described["schema"], "response_format.json_schema.schema")
@@ -209,6 +229,10 @@ def _message(given: dict[str, Any], where: str) -> Message:
     role, content, calls = given.get("role"), given.get("content"), given.get("tool_calls") or []
     if not isinstance(role, str) or role not in ROLES:
         raise APIError(f"{where}.role must be one of {', '.join(ROLES)}, got {role!r}", param=f"{where}.role")
+    for name, value in given.items():
+        if name not in (*OF_MESSAGES, *BROUGHT_BACK) and value not in (None, [], {}, False):
+            field = f"{where}.{name}"
+            raise APIError(f"'{field}' is not supported here; leave it out", param=field, code="unsupported_parameter")
     place = f"{where}.content"
     if isinstance(content, list):
         if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):

@@ -166,6 +166,19 @@ class CompareSettings(AnswerSettings, LoadSettings):
     )  # fmt: skip
     output: Path | None = setting(None, "write the answers there too (JSON)", section="comparison", metavar="FILE")
 
+    def check(self) -> None:
+        """What excludes each other.
+
+        Raises:
+            UserError: naming the flags.
+        """
+        self.check_answers()
+        given = self.instruction != type(self).__dataclass_fields__["instruction"].default
+        if given and self.cases_file is not None and not self.test_cases:
+            raise UserError(
+                "--instruction stands before --test_cases; lines of --cases_file are whole prompts: leave it out"
+            )
+
 
 @dataclass(frozen=True)
 class EvaluateSettings(AnswerSettings, LoadSettings):
@@ -200,6 +213,9 @@ class EvaluateSettings(AnswerSettings, LoadSettings):
         """
         self.check_answers()
         check_range(self, num_samples=(1, None), batch_size=(1, None), resamples=(100, None))
+        whole = self.model_path.is_dir() and not (self.model_path / "adapter_config.json").is_file()
+        if self.tuned_only and self.base_model is not None and whole:
+            raise UserError("--base_model is to compare a whole model with, and --tuned_only does not; leave one out")
 
 
 @dataclass(frozen=True)

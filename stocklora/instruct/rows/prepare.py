@@ -6,12 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stocklora.cli.console import UserError, print_table, say
-from stocklora.cli.settings import setting
+from stocklora.cli.settings import default_of, setting
 from stocklora.instruct.rows.formats import FORMS, Record, parse_row
 from stocklora.instruct.rows.lint import check_records
 from stocklora.instruct.rows.records import PARTS, read_records, split_records, write_records
 from stocklora.runtime.files import read_text
 
+# What each flag belongs to.
+FOR = {
+    "to": ("convert",), "fractions": ("split",), "seed": ("split",), "output": ("convert", "split"),
+    "skip_bad": ("convert", "split"),
+}  # fmt: skip
 SOURCE, BUNDLED = "finance_lessons.md", "chinese_instructions.json"
 
 
@@ -39,12 +44,14 @@ def prepare(settings: PrepareSettings, folder: Path) -> None:
     """What ``settings`` ask for; without any, make or verify the bundled instructions in ``folder``."""
     if settings.convert and settings.split:
         raise UserError("--convert and --split are two runs: convert first, then split what that wrote")
+    for name, modes in FOR.items():
+        given = getattr(settings, name) != default_of(PrepareSettings.__dataclass_fields__[name])
+        if given and not any(getattr(settings, mode) for mode in modes):
+            raise UserError(f"--{name} needs {' or '.join(f'--{mode} FILE' for mode in modes)}")
     if settings.convert:
         convert(settings.convert, settings)
     elif settings.split:
         split(settings.split, settings)
-    elif settings.output:
-        raise UserError("--output needs --convert FILE or --split FILE")
     else:
         bundle(folder)
 

@@ -13,7 +13,7 @@ from typing import Any
 from stocklora.cli.console import UserError, progress, warn
 from stocklora.instruct.rows.chat_template import Encoded
 from stocklora.instruct.rows.formats import Record
-from stocklora.instruct.rows.records import PARTS, first_of, read_with_faults, split_records
+from stocklora.instruct.rows.records import PARTS, first_of, given_part, read_with_faults, split_records
 from stocklora.instruct.sft.settings import SftSettings
 from stocklora.runtime.files import sha256_of
 
@@ -37,12 +37,14 @@ class InstructionData:
         parts: rows by part: ``train``, ``validation``, ``test`` (never looked at here).
         skipped: rows left out, by reason.
         files: each file's path, sha256 and whether its rows only validate.
+        split: shares, seed and numbers of rows. split_by_rows: each row says itself which part it is of.
     """
 
     parts: dict[str, list[EncodedRow]]
     skipped: dict[str, int]
     files: list[dict[str, Any]]
     split: dict[str, Any] = field(default_factory=dict)
+    split_by_rows: bool = False
 
     @property
     def train(self) -> list[EncodedRow]:
@@ -83,8 +85,10 @@ def read_data(settings: SftSettings, tokenizer: Any) -> InstructionData:
         {"path": str(path), "sha256": sha256_of(path), "validation_only": path in settings.validation_path}
         for path in [*settings.data_path, *settings.validation_path]
     ]
+    given = sum(given_part(record) is not None for record in records)
     how = {"fractions": list(fractions), "seed": settings.seed}
-    return InstructionData(parts, dict(skipped), files, how | {name: len(rows) for name, rows in parts.items()})
+    how |= {name: len(rows) for name, rows in parts.items()}
+    return InstructionData(parts, dict(skipped), files, how, given == len(records))
 
 
 def _checked(

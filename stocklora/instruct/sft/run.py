@@ -33,6 +33,7 @@ from stocklora.instruct.sft.setup import (
     check_files,
     check_tracker,
     check_unused,
+    check_unused_on,
     find_model,
     prepare,
     run_facts,
@@ -155,6 +156,7 @@ def _train(resolved: Resolved, checkpoint: Path | None, script: str, arguments: 
 
     prepared = prepare(resolved.settings)
     settings, data = prepared.settings, prepared.data
+    check_unused_on(data, resolved)
     if settings.packing:
         check_packing(prepared.model, prepared.tokenizer)
     train_set = dataset_of(data.train, settings.max_length if settings.packing else None)

@@ -79,6 +79,23 @@ def check_unused(resolved: Resolved) -> None:
         say("--save_total_limit 1: two are kept, the best and the last, so that the run can go on and end at its best")
 
 
+def check_unused_on(data: Any, resolved: Resolved) -> None:
+    """Refuse flags that change nothing on these rows.
+
+    Raises:
+        UserError: naming the flag, and why.
+    """
+    given = {name for name, source in resolved.sources.items() if source == "flag"}
+    shares = sorted(given & {"validation_fraction", "test_fraction"})
+    if shares and data.split_by_rows:
+        raise UserError(f"--{shares[0]}: each row of the data says itself (split) which part it is of; leave it out")
+    if "early_stopping_patience" in given and resolved.settings.early_stopping_patience and not data.validation:
+        raise UserError(
+            "--early_stopping_patience stops by the loss on validation rows, and there are none; leave it out, or give "
+            "--validation_path FILE or a --validation_fraction above 0"
+        )
+
+
 def check_files(settings: SftSettings) -> None:
     """Raise a UserError for the first data file that is not there, with the command that makes it."""
     for path in [*settings.data_path, *settings.validation_path]:
@@ -245,7 +262,8 @@ def arguments_of(prepared: Prepared, steps: int, *, judged: bool, resumed: bool)
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         learning_rate=settings.rate,
-        lr_scheduler_type=settings.lr_scheduler,
+        # The library's plain "constant" begins at the peak, whatever the warm-up.
+        lr_scheduler_type="constant_with_warmup" if settings.lr_scheduler == "constant" else settings.lr_scheduler,
         warmup_steps=round(settings.warmup_ratio * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,

@@ -159,6 +159,9 @@ def test_text_parts_and_the_developer_role_are_understood(server: Server) -> Non
             "type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}}}, "max_tokens": 3},
          "response_format", "does not fit into 3 tokens"),
         ({"tools": [{"type": "function", "function": {"name": "px"}}]}, "tools", "no place for tools"),
+        ({"response_format": {"type": "json_object"}, "stop": ["}"]}, "stop", "before it is whole"),
+        ({"response_format": {"type": "json_object", "schema": 5}}, "response_format", "must be a JSON schema"),
+        ({"messages": [{**ASKED[0], "prefix": True}]}, "messages[0].prefix", "not supported"),
         ({"logprobs": True}, "logprobs", "not supported"),
         ({"frequency_penalty": 1.0}, "frequency_penalty", "not supported"),
         ({"extra_body": {"min_p": 0.1}}, "min_p", "not supported"),
@@ -179,6 +182,15 @@ def test_what_cannot_be_done_is_refused_as_openai_does(
     assert words in error["message"]
     with pytest.raises(openai.BadRequestError):  # a status of its own, not half a stream
         server.ask(**options, stream=True)
+
+
+def test_options_of_a_stream_are_honoured_or_refused(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError, match="are for stream: true"):
+        server.ask(stream_options={"include_usage": True})
+    with pytest.raises(openai.BadRequestError, match="stream_options.include_obfuscation"):
+        server.ask(stream=True, stream_options={"include_obfuscation": True})
+    last = list(server.ask(stream=True, stream_options={"include_usage": True, "include_obfuscation": False}))[-1]
+    assert last.usage.completion_tokens == 6
 
 
 def test_an_unknown_model_is_not_found(server: Server) -> None:

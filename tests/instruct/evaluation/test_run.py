@@ -556,6 +556,7 @@ def test_a_fully_tuned_model_stands_beside_the_base_it_began_as(
         (["--model_path", "nowhere"], "no adapter folder nowhere"),
         (["--num_samples", "0"], "--num_samples must be at least 1"),
         (["--data", "nowhere.jsonl"], "no file nowhere.jsonl"),
+        (["--tuned_only", "--base_model", ".", "--model_path", "."], "--tuned_only does not"),
         (["--output_dir", "/dev/null/x"], "cannot write into --output_dir /dev/null/x"),
     ],
 )

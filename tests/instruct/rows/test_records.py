@@ -294,3 +294,19 @@ def test_tools_of_a_row_are_checked(tmp_path: Path) -> None:
     for wrong in ("no JSON", [1], [{"type": "function", "function": {}}]):
         _, (fault,) = read_with_faults(write_lines(tmp_path / "b.jsonl", [{**row, "tools": wrong}]))
         assert fault.field.startswith("tools")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--to", "alpaca"], "--to needs --convert FILE"),
+        (["--convert", "in.jsonl", "--output", "x.jsonl", "--seed", "3"], "--seed needs --split FILE"),
+        (["--skip_bad"], "--skip_bad needs --convert FILE or --split FILE"),
+    ],
+)
+def test_prepare_data_refuses_flags_of_another_task(
+    call_script: RunScript, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    result = call_script("data/prepare_data.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert words in result.stderr

@@ -527,3 +527,33 @@ def test_packing_is_best_fit_decreasing() -> None:
 def test_a_length_that_cuts_every_answer_is_told_as_the_cause(tune: Tune) -> None:
     with pytest.raises(UserError, match=r"--max_length 4 cuts all .* give a larger one \(the longest row has"):
         tune(max_length=4, preflight_only=True)
+
+
+@pytest.mark.parametrize(
+    ("flag", "changes", "words"),
+    [
+        ("test_fraction", {"with_split": True}, "--test_fraction: each row of the data says itself"),
+        ("validation_fraction", {"with_split": True}, "--validation_fraction: each row"),
+        ("early_stopping_patience", {"validation_fraction": 0.0}, "validation rows, and there are none"),
+    ],
+)
+def test_a_flag_that_changes_nothing_on_these_rows_is_refused(
+    tiny_model: Path, rows: Path, tmp_path: Path, flag: str, changes: dict[str, Any], words: str
+) -> None:
+    path = rows
+    if changes.pop("with_split", False):
+        path = tmp_path / "split.jsonl"
+        lines = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+        parts = [{**line, "split": "test" if number > 50 else "train"} for number, line in enumerate(lines)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in parts), encoding="utf-8")
+    values = {"model_path": tiny_model, "data_path": [path], "output_dir": tmp_path / "out", **QUICK, **changes}
+    sources = dict.fromkeys((field.name for field in dataclasses.fields(SftSettings)), "default")
+    with pytest.raises(UserError, match=words):
+        run_training(Resolved(SftSettings(**values), {**sources, flag: "flag"}), "fine_tune_qwen.py")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_constant_learning_rate_warms_up_too(tune: Tune, tmp_path: Path) -> None:
+    assert tune(lr_scheduler="constant", warmup_ratio=0.5, num_epochs=1) == 0
+    rates = [entry["learning_rate"] for entry in log_of(tmp_path / "out") if "learning_rate" in entry]
+    assert rates[0] < rates[-1] == QUICK["learning_rate"]
