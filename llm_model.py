@@ -16,6 +16,7 @@ Leaf module: it knows torch, transformers and ``lora``; nothing of prices or fil
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,11 +107,13 @@ class StockForecaster(nn.Module):
         # What the backbone computes in where its weights are kept in more: float32 weights that all train.
         self.autocast_dtype: torch.dtype | None = None
         self.tuning: Any = None  # what trains in the backbone, for whoever put it there
+        self.frozen_layers = 0  # the first so many, which never change: what leaves them need be computed only once
+        self.layer_outputs: int | None = None  # the length of the tuple that a layer returns; None for a bare tensor
         self.head = QuantileHead(hidden_size or facts_of(backbone.config).hidden_size, table)
         self.register_buffer("location", torch.zeros(len(table)) if location is None else location.float())
         self.location: Tensor
 
-    def forward(self, input_ids: Tensor, origin_tokens: Tensor, scale: Tensor, hidden: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, origin_tokens: Tensor, scale: Tensor, states: Tensor | None = None) -> Tensor:
         """Quantiles of the log return at every origin.
 
         No attention mask: rows are padded on the right only, and what stands to the right of a token is
@@ -120,22 +123,45 @@ class StockForecaster(nn.Module):
             input_ids: (batch, tokens) int64, padded on the right with any id.
             origin_tokens: (batch, targets) position of each origin's last token, padded with any position.
             scale: (batch, targets, horizon) size of the return in each row's own units.
-            hidden: (batch, targets, hidden) what ``hidden_at`` gives, where it is known; the backbone then rests.
+            states: what ``states_of`` gives, where it is known; the frozen layers then rest.
 
         Returns:
             (batch, targets, horizon, levels) float32.
         """
-        if hidden is None:
-            hidden = self.hidden_at(input_ids, origin_tokens)
+        hidden = self.hidden_at(input_ids, origin_tokens, states)
         scaled = self.head(hidden) * scale[..., None].float()
         return self.location[:, None] + scaled
 
-    def hidden_at(self, input_ids: Tensor, origin_tokens: Tensor) -> Tensor:
-        """(batch, targets, hidden) hidden states at the origins' last tokens."""
-        input_ids = self._widened(input_ids)
-        with self.autocast(input_ids.device.type):
-            hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # (batch, tokens, hidden)
+    def hidden_at(self, input_ids: Tensor, origin_tokens: Tensor, states: Tensor | None = None) -> Tensor:
+        """(batch, targets, hidden) hidden states at the origins' last tokens; ``states`` as in ``forward``."""
+        if states is not None and self._all_frozen():
+            return states
+        blocks = blocks_of(self.backbone)[: self.frozen_layers] if states is not None else []
+        wide = self._widened(input_ids)
+        if states is not None:  # what stands to the right of a row is invisible, whatever it is
+            states = F.pad(states, (0, 0, 0, wide.shape[1] - states.shape[1]))
+        with skipped(blocks, self.layer_outputs, states), self.autocast(wide.device.type):
+            hidden = self.backbone(input_ids=wide, use_cache=False).last_hidden_state  # (batch, tokens, hidden)
         return hidden.gather(1, origin_tokens[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    @torch.no_grad()
+    def states_of(self, input_ids: Tensor, origin_tokens: Tensor) -> Tensor:
+        """What the frozen layers make of a batch; the same whatever the others learn.
+
+        Returns:
+            (batch, tokens, hidden) that enters the first layer that is not frozen; where all are frozen,
+            (batch, targets, hidden), as ``hidden_at``.
+        """
+        if self._all_frozen():
+            return self.hidden_at(input_ids, origin_tokens)
+        wide = self._widened(input_ids)
+        learning = blocks_of(self.backbone)[self.frozen_layers :]
+        with skipped(learning, self.layer_outputs) as entered, self.autocast(wide.device.type):
+            self.backbone(input_ids=wide, use_cache=False)
+        return entered[0][:, : input_ids.shape[1]]
+
+    def _all_frozen(self) -> bool:
+        return self.frozen_layers >= facts_of(self.backbone.config).layers
 
     def _widened(self, input_ids: Tensor) -> Tensor:
         """Padded on to one of a few lengths: freed memory then fits what is asked for next.
@@ -153,6 +179,51 @@ class StockForecaster(nn.Module):
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(device_type, dtype=self.autocast_dtype)
+
+
+def blocks_of(backbone: Any) -> list[nn.Module]:
+    """The layers that a transformer is a stack of, in order; none where no such stack is found."""
+    count = facts_of(backbone.config).layers
+    stacks = (list(module) for module in backbone.modules() if isinstance(module, nn.ModuleList))
+    return next((stack for stack in stacks if len(stack) == count), [])
+
+
+@contextlib.contextmanager
+def skipped(
+    blocks: Sequence[nn.Module], layer_outputs: int | None = None, states: Tensor | None = None
+) -> Iterator[list[Tensor]]:
+    """Inside, these layers hand on what they are given; the first of them hands on ``states`` in its place, if given.
+
+    All else that a family does around its layers stays its own: embeddings and their scale, masks, rotary positions.
+
+    Args:
+        layer_outputs: the length of the tuple that such a layer returns; None for a bare tensor.
+
+    Yields:
+        A list that what entered the first of them is put into, at each pass.
+    """
+    entered: list[Tensor] = []
+    before = [vars(block).get("forward") for block in blocks]  # torch.compile's, or another library's
+
+    def stand_in(index: int) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = args[0] if args else kwargs["hidden_states"]
+            if index == 0:
+                entered[:] = [given]
+                given = given if states is None else states.to(given.dtype)
+            return given if layer_outputs is None else (given, *[None] * (layer_outputs - 1))
+
+        return forward
+
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = stand_in(index)  # type: ignore[method-assign]
+        yield entered
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            vars(block).pop("forward", None)  # the class's is seen again
+            if own is not None:
+                block.forward = own  # type: ignore[method-assign]
 
 
 def padded_tokens(tokens: int) -> int:

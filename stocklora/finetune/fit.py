@@ -32,7 +32,7 @@ from stocklora.finetune.report import WEIGHTS_NAME, FinetunedRun, print_run_fact
 from stocklora.finetune.resume import FOLDER, Checkpoints, identity_of, resume_command
 from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.finetune.warm_start import start_from, with_teacher
-from stocklora.forecaster.batches import FrozenStates, predict
+from stocklora.forecaster.batches import KeptStates, predict
 from stocklora.forecaster.forecaster import LESS_MEMORY, Forecaster, build_forecaster
 from stocklora.forecaster.weights import ForecasterSpec
 from stocklora.metrics.calibration import fit_calibration
@@ -74,6 +74,7 @@ class PreparedRun:
 
     Attributes:
         accelerator: of the processes that train together. resumed: the state to go on from, if any.
+        states: of the layers that do not train, where there are such.
     """
 
     settings: TrainLoraSettings
@@ -82,6 +83,7 @@ class PreparedRun:
     forecaster: Forecaster
     checkpoints: Checkpoints
     resumed: Mapping[str, Any] | None
+    states: KeptStates | None
 
 
 def finetune(
@@ -133,8 +135,9 @@ def join_training_processes(settings: TrainLoraSettings, alone: bool) -> Any:
     """
     device = choose_device("cpu" if settings.device == "auto" and asked_for_cpu() else settings.device)
     accelerator: Any = Alone(device) if alone else join_processes(device)
-    if shards_models(accelerator) and settings.method == "head":
-        raise UserError("--method head and FSDP do not go together; leave FSDP out, a frozen base fits in 4 bits")
+    if shards_models(accelerator) and (settings.method == "head" or settings.adapt_layers is not None):
+        flag = "--method head" if settings.method == "head" else "--adapt_layers"
+        raise UserError(f"{flag} and FSDP do not go together; leave FSDP out, a frozen base fits in 4 bits")
     from_main(accelerator, lambda: check_writable(settings.save_dir))  # several at once would meet each other's traces
     return accelerator
 
@@ -230,7 +233,9 @@ def prepare_run(prepared: PreparedData, settings: TrainLoraSettings, base: BaseM
         from_main(accelerator, checkpoints.set_aside)
     if accelerator.process_index:
         set_seed(settings.seed + accelerator.process_index)  # each process drops out in its own way
-    return PreparedRun(settings, accelerator, prepared, forecaster, checkpoints, resumed)
+    model = forecaster.model
+    states = KeptStates(model, settings.save_dir) if model.frozen_layers else None
+    return PreparedRun(settings, accelerator, prepared, forecaster, checkpoints, resumed, states)
 
 
 def warn_of_length(prepared: PreparedData, base: BaseModel) -> None:
@@ -271,7 +276,7 @@ def specification(prepared: PreparedData, settings: TrainLoraSettings, base: Bas
     assert start.scale is not None
     return ForecasterSpec(
         base_model=base.identity, backbone_layers=settings.backbone_layers, method=settings.method,
-        quantization=settings.quantization, lora=lora_fields(settings),
+        quantization=settings.quantization, lora=lora_fields(settings), adapt_layers=settings.adapt_layers,
         prompt=settings.prompt, indicators=list(settings.indicators), anonymize=settings.anonymize,
         window_size=settings.window_size, targets_per_sequence=prepared.targets_per_sequence,
         horizon=settings.horizon, levels=data.levels.tolist(), table=start.table.tolist(),
@@ -334,7 +339,7 @@ def train_forecaster(run: PreparedRun) -> TrainingOutcome:
             model, examples["train"], examples["validation"], data.levels, settings, accelerator,
             data.dates_of("validation"), run.checkpoints, run.resumed,
             standardize=settings.expand_rank_from is None,
-            frozen=FrozenStates(model) if settings.method == "head" else None,
+            states=run.states,
         )  # fmt: skip
     run.forecaster.device = accelerator.device
     if outcome.interrupted and run.checkpoints.newest:
@@ -350,7 +355,9 @@ def calibrate_and_score(run: PreparedRun) -> tuple[np.ndarray, dict[str, Scores]
     """
     forecaster, accelerator, data = run.forecaster, run.accelerator, run.prepared.data
     model, examples = forecaster.model, run.prepared.examples
-    validation = predict(model, examples["validation"], accelerator.device, accelerator=accelerator)
+    validation = predict(
+        model, examples["validation"], accelerator.device, accelerator=accelerator, states=run.states
+    )  # fmt: skip
     calibration = fit_calibration(data.returns_of("validation"), validation, data.levels)
     forecaster.spec = replace(forecaster.spec, calibration=asdict(calibration))
     model.eval()

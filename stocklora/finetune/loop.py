@@ -25,7 +25,7 @@ from stocklora.finetune.optimization import (
 )
 from stocklora.finetune.resume import Checkpoints, random_state, set_random_state
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.forecaster.batches import FrozenStates, predict
+from stocklora.forecaster.batches import KeptStates, predict
 from stocklora.forecaster.methods import load_trained_state
 from stocklora.metrics.scores import BASIS_POINTS, pinball_loss
 from stocklora.runtime.distributed import gathered, summed
@@ -171,7 +171,7 @@ class _Loop:
         """(n,) quantile loss of every validation origin, basis points."""
         quantiles = predict(
             self.optimization.forecaster, self.validation, self.accelerator.device, accelerator=self.accelerator,
-            on_batch=on_batch, states=self.optimization.frozen,
+            on_batch=on_batch, states=self.optimization.states,
         )  # fmt: skip
         losses = BASIS_POINTS * pinball_loss(self.validation_returns, quantiles, self.levels).mean(axis=1)
         if not np.isfinite(losses).all():
@@ -215,7 +215,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     resumed: Mapping[str, Any] | None = None,
     standardize: bool = True,
-    frozen: FrozenStates | None = None,
+    states: KeptStates | None = None,
 ) -> TrainingOutcome:
     """Fine-tune adapters and head; on return the model holds the weights of the best epoch.
 
@@ -229,18 +229,18 @@ def train(
         validation_dates: (n,) dates of the validation origins, in the examples' order.
         checkpoints: where the run's state goes. resumed: a state that ``checkpoints`` loaded, to go on from.
         standardize: fit the head's centre and spread first; a resumed run has them.
-        frozen: the states of a backbone in which nothing trains, so that it reads each example once.
+        states: of the layers that do not train, so that they read each example once.
     """
     if resumed is not None:
         resume_weights(model, resumed)  # before anything wraps the model or cuts it into shards
-    optimization = Optimization(model, training, levels, settings, accelerator, frozen)
+    optimization = Optimization(model, training, levels, settings, accelerator, states)
     interruption = Interruption(STOPPING if accelerator.is_main_process else None)
     loop = _Loop(optimization, validation, levels, checkpoints, interruption)
     if resumed is not None:
         loop.resume(resumed)
     else:
         if standardize:
-            standardize_head(model, training, accelerator.device, frozen)
+            standardize_head(model, training, accelerator.device, states)
         loop.start()
     with interruption, progress(*_TrainingDisplay.COLUMNS, shown=accelerator.is_main_process) as bar:
         stopped = loop.train(_TrainingDisplay(bar, optimization.steps, optimization.total_steps))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llm_model import facts_of, padded_tokens, text_config_of
+from llm_model import blocks_of, facts_of, padded_tokens, text_config_of
 from lora import LoRAError, find_targets, linear_layers
 from stocklora.base_models import memory as sizes
 from stocklora.base_models.loading import (
@@ -24,10 +24,13 @@ from stocklora.base_models.loading import (
     unloadable,
 )
 from stocklora.base_models.memory import FLOAT_BYTES, Memory
+from stocklora.base_models.split import inside_last_layers
 from stocklora.cli.console import UserError, print_table, say
 from stocklora.dataset.prepare import Example
 from stocklora.finetune.settings import TrainLoraSettings
+from stocklora.forecaster.batches import MEMORY_BYTES
 
+FEWER_LAYERS = 8  # to adapt, in the plan of a run that adapts all
 FORECAST_TOKENS = 8192  # of one forward pass of ``training.predict``
 
 
@@ -37,6 +40,7 @@ class ModelShape:
 
     Attributes:
         parameters: all of the backbone's. linear: (out, in) of the linear layers by name. targets: those to adapt.
+        blocks: names of the layers of the stack, in order, each with its dot; none where no stack is found.
     """
 
     hidden: int
@@ -45,6 +49,12 @@ class ModelShape:
     parameters: int
     linear: dict[str, tuple[int, int]]
     targets: tuple[str, ...]
+    blocks: tuple[str, ...] = ()
+
+    def adapted(self, last_layers: int | None) -> list[tuple[int, int]]:
+        """(out, in) of the layers to adapt, in the whole model or in the last so many layers of its stack."""
+        inside = self.blocks[-last_layers:] if last_layers is not None else ("",)
+        return [self.linear[name] for name in self.targets if name.startswith(inside)]
 
     @property
     def linear_parameters(self) -> int:
@@ -58,6 +68,7 @@ class Setup:
     Attributes:
         width: bytes of a number that the base computes in. tokens: padded tokens of one forward and backward pass.
         longest: tokens of the longest sequence. head: numbers of the forecast head.
+        adapt_layers: the last so many layers are adapted; None for all. kept: tokens whose states are kept with it.
     """
 
     method: str
@@ -70,6 +81,8 @@ class Setup:
     longest: int
     on_cpu: bool
     head: int
+    adapt_layers: int | None = None
+    kept: int = 0
 
 
 def shape_of(settings: TrainLoraSettings, config: Any = None) -> ModelShape:
@@ -97,32 +110,45 @@ def shape_of(settings: TrainLoraSettings, config: Any = None) -> ModelShape:
         targets = find_targets(model, "all-linear" if names == ["all-linear"] else names)
     except LoRAError as error:
         raise UserError(str(error)) from None
+    if settings.adapt_layers is not None:
+        inside_last_layers(model, targets, settings.adapt_layers)
+    blocks = {id(block) for block in blocks_of(model)}
+    places = [f"{name}." for name, module in model.named_modules() if id(module) in blocks]
     facts, config = facts_of(config), text_config_of(config)
     linear = {}
     for name, layer in linear_layers(model).items():
         rows, columns = layer.weight.shape  # type: ignore[union-attr, misc]
         linear[name] = (int(columns), int(rows)) if type(layer).__name__ == "Conv1D" else (int(rows), int(columns))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return ModelShape(facts.hidden_size, sizes.inner_size(config), facts.layers, parameters, linear, tuple(targets))
+    return ModelShape(
+        facts.hidden_size, sizes.inner_size(config), facts.layers, parameters, linear, tuple(targets), tuple(places)
+    )
 
 
 def setup_of(
     settings: TrainLoraSettings, shape: ModelShape, examples: Sequence[Example], dtype: torch.dtype, device: Any
 ) -> Setup:
+    """What a run of these settings depends on.
+
+    Args:
+        examples: to learn from.
+    """
     longest = padded_tokens(max(len(example.encoded.input_ids) for example in examples))
     tokens = longest * min(settings.batch_size, len(examples))
     if settings.max_tokens_per_batch is not None:
         tokens = min(tokens, max(longest, settings.max_tokens_per_batch))
     outputs = examples[0].scale.shape[1] * 9
+    kept = sum(len(example.encoded.input_ids) for example in examples)
     return Setup(
         settings.method, settings.quantization, settings.gradient_checkpointing, settings.lora_rank, settings.use_dora,
-        dtype.itemsize, tokens, longest, device.type == "cpu", (shape.hidden + 1) * outputs,
+        dtype.itemsize, tokens, longest, device.type == "cpu", (shape.hidden + 1) * outputs, settings.adapt_layers,
+        kept,
     )  # fmt: skip
 
 
 def cost_of(shape: ModelShape, setup: Setup) -> Memory:
     """The memory that ``setup`` takes, in training or in a forecast, whichever takes more."""
-    adapted = [shape.linear[name] for name in shape.targets]
+    adapted = shape.adapted(setup.adapt_layers)
     trainable = setup.head
     if setup.method == "full":
         trainable += shape.parameters
@@ -143,7 +169,7 @@ def _weights(shape: ModelShape, setup: Setup) -> float:
     each = {"none": float(setup.width), "8bit": sizes.INT8_BYTES, "4bit": sizes.NF4_BYTES}[setup.quantization]
     adapters = 0
     if setup.method != "head":
-        adapters = sum(setup.rank * sum(shape.linear[name]) for name in shape.targets) * FLOAT_BYTES
+        adapters = sum(setup.rank * sum(sizes) for sizes in shape.adapted(setup.adapt_layers)) * FLOAT_BYTES
     return linear * each + others * setup.width + adapters
 
 
@@ -166,8 +192,12 @@ def _activations(shape: ModelShape, setup: Setup, adapted: Sequence[tuple[int, i
         unpacked += sum(rows * columns for rows, columns in adapted) * FLOAT_BYTES
     elif setup.dora:
         unpacked += 2.0 * largest * FLOAT_BYTES
-    training = sizes.backward_bytes(setup.tokens, a_token, shape.hidden, shape.layers, setup.width, setup.checkpointing)
-    return max(training, passing * max(FORECAST_TOKENS, setup.longest)) + unpacked
+    layers = shape.layers if setup.adapt_layers is None else setup.adapt_layers
+    training = sizes.backward_bytes(setup.tokens, a_token, shape.hidden, layers, setup.width, setup.checkpointing)
+    kept = 0.0
+    if layers < shape.layers and setup.on_cpu:  # what enters them, in the machine's memory or else in a file
+        kept = min(float(setup.kept * shape.hidden * setup.width), MEMORY_BYTES)
+    return max(training, passing * max(FORECAST_TOKENS, setup.longest)) + unpacked + kept
 
 
 def print_plan(shape: ModelShape, setup: Setup) -> None:
@@ -180,13 +210,15 @@ def print_plan(shape: ModelShape, setup: Setup) -> None:
     adapters = setup.method if setup.method in ("lora", "peft") else "lora"
     ways = [
         setup,
-        replace(setup, method="head", quantization="none", checkpointing=False),
+        replace(setup, method="head", quantization="none", checkpointing=False, adapt_layers=None),
         replace(setup, method=adapters, quantization="none", checkpointing=False),
+        replace(setup, method=adapters, quantization="none", checkpointing=False, adapt_layers=fewer_layers(shape)),
         replace(setup, method=adapters, quantization="none", checkpointing=True),
         replace(setup, method=adapters, quantization="8bit", checkpointing=setup.checkpointing),
         replace(setup, method=adapters, quantization="4bit", checkpointing=setup.checkpointing),
-        replace(setup, method="full", quantization="none", checkpointing=setup.checkpointing, dora=False),
-    ]
+        replace(setup, method="full", quantization="none", checkpointing=setup.checkpointing, dora=False,
+                adapt_layers=None),
+    ]  # fmt: skip
     rows = []
     for way in dict.fromkeys(ways):
         cost = cost_of(shape, way)
@@ -197,9 +229,18 @@ def print_plan(shape: ModelShape, setup: Setup) -> None:
     print_table(sizes.memory_title(setup.tokens, setup.on_cpu), header, rows)
 
 
+def fewer_layers(shape: ModelShape) -> int | None:
+    """The last layers to adapt where less is to train than all: ``FEWER_LAYERS``, if there are more."""
+    return FEWER_LAYERS if len(shape.blocks) > FEWER_LAYERS else None
+
+
 def flags_of(setup: Setup) -> str:
-    quantized = f" --quantization {setup.quantization}" if setup.quantization != "none" else ""
-    return f"--method {setup.method}{quantized}{' --gradient_checkpointing' if setup.checkpointing else ''}"
+    """A way as it is typed."""
+    words = [f"--method {setup.method}"]
+    words += [f"--quantization {setup.quantization}"] if setup.quantization != "none" else []
+    words += [f"--adapt_layers {setup.adapt_layers}"] if setup.adapt_layers is not None else []
+    words += ["--gradient_checkpointing"] if setup.checkpointing else []
+    return " ".join(words)
 
 
 def warn_if_too_large(shape: ModelShape, setup: Setup, device: torch.device) -> None:
@@ -215,8 +256,10 @@ def advice(shape: ModelShape, setup: Setup, free_mb: float) -> str:
         ways = [replace(setup, quantization="4bit")]
     else:
         smaller = replace(setup, tokens=setup.longest)
+        fewer = fewer_layers(shape) if setup.adapt_layers is None else setup.adapt_layers
         ways = [
             smaller,
+            replace(smaller, adapt_layers=fewer),
             replace(smaller, checkpointing=True),
             replace(smaller, checkpointing=True, quantization="8bit"),
             replace(smaller, checkpointing=True, quantization="4bit"),

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from llm_model import StockForecaster, distance_sum, pinball_sum
+from llm_model import StockForecaster, blocks_of, distance_sum, pinball_sum
 from stocklora.cli.console import UserError
 from stocklora.dataset.prepare import Example
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.forecaster.batches import Batch, FrozenStates, collate, grouped_by_tokens
+from stocklora.forecaster.batches import Batch, KeptStates, collate, grouped_by_tokens
 from stocklora.forecaster.methods import load_trained_state, parameter_groups, trained_state
 from stocklora.runtime.distributed import (
     is_sharded,
@@ -70,16 +70,19 @@ def standardize_head(
     model: StockForecaster,
     examples: Sequence[Example],
     device: torch.device,
-    frozen: FrozenStates | None = None,
+    states: KeptStates | None = None,
     targets: int = 2000,
 ) -> None:
     """Fit the head's centre and spread on training origins, about ``targets`` of them spread over all."""
     every = max(1, sum(len(example.scale) for example in examples) // targets)
-    states = FrozenStates(model, limit_bytes=0) if frozen is None else frozen
     was_training = model.training
     model.eval()
+    hidden = []
     with torch.no_grad():
-        model.head.standardize(torch.cat([states.of(example).to(device) for example in examples[::every]]))
+        for example in examples[::every]:
+            batch = collate([example], states).to(device)
+            hidden.append(model.hidden_at(batch.input_ids, batch.origin_tokens, batch.states)[0])
+        model.head.standardize(torch.cat(hidden))
     model.train(was_training)
 
 
@@ -106,7 +109,7 @@ def accumulate_gradients(
         last = index == len(micro_batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             batch = batch.to(device)
-            quantiles = model(batch.input_ids, batch.origin_tokens, batch.scale, batch.hidden)
+            quantiles = model(batch.input_ids, batch.origin_tokens, batch.scale, batch.states)
             loss = pinball_sum(quantiles, batch.returns, batch.scale, levels, batch.mask)
             if batch.teacher is not None:
                 loss = loss + distill_weight * distance_sum(quantiles, batch.teacher, batch.scale, batch.mask)
@@ -134,7 +137,7 @@ class Optimization:
     """Model, optimizer and learning-rate schedule, moved a step at a time.
 
     Args:
-        frozen: the states of a backbone in which nothing trains, in place of reading it anew in each epoch.
+        states: of the layers that do not train, in place of computing them anew in each epoch.
 
     Attributes:
         steps: optimizer steps taken so far.
@@ -149,12 +152,12 @@ class Optimization:
         levels: np.ndarray,
         settings: TrainLoraSettings,
         accelerator: Any,
-        frozen: FrozenStates | None = None,
+        states: KeptStates | None = None,
     ) -> None:
         groups = parameter_groups(model, settings.learning_rate, settings.head_learning_rate, settings.lora_plus_ratio)
         optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
         self.settings, self.accelerator = settings, accelerator
-        self.training, self.frozen = training, frozen
+        self.training, self.states = training, states
         self.per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
         self.steps = 0
         self.total_steps = math.ceil(len(training) / self.per_step) * settings.epochs
@@ -213,11 +216,11 @@ class Optimization:
         """
         count = self.accelerator.num_processes
         shares = [self._cut(group[index::count]) for index in range(count)]
-        batches = [collate(part, self.frozen) for part in shares[self.accelerator.process_index]]
+        batches = [collate(part, self.states) for part in shares[self.accelerator.process_index]]
         most = max(map(len, shares))
         if len(batches) < most:
             shortest = min(self.training, key=lambda example: len(example.encoded.input_ids))
-            blank = collate([shortest], self.frozen)
+            blank = collate([shortest], self.states)
             batches += [replace(blank, mask=torch.zeros_like(blank.mask))] * (most - len(batches))
         return batches
 
@@ -266,7 +269,8 @@ def compiled(model: StockForecaster) -> Iterator[None]:
         UserError: it cannot be compiled on this machine.
     """
     backbone = model.backbone
-    blocks = repeated_blocks(backbone) or [backbone]
+    stack = blocks_of(backbone)
+    blocks = stack if len({type(block) for block in stack}) == 1 else [backbone]
     before = [vars(block).get("forward") for block in blocks]  # another library may have put its own there
     for block in blocks:
         _compile_for_training(block)
@@ -305,12 +309,6 @@ def _try_compiled(model: StockForecaster) -> None:
         raise UserError(f"--compile does not work here ({reason[:200]}); leave the flag out") from None
     finally:
         backbone.train(was_training)
-
-
-def repeated_blocks(backbone: nn.Module) -> list[nn.Module]:
-    """The blocks that a transformer is a stack of, if they are all of one class."""
-    stack = next((module for module in backbone.modules() if isinstance(module, nn.ModuleList)), nn.ModuleList())
-    return list(stack) if len({type(block) for block in stack}) == 1 else []
 
 
 def _compile_for_training(block: nn.Module) -> None:

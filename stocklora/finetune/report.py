@@ -66,6 +66,8 @@ def print_run_facts(
     print_facts([
         ("base model", f"{spec.base_model['name']}, {number_format(forecaster)} on {forecaster.device.type}"),
         ("method", name_of_method(settings)),
+        *([("read once", f"by the first {model.frozen_layers} layers, which do not train")]
+          if settings.adapt_layers is not None and model.frozen_layers else []),
         ("parameters", f"{total:,} total, {trainable:,} trainable ({100 * trainable / total:.2f}%)"),
         ("prompt", f"{' + '.join([spec.prompt, *spec.indicators])}, {tokens / days_read:.1f} tokens a day"),
         ("sequences", f"{len(examples['train']):,} of up to {spec.window_size + spec.targets_per_sequence - 1} days, "
@@ -114,7 +116,8 @@ def name_of_method(settings: TrainLoraSettings) -> str:
     variants = "".join(f", {name}" for name, used in kinds if used)
     targets = " ".join(settings.target_modules)
     by_peft = " by PEFT" if settings.method == "peft" else ""
-    return f"LoRA{by_peft}, rank {settings.lora_rank}, alpha {settings.lora_alpha:g} on {targets}{variants}{bias}"
+    last = "" if settings.adapt_layers is None else f" of the last {settings.adapt_layers} layers"
+    return f"LoRA{by_peft}, rank {settings.lora_rank}, alpha {settings.lora_alpha:g} on {targets}{last}{variants}{bias}"
 
 
 def save_run(run: FinetunedRun, settings: TrainLoraSettings) -> None:

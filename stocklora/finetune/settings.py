@@ -102,6 +102,10 @@ class TrainLoraSettings(ReadingSettings):
     target_modules: list[str] = setting(
         ["all-linear"], "layers to adapt, by name", section="LoRA", nargs="+", metavar="NAME"
     )
+    adapt_layers: int | None = setting(
+        None, "adapt the last K layers alone; those before them read each sequence only once (default: all)",
+        section="LoRA", metavar="K",
+    )  # fmt: skip
     use_rslora: bool = setting(False, "scale by alpha / sqrt(rank), for high ranks (rsLoRA)", section="LoRA")
     use_dora: bool = setting(
         False, "train the length of each weight row apart from its direction (DoRA); slower", section="LoRA"
@@ -167,7 +171,7 @@ class TrainLoraSettings(ReadingSettings):
             self, "checkpoint_every", "window_size", "horizon", "targets_per_sequence",
             "max_tokens_per_sequence", "max_tokens_per_batch", "lora_rank", "lora_alpha", "lora_plus_ratio",
             "distill_weight", "batch_size", "gradient_accumulation_steps", "learning_rate",
-            "head_learning_rate", "max_grad_norm", "patience", "backbone_layers",
+            "head_learning_rate", "max_grad_norm", "patience", "backbone_layers", "adapt_layers",
         )  # fmt: skip
         check_horizon(self.horizon)
         if not 0.0 <= self.lora_dropout < 1.0:
@@ -191,6 +195,7 @@ def check_method(settings: TrainLoraSettings) -> None:
         )
     if method in ("full", "head"):
         variants = {
+            "--adapt_layers": settings.adapt_layers is not None,
             "--use_rslora": settings.use_rslora,
             "--use_dora": settings.use_dora,
             "--init_lora": settings.init_lora != "kaiming",
@@ -201,6 +206,11 @@ def check_method(settings: TrainLoraSettings) -> None:
         for flag, given in variants.items():
             if given:
                 raise UserError(f"{flag} is for adapters, and --method {method} has none; use --method lora or peft")
+    if settings.adapt_layers is not None and settings.train_bias == "all":
+        raise UserError(
+            "--train_bias all trains biases of all layers, and --adapt_layers leaves the first alone: use --train_bias "
+            "lora_only, or leave one of them out"
+        )
     if settings.init_lora == "pissa" and quantized and method == "peft":
         raise UserError(
             "PEFT's PiSSA takes its start away from the weights, and quantized weights cannot be changed: use --method "

@@ -1,11 +1,13 @@
-"""Examples -> padded batches -> predicted quantiles."""
+"""Examples -> padded batches -> predicted quantiles; and what frozen layers make of an example, kept for all epochs."""
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -13,10 +15,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llm_model import StockForecaster, padded_tokens
+from stocklora.cli.console import warn
 from stocklora.dataset.prepare import Example
 from stocklora.runtime.distributed import gathered, is_sharded
 
-STATES_BYTES = 2 * 10**9  # of frozen hidden states, in the machine's memory; those beyond are computed anew each time
+MEMORY_BYTES = 2 * 10**9  # of states in the machine's memory; those beyond lie in a file
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Batch:
         input_ids: (batch, tokens). origin_tokens: (batch, targets). scale, returns: (batch, targets, horizon).
         mask: (batch, targets), 1 where there is a target.
         teacher: (batch, targets, horizon, levels), as ``Example.teacher``.
-        hidden: (batch, targets, size), the backbone's states where ``FrozenStates`` has them.
+        states: (batch, tokens or targets, hidden), what ``StockForecaster.states_of`` gives, where it is known.
     """
 
     input_ids: Tensor
@@ -36,50 +39,86 @@ class Batch:
     returns: Tensor
     mask: Tensor
     teacher: Tensor | None = None
-    hidden: Tensor | None = None
+    states: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*[None if part is None else part.to(device) for part in vars(self).values()])  # type: ignore[arg-type]
 
 
-class FrozenStates:
-    """Hidden states of a backbone in which nothing trains: each example is read once, and used in every epoch.
+class KeptStates:
+    """The states that leave the frozen layers: see ``StockForecaster.states_of``.
 
     An example is read by itself, so that its states depend neither on the other rows of a batch nor on which batch
-    came first: a run that was stopped and goes on sees the same numbers.
+    came first: a run that was stopped and goes on sees the same numbers. They are kept as they were computed, in
+    bfloat16 where the base computes in that, in memory or beyond ``limit_bytes`` in a file without a name, which is
+    gone with the process. What finds no room there either is read anew each time.
 
     Args:
-        limit_bytes: of the states that are kept.
+        model: whose ``frozen_layers`` are the same as long as this is used.
+        folder: for the file; None for none.
+        limit_bytes: of the states in memory.
 
     Attributes:
-        passes: of the backbone so far.
+        passes: of the frozen layers so far.
     """
 
-    def __init__(self, model: StockForecaster, limit_bytes: int = STATES_BYTES) -> None:
-        self.model, self.free_bytes = model, limit_bytes
+    def __init__(self, model: StockForecaster, folder: Path | None = None, limit_bytes: int = MEMORY_BYTES) -> None:
+        self.model, self.folder, self.free_bytes = model, folder, limit_bytes
         self.passes = 0
-        self._known: dict[int, tuple[Example, Tensor]] = {}  # by identity; the example is kept, so that its id stays
+        # By identity; the example is kept, so that its id stays its own. In the file: a place and a shape.
+        self._in_memory: dict[int, tuple[Example, Tensor]] = {}
+        self._in_file: dict[int, tuple[Example, int, torch.Size, torch.dtype]] = {}
+        self._file: IO[bytes] | None = None
 
     def of(self, example: Example) -> Tensor:
-        """(targets, size) states at the example's origins, on the CPU."""
-        if id(example) in self._known:
-            return self._known[id(example)][1]
+        """(tokens, hidden) that enters the first layer that trains, on the CPU; with none, (targets, hidden)."""
+        if id(example) in self._in_memory:
+            return self._in_memory[id(example)][1]
+        if id(example) in self._in_file:
+            return self._read(*self._in_file[id(example)][1:])
         # Not even within a forecast an inference tensor, which training could not use.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False):
             batch = collate([example]).to(next(self.model.parameters()).device)
-            states = self.model.hidden_at(batch.input_ids, batch.origin_tokens)[0].cpu()
+            was_training = self.model.training
+            states = self.model.eval().states_of(batch.input_ids, batch.origin_tokens)[0].to("cpu", copy=True)
+            self.model.train(was_training)
         self.passes += 1
         if states.nbytes <= self.free_bytes:
             self.free_bytes -= states.nbytes
-            self._known[id(example)] = (example, states)
+            self._in_memory[id(example)] = (example, states)
+        elif self.folder is not None:
+            self._write(example, states)
+        return states
+
+    def _write(self, example: Example, states: Tensor) -> None:
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - as long as this object
+            place = self._file.seek(0, 2)
+            self._file.write(states.contiguous().view(torch.uint8).numpy().data)
+            self._file.flush()
+        except OSError as error:
+            warn(
+                f"{self.folder} has no room for the states of the layers that do not train ({error.strerror}): those "
+                f"of the other sequences are computed anew in each epoch"
+            )
+            self.folder = None
+        else:
+            self._in_file[id(example)] = (example, place, states.shape, states.dtype)
+
+    def _read(self, place: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        assert self._file is not None
+        states = torch.empty(shape, dtype=dtype)
+        self._file.seek(place)
+        self._file.readinto(states.view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
         return states
 
 
-def collate(examples: Sequence[Example], states: FrozenStates | None = None) -> Batch:
+def collate(examples: Sequence[Example], states: KeptStates | None = None) -> Batch:
     """Pad on the right: ids with 0, scale with 1 (it divides), returns with 0 and a mask of 0, states with 0.
 
     Args:
-        states: of a backbone in which nothing trains, where the batch is to bring them along.
+        states: of the layers that do not train, where the batch is to bring them along.
     """
 
     def padded(rows: Sequence[np.ndarray], value: float = 0.0) -> Tensor:
@@ -104,7 +143,7 @@ def predict(
     tokens_per_batch: int = 8192,
     accelerator: Any = None,
     on_batch: Callable[[], None] = lambda: None,
-    states: FrozenStates | None = None,
+    states: KeptStates | None = None,
 ) -> np.ndarray:
     """Uncalibrated quantiles at every origin of the examples, in their order.
 
@@ -113,7 +152,7 @@ def predict(
         accelerator: whose processes share the passes, all of them calling this; each gets all quantiles, the same
             to the last bit as one process alone would.
         on_batch: called before each forward pass.
-        states: of a backbone in which nothing trains; the model then reads no example twice.
+        states: of the layers that do not train, which then read no example twice.
 
     Returns:
         (origins, horizon, levels) float64.
@@ -131,7 +170,7 @@ def predict(
                 # A process without a group repeats the last: under FSDP every pass is one of all processes.
                 number = min(first + index, len(groups) - 1)
                 batch = collate(groups[number], states).to(device)
-                quantiles = model(batch.input_ids, batch.origin_tokens, batch.scale, batch.hidden)
+                quantiles = model(batch.input_ids, batch.origin_tokens, batch.scale, batch.states)
                 quantiles = quantiles.cpu().double().numpy()
                 mine[number] = [quantiles[row, : len(example.scale)] for row, example in enumerate(groups[number])]
     finally:

@@ -31,7 +31,7 @@ from stocklora.dataset.prepare import Example, fitted_to_context, make_examples,
 from stocklora.dataset.prompts import DayEncoder, check_lengths
 from stocklora.dataset.windows import DaySequence, last_origin, pack
 from stocklora.forecaster.batches import predict
-from stocklora.forecaster.methods import attach, load_trained_state, sound_targets
+from stocklora.forecaster.methods import attach, freeze_first_layers, load_trained_state, sound_targets
 from stocklora.forecaster.predictions import prediction_rows
 from stocklora.forecaster.weights import ForecasterSpec, WeightsFile, load_weights
 from stocklora.metrics.calibration import Calibration
@@ -39,7 +39,7 @@ from stocklora.runtime.machine import memory_errors
 from stocklora.volatility.market import Markets, markets_of
 from stocklora.volatility.scales import VolatilityScale
 
-LESS_MEMORY = "--batch_size 1, --gradient_checkpointing, --backbone_layers 8, a smaller base model"
+LESS_MEMORY = "--batch_size 1, --gradient_checkpointing, --adapt_layers 8, --backbone_layers 8, a smaller base"
 
 
 @dataclass
@@ -175,7 +175,8 @@ def build_forecaster(
         base: whose folder has been checked.
         dtype: what the base computes in. Weights that all train are kept in float32 all the same.
         fresh: False if ``load_trained_state`` follows: nothing is worked out that the state brings.
-        probe: whether to leave out the layers of ``all-linear`` that an adapter would be lost on, for training.
+        probe: for training: leave out the layers of ``all-linear`` that an adapter would be lost on, and those that
+            ``spec.adapt_layers`` leaves alone. What comes of it is named in the forecaster's specification.
 
     Raises:
         UserError: a base model that cannot be loaded or quantized, or adapter targets that it doesn't have.
@@ -203,7 +204,9 @@ def build_forecaster(
     survey: list[LayerKind] = []
     if probe:
         with memory_errors(LESS_MEMORY):
-            fields, lost = sound_targets(model, spec.lora)
+            fields, lost = sound_targets(model, spec.lora, spec.adapt_layers)
+            if spec.adapt_layers is not None:
+                freeze_first_layers(model, spec.adapt_layers)
         spec = replace(spec, lora=fields)
         survey = survey_of(backbone, fields, lost)
     attach(model, spec.method, spec.lora, fresh)

@@ -154,7 +154,10 @@ def write_merged(folder: Path, content: WeightsFile, settings: MergeSettings, de
         copy_companions(settings.model_path, unfinished)
         was = content.spec.base_model  # whose memory of the past the merged model still has
         base = describe_model(unfinished) | {"name": f"{was['name']} (merged)", "license": was.get("license")}
-        spec = replace(content.spec, base_model=base, method="head", quantization="none", lora={}, backbone_layers=None)
+        spec = replace(
+            content.spec, base_model=base, method="head", quantization="none", lora={}, backbone_layers=None,
+            adapt_layers=None,
+        )  # fmt: skip
         merged = {"weights": weights.name, "sha256": origin, "base": was}
         training = {**content.training, "merged_from": merged}
         save_weights(unfinished / HEAD_NAME, WeightsFile(spec, {}, content.head, training))

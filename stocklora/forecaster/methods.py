@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import lora
-from llm_model import StockForecaster
+from llm_model import StockForecaster, facts_of
 from lora import LoRAError
 from stocklora.adapters.layer import AdapterConfig, apply_lora, principal_factors
 from stocklora.adapters.probe import kind_of, lost_adapters
 from stocklora.base_models.loading import a_few_tokens, hidden_states
+from stocklora.base_models.split import inside_last_layers, split_form
 from stocklora.cli.console import UserError, listed, one_line
 
 
@@ -32,6 +33,7 @@ class Tuning:
             fresh: whether training is to start from here; else ``load`` follows.
         """
         model.backbone.requires_grad_(False)
+        model.frozen_layers = facts_of(model.backbone.config).layers
 
     def groups(self, model: StockForecaster, rate: float, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
         """The optimizer's groups of the backbone's parameters, the main one first; see ``parameter_groups``."""
@@ -247,11 +249,14 @@ def attach(model: StockForecaster, method: str, fields: Mapping[str, Any], fresh
     model.tuning = tuning
 
 
-def sound_targets(model: StockForecaster, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def sound_targets(
+    model: StockForecaster, fields: Mapping[str, Any], adapt_layers: int | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
     """The adapters' settings with the layers left out that an adapter would be lost on, where all were asked for.
 
     Args:
         model: with a plain backbone. fields: of ``AdapterConfig``; none for a method without adapters.
+        adapt_layers: the last so many layers of the stack are adapted; None for all.
 
     Returns:
         ``fields``, naming each layer where some are left out, and those with the reason of each.
@@ -265,6 +270,8 @@ def sound_targets(model: StockForecaster, fields: Mapping[str, Any]) -> tuple[di
     ids = a_few_tokens(backbone, 32)
     try:
         names = lora.find_targets(backbone, targets)
+        if adapt_layers is not None:
+            names = inside_last_layers(backbone, names, adapt_layers)
         lost = lost_adapters(backbone, names, lambda: hidden_states(backbone, ids))
     except LoRAError as error:
         raise UserError(str(error)) from None
@@ -275,7 +282,18 @@ def sound_targets(model: StockForecaster, fields: Mapping[str, Any]) -> tuple[di
             f"--target_modules: {listed(kinds, 4)} cannot be adapted: {next(iter(lost.values()))}; "
             + ("name other layers" if targets != lora.ALL_LINEAR else "use --method head or full, or another base")
         )
-    return dict(fields) | ({"target_modules": kept} if lost else {}), lost
+    return dict(fields) | ({"target_modules": kept} if lost or adapt_layers is not None else {}), lost
+
+
+def freeze_first_layers(model: StockForecaster, adapt_layers: int) -> None:
+    """Have all layers but the last ``adapt_layers`` taken for ones that never change; before anything is attached.
+
+    Raises:
+        UserError: a model whose layers cannot be told apart so.
+    """
+    model.frozen_layers = facts_of(model.backbone.config).layers - adapt_layers
+    if model.frozen_layers:
+        model.layer_outputs = split_form(model.backbone, model.frozen_layers)
 
 
 def parameter_groups(

@@ -42,7 +42,7 @@ class ForecasterSpec:
         scale: ``volatility.VolatilityScale.to_dict()``.
         location: (horizon,) log return that the scaled quantiles stand around; empty for 0.
         indicators: names from ``indicators.INDICATORS``. anonymize: no ticker and no date in the prompt.
-        method, quantization: as the settings of ``train_lora.py``.
+        method, quantization, adapt_layers: as the settings of ``train_lora.py``; ``lora`` names the adapted layers.
     """
 
     base_model: dict[str, Any]
@@ -61,6 +61,7 @@ class ForecasterSpec:
     anonymize: bool = True
     method: str = "lora"
     quantization: str = "none"
+    adapt_layers: int | None = None
 
 
 def other_setting(first: ForecasterSpec, second: ForecasterSpec) -> tuple[str, str, str] | None:

@@ -98,6 +98,44 @@ def test_a_model_that_only_gets_worse_ends_as_the_random_walk(prices, settings):
     assert run.outcome.best_epoch == 0
 
 
+def test_layers_that_do_not_train_are_read_once_and_the_run_is_the_same(settings, tiny_model, monkeypatch):
+    """Against a run that adapts the same layers by name, and so reads all layers in each epoch."""
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+    passes, forward = [0, 0], Qwen3DecoderLayer.forward
+
+    def counted(self, *args, **kwargs):
+        passes[self.self_attn.layer_idx] += torch.is_grad_enabled() or not torch.is_inference_mode_enabled()
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Qwen3DecoderLayer, "forward", counted)
+    kinds = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    # Sequences alone, so that products have as many rows in both runs and round alike.
+    prices = {"X": planted_trend(240)}
+    few = {"epochs": 3, "targets_per_sequence": 20, "lora_dropout": 0.2, "required_gain": 0.0}
+    settings = changed(settings, **TREND | few)
+    runs, counts = [], []
+    for index, how in enumerate(({"adapt_layers": 1}, {"target_modules": [f"layers.1.{kind}" for kind in kinds]})):
+        passes[:] = [0, 0]
+        runs.append(finetune(prices, changed(settings, save_dir=settings.save_dir / str(index), **how)))
+        counts.append(list(passes))
+    sequences = len(runs[0].data.sequences("train", 20)) + len(runs[0].data.sequences("validation", 20))
+    assert counts[0][0] < sequences + 20 < counts[1][0] - 10  # once each, and some at the start
+    assert counts[0][1] >= counts[1][1] - 10  # the last layer in each epoch
+    first, second = (load_weights(run.weights_path) for run in runs)
+    assert first.spec.adapt_layers == 1
+    assert set(first.spec.lora["target_modules"]) == set(second.spec.lora["target_modules"])
+    assert first.training["best_epoch"] == second.training["best_epoch"] > 0
+    for part in ("adapters", "head"):
+        one, other = getattr(first, part), getattr(second, part)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), part
+    again, _ = load_forecaster(runs[0].weights_path, tiny_model, choose_device("cpu"), torch.float32)
+    assert again.model.frozen_layers == 0  # forecasts are the plain model's
+    examples = again.examples(prices, runs[0].data.sequences("test", 20))
+    np.testing.assert_array_equal(again.quantiles(examples), runs[0].test_quantiles)
+
+
 def test_it_learns_when_there_is_something_to_learn(learned):
     assert learned.outcome.best_ratio < 0.92
     assert learned.test_scores["model"].pinball_bp < 0.92 * learned.test_scores["ewma"].pinball_bp

@@ -21,7 +21,7 @@ from stocklora.finetune.fit import finetune
 from stocklora.finetune.memory import cost_of, setup_of, shape_of, warn_if_too_large
 from stocklora.finetune.optimization import Optimization, standardize_head
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.forecaster.batches import FrozenStates, predict
+from stocklora.forecaster.batches import KeptStates, predict
 from stocklora.forecaster.forecaster import build_forecaster
 from stocklora.runtime.distributed import Alone
 
@@ -55,6 +55,23 @@ def test_the_plan_counts_what_is_there(tiny_models, prices, method, quantization
             if (state := getattr(parameter, "quant_state", None)) is not None:
                 stored += state.absmax.numel() * state.absmax.element_size()
     assert cost.weights_mb == pytest.approx(stored / 1e6, rel=0.03)
+
+
+def test_the_plan_knows_that_some_layers_alone_train(tiny_model, prices) -> None:
+    settings = TrainLoraSettings(model_path=tiny_model, lora_rank=2, adapt_layers=1)
+    spec = dataclasses.replace(spec_of(tiny_model, "lora"), adapt_layers=1)
+    forecaster = built(spec, tiny_model, torch.bfloat16, probe=True)
+    examples = forecaster.packed_examples(prices, {"AAA": range(40, 80)})
+    shape = shape_of(settings)
+    setup = setup_of(settings, shape, examples, torch.bfloat16, CPU)
+    cost = cost_of(shape, setup)
+    assert cost.trainable == sum(p.numel() for p in forecaster.model.parameters() if p.requires_grad)
+    deep = dataclasses.replace(shape, layers=30)
+    few, all_layers = (cost_of(deep, dataclasses.replace(setup, adapt_layers=count)) for count in (8, None))
+    kept_mb = 2 * shape.hidden * sum(len(example.encoded.input_ids) for example in examples) / 1e6
+    assert few.activations_mb - kept_mb == pytest.approx(9.5 / 31.5 * all_layers.activations_mb, rel=0.3)
+    with pytest.raises(UserError, match="--adapt_layers 3: 2 layers of the base model are used"):
+        shape_of(dataclasses.replace(settings, adapt_layers=3))
 
 
 def test_the_plan_tells_wrong_targets_before_any_weight_is_read(tiny_model) -> None:
@@ -138,7 +155,7 @@ def _peak_mb(settings: TrainLoraSettings, dtype: torch.dtype, queue: Any) -> Non
     examples = forecaster.packed_examples(table, {"A": data.origins["A"]["train"]})
     if settings.gradient_checkpointing:
         forecaster.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    frozen = FrozenStates(forecaster.model) if settings.method == "head" else None
+    frozen = KeptStates(forecaster.model) if settings.method == "head" else None
     standardize_head(forecaster.model, examples, CPU, frozen)
     optimization = Optimization(forecaster.model, examples, data.levels, settings, Alone(CPU), frozen)
     copies = [optimization.trained()]

@@ -238,6 +238,8 @@ def test_asked_to_stop_it_saves_says_how_to_go_on_and_does(
         {"method": "lora", "init_lora": "pissa", "use_dora": True},
         {"method": "full", "dtype": "bfloat16"},
         {"method": "head"},
+        {"adapt_layers": 1},
+        {"method": "peft", "adapt_layers": 1, "quantization": "4bit", "dtype": "bfloat16"},
     ],
     ids=str,
 )

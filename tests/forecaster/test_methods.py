@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from stocklora.finetune.fit import finetune
 from stocklora.finetune.optimization import Optimization, compiled, standardize_head
 from stocklora.finetune.report import save_run
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.forecaster.batches import FrozenStates, collate, predict
+from stocklora.forecaster.batches import KeptStates, collate, predict
 from stocklora.forecaster.forecaster import build_forecaster, load_forecaster
 from stocklora.forecaster.methods import load_trained_state, parameter_groups, trained_state
 from stocklora.forecaster.weights import load_weights, save_weights
@@ -81,7 +83,8 @@ def reloaded(cases: list[tuple[str, str, str, str]], folder: Path) -> dict[str, 
 
 
 FITS: list[dict[str, Any]] = [
-    {}, {"method": "peft", "quantization": "4bit", "use_dora": True}, {"method": "full"}, {"method": "head"}
+    {}, {"method": "peft", "quantization": "4bit", "use_dora": True}, {"method": "full"}, {"method": "head"},
+    {"method": "peft", "adapt_layers": 1},
 ]  # fmt: skip
 
 
@@ -307,7 +310,7 @@ def test_head_training_reads_each_sequence_once_and_ends_where_reading_always_en
         examples = forecaster.packed_examples(prices, origins)
         passes = []
         forecaster.model.backbone.register_forward_hook(lambda *_, passes=passes: passes.append(1))
-        frozen = FrozenStates(forecaster.model) if once else None
+        frozen = KeptStates(forecaster.model) if once else None
         standardize_head(forecaster.model, examples, CPU, frozen)
         optimization = Optimization(forecaster.model, examples, data.levels, settings, Alone(CPU), frozen)
         for epoch in range(1, 5):
@@ -335,7 +338,7 @@ def test_training_a_head_alone_leaves_the_base_at_rest(tiny_model, prices, tmp_p
     assert sequences <= len(passes) <= sequences + 6
 
 
-def test_frozen_states_are_those_of_the_example_alone_and_can_be_trained_on(tiny_model, prices) -> None:
+def test_kept_states_are_those_of_the_example_alone_and_can_be_trained_on(tiny_model, prices) -> None:
     forecaster = built(spec_of(tiny_model, "head"), tiny_model)
     model = forecaster.model.eval()
     longer, shorter = forecaster.packed_examples(prices, {"AAA": range(40, 47)})
@@ -344,19 +347,42 @@ def test_frozen_states_are_those_of_the_example_alone_and_can_be_trained_on(tiny
     for example in (longer, shorter):
         batch = collate([example])
         alone.append(model.hidden_at(batch.input_ids, batch.origin_tokens)[0])
-    frozen = FrozenStates(model)
+    kept = KeptStates(model)
     with torch.inference_mode():
-        collate([longer, shorter], frozen)
-    batch = collate([shorter, longer], frozen)
-    assert frozen.passes == 2
-    assert torch.equal(batch.hidden[0, : len(shorter.scale)], alone[1])
-    assert torch.equal(batch.hidden[1], alone[0])
-    model(batch.input_ids, batch.origin_tokens, batch.scale, batch.hidden).sum().backward()  # no inference tensor
-    small = FrozenStates(model, limit_bytes=alone[0].nbytes)
-    for _ in range(2):
-        for example, expected in zip((longer, shorter), alone, strict=True):
-            assert torch.equal(small.of(example), expected)
-    assert small.passes == 3  # the shorter one finds no room and is read each time
+        collate([longer, shorter], kept)
+    batch = collate([shorter, longer], kept)
+    assert kept.passes == 2
+    assert torch.equal(batch.states[0, : len(shorter.scale)], alone[1])
+    assert torch.equal(batch.states[1], alone[0])
+    model(batch.input_ids, batch.origin_tokens, batch.scale, batch.states).sum().backward()  # no inference tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", ["memory", "file", "full disk"])
+def test_states_are_the_same_bits_wherever_they_lie(
+    tiny_model, prices, tmp_path, monkeypatch, capsys, dtype, place
+) -> None:
+    spec = replace(spec_of(tiny_model, "lora"), adapt_layers=1)
+    forecaster = built(spec, tiny_model, dtype, probe=True)
+    examples = forecaster.packed_examples(prices, {"AAA": range(40, 60)})
+    expected = [KeptStates(forecaster.model).of(example) for example in examples]
+    assert {states.dtype for states in expected} == {dtype}
+    assert [len(states) for states in expected] == [len(example.encoded.input_ids) for example in examples]
+    # Room in memory for the first, and none beside it but in a file.
+    kept = KeptStates(forecaster.model, tmp_path, 10**9 if place == "memory" else expected[0].nbytes)
+    if place == "full disk":
+        monkeypatch.setattr("tempfile.TemporaryFile", full_disk)
+    for _ in range(3):
+        for example, states in zip(examples, expected, strict=True):
+            assert torch.equal(kept.of(example), states)
+    once = len(examples)
+    assert kept.passes == (1 + 3 * (once - 1) if place == "full disk" else once)
+    assert capsys.readouterr().err.count("computed anew") == (place == "full disk")
+    assert not list(tmp_path.iterdir())  # no name, so nothing that a killed run leaves
+
+
+def full_disk(**_: object) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 # ----------------------------------------------------------------------------------------------- quantization
@@ -460,6 +486,9 @@ def test_quantization_says_what_it_lacks(tiny_model, monkeypatch) -> None:
         ({"method": "head", "gradient_checkpointing": True}, "--method head keeps no activations"),
         ({"lora_plus_ratio": 0.0}, "--lora_plus_ratio must be above 0"),
         ({"max_tokens_per_batch": 0}, "--max_tokens_per_batch must be above 0"),
+        ({"method": "head", "adapt_layers": 1}, "--adapt_layers is for adapters, and --method head has none"),
+        ({"adapt_layers": 0}, "--adapt_layers must be above 0"),
+        ({"adapt_layers": 1, "train_bias": "all"}, "--train_bias all trains biases of all layers, and --adapt_layers"),
         ({"distill_weight": -1.0}, "--distill_weight must be above 0"),
     ],
 )
