@@ -33,7 +33,7 @@ from stocklora.adapters.biases import bias_modules
 from stocklora.adapters.layer import AdapterConfig, attach, principal_factors
 from stocklora.base_models.quantized import dense_weight
 from stocklora.cli.console import UserError
-from stocklora.runtime.files import replacing
+from stocklora.runtime.files import json_of, replacing
 
 
 def save_lora(model: nn.Module, path: str | Path, adapter: str | None = None) -> None:
@@ -71,7 +71,7 @@ def load_lora(model: nn.Module, path: str | Path, adapter: str = DEFAULT_ADAPTER
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
         try:
-            settings = json.loads(metadata["lora_config"])
+            settings = json_of(metadata["lora_config"])
         except (KeyError, ValueError):
             message = f"{path} carries no lora_config; for an adapter of PEFT's use import_peft on its folder"
             raise LoRAError(message) from None
@@ -237,7 +237,7 @@ def read_peft(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """
     folder = Path(folder)
     try:
-        content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        content = json_of((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LoRAError(f"cannot read {folder / 'adapter_config.json'}: {first_line(error)}") from error
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":

@@ -25,11 +25,11 @@ from stocklora import __version__
 from stocklora.backtest.results import TickerForecasts
 from stocklora.backtest.settings import BacktestSettings
 from stocklora.backtest.walk_forward import Plan, score_ticker
-from stocklora.cli.console import UserError, warn
+from stocklora.cli.console import UserError, one_line, warn
 from stocklora.metrics.scores import QUANTILE_LEVELS
-from stocklora.prices.store import spool
+from stocklora.prices.store import NO_ARRAYS, spool
 from stocklora.prices.tables import price_files
-from stocklora.runtime.files import as_json_types, replacing, sha256_of, to_cell, write_json
+from stocklora.runtime.files import as_json_types, json_of, replacing, sha256_of, to_cell, write_json
 
 PARTS, PRICES, REFITS, MANIFEST = "parts", "prices", "refits", "manifest.json"
 UNFINGERPRINTED = ("resume", "output_dir", "show", "forecasts_format", "check_leakage", "leakage_cuts", "device")
@@ -60,7 +60,12 @@ def open_parts(parts: Path, settings: BacktestSettings) -> None:
             raise
         write_json(parts / MANIFEST, fingerprint(settings, parts))
         return
-    before = json.loads((parts / MANIFEST).read_text(encoding="utf-8"))
+    try:
+        before = dict(json_of((parts / MANIFEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"--resume: {parts / MANIFEST} is damaged, so nobody knows what was run; leave out --resume to start anew"
+        ) from None
     now = as_json_types(fingerprint(settings, parts))
     for name in now:
         if now[name] != before.get(name):
@@ -111,10 +116,16 @@ def read_parts(
     for place, (ticker, frame) in enumerate(prices.items()):
         made = []
         for cut in range(len(plan.cuts)):
-            with np.load(part_path(parts, place, cut)) as content:
-                start, stop = content["origins"].tolist()
-                if stop > start:
-                    made.append((range(start, stop), {name: content[name] for name in names}))
+            path = part_path(parts, place, cut)
+            try:
+                with np.load(path, allow_pickle=False) as content:
+                    start, stop = content["origins"].tolist()
+                    if stop > start:
+                        made.append((range(start, stop), {name: content[name] for name in names}))
+            except NO_ARRAYS as error:
+                raise UserError(
+                    f"{path} is damaged ({one_line(str(error))[:120]}); remove it, and go on with --resume"
+                ) from None
         forecasts = score_ticker(ticker, frame, made, plan) if made else None
         if forecasts is not None:
             yield forecasts

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stocklora.base_models.foreign_code import check_names_no_code
 from stocklora.cli.console import UserError
-from stocklora.runtime.files import write_errors
+from stocklora.runtime.files import json_of, write_errors
 
 MANIFEST_NAME = "stocklora_source.json"
 INCOMPLETE = ".incomplete"
@@ -91,6 +92,7 @@ def check_files(path: Path, *, shown: Path, command: str) -> None:
             if size != facts["size"]:
                 raise ValueError(f"{name} has {size:,} bytes instead of {facts['size']:,}")
         check_weights(path)
+        check_names_no_code(path)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         # `--force`, since a folder that bears our manifest would otherwise be refused as damaged.
         force = " --force" if MANIFEST_NAME in names else ""
@@ -150,7 +152,7 @@ def check_weight_file(path: Path) -> None:
         if header_size > size - 8:
             raise ValueError(f"{path.name} is cut short or not a safetensors file")
         try:
-            header = json.loads(stream.read(header_size))
+            header = json_of(stream.read(header_size))
         except ValueError:
             raise ValueError(f"{path.name} is not a safetensors file") from None
     end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
@@ -234,7 +236,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json_of(path.read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{path.name} is not valid JSON") from None
 

@@ -11,7 +11,6 @@ import errno
 import hashlib
 import importlib
 import io
-import json
 import logging
 import shutil
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 from stocklora.base_models.folders import read_json
 from stocklora.base_models.repository import ReadIndex, RemoteFile, select_files
 from stocklora.cli.console import UserError, one_line, say
-from stocklora.runtime.files import sha256_of, write_json
+from stocklora.runtime.files import json_of, sha256_of, write_json
 
 STATE_NAME = ".download.json"
 RESERVE_BYTES = 64 << 20
@@ -34,7 +33,7 @@ AGAIN = "run the same command again: it goes on where it stopped"
 def claim_folder(folder: Path, key: dict[str, Any]) -> None:
     """Make ``folder`` ready for what ``key`` names; pieces of anything else (another commit, say) are removed."""
     try:
-        same = json.loads((folder / STATE_NAME).read_text(encoding="utf-8")) == key
+        same = json_of((folder / STATE_NAME).read_text(encoding="utf-8")) == key
     except (OSError, ValueError):
         same = False
     if not same and folder.exists():

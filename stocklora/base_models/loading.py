@@ -19,6 +19,12 @@ from stocklora.base_models.folders import check_model_folder, describe_model, re
 from stocklora.base_models.quantized import quantization_config, steady_quantized_layers
 from stocklora.cli.console import UserError, one_line
 
+# What transformers and a model's own code raise at a configuration that they cannot make a model of.
+UNLOADABLE = (
+    OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, IndexError,
+    ArithmeticError, AssertionError, NameError, SyntaxError, pickle.UnpicklingError,
+)  # fmt: skip
+
 
 def load_causal_model(
     folder: Path,
@@ -49,7 +55,7 @@ def load_causal_model(
         raise UserError(f"{quantization} weights need bitsandbytes: pip install bitsandbytes ({error})") from None
     except torch.OutOfMemoryError:
         raise
-    except UNLOADABLE as error:
+    except UNLOADABLE as error:  # a RuntimeError: weights of other shapes
         raise unloadable(folder, "weights", error) from None
     return model.to(device) if quantization == "none" else model
 
@@ -86,13 +92,6 @@ def _from_folder(
     if quantization != "none":
         steady_quantized_layers(model)
     return model
-
-
-# What transformers and a model's own code raise at a configuration that they cannot make a model of.
-UNLOADABLE = (
-    OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, IndexError,
-    ArithmeticError, AssertionError, NameError, SyntaxError, pickle.UnpicklingError,
-)  # fmt: skip
 
 
 class BaseModel:

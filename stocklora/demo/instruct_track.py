@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from stocklora.cli.console import UserError, say
 from stocklora.demo.prices_track import QuickStartSettings, base_model
+from stocklora.runtime.files import json_of
 
 # Short questions of two kinds, with answers of a fixed form: what a model of 135 M weights learns in minutes.
 KINDS = ("sentiment", "extraction")
@@ -100,7 +100,7 @@ def show_answers(adapter: Path) -> None:
 
     shown: set[str] = set()
     for line in (adapter / PREDICTIONS).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+        row = json_of(line)
         if row.get("kind") in shown:
             continue
         shown.add(row.get("kind"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import random
 import re
@@ -24,7 +23,7 @@ import torch
 
 from stocklora.cli.console import UserError, say, warn
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.runtime.files import as_json_types, load_plain, replacing, sha256_of, write_json
+from stocklora.runtime.files import as_json_types, json_of, load_plain, replacing, sha256_of, write_json
 from stocklora.runtime.machine import versions
 
 FORMAT = "stocklora-run-state"
@@ -190,7 +189,7 @@ def read_state(path: Path) -> dict[str, Any]:
         UserError: it is not.
     """
     try:
-        manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        manifest = json_of(path.with_suffix(".json").read_text(encoding="utf-8"))
         size, digest = int(manifest["bytes"]), str(manifest["sha256"])
     except FileNotFoundError:
         raise UserError(f"{path} was not finished") from None

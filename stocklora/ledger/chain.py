@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from stocklora.cli.console import UserError
 from stocklora.prices.calendar import Clock, utc_now
-from stocklora.runtime.files import as_json_types
+from stocklora.runtime.files import as_json_types, json_of
 
 APPLICATION_ID = 0x53746C67  # in the database's header: a ledger of this program, and no other database
 FORMAT_VERSION = 1
@@ -137,7 +137,7 @@ def _checked(number: int, text: str, digest: str, expected: int, previous: str) 
     if not isinstance(text, str) or _digest(text) != digest:
         raise LedgerError(f"was changed: entry {number} is not what its hash says; {advice}")
     try:
-        content = json.loads(text)
+        content = json_of(text)
         told = content["number"], content["previous"]
     except (ValueError, TypeError, KeyError):
         raise LedgerError(f"was changed: entry {number} is none that this program writes; {advice}") from None

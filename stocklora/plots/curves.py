@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from stocklora.plots.style import (
     set_step_axis,
     set_title,
 )
+from stocklora.runtime.files import json_of
 
 LOGGED_NUMBERS = ("loss", "eval_loss", "learning_rate")
 
@@ -37,7 +37,7 @@ def read_training_log(path: Path) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            entry = dict(json.loads(line))
+            entry = dict(json_of(line))
             entry["step"] + sum(entry.get(name) or 0 for name in LOGGED_NUMBERS)
         except (ValueError, AttributeError, KeyError, TypeError):
             if number == len(lines):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,15 +19,17 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 
-from stocklora.cli.console import UserError
+from stocklora.cli.console import UserError, one_line
 from stocklora.prices.bars import MendedBars
 from stocklora.prices.csv_columns import ISO_DATE, PRICE_COLUMNS
 from stocklora.prices.exchanges import assign_exchange, assigned_exchanges
 from stocklora.prices.reading import read_table
 from stocklora.prices.settings import AS_THEY_ARE, ReadingSettings
 from stocklora.prices.tables import each_ticker, log_returns_ahead
-from stocklora.runtime.files import write_errors, write_json
+from stocklora.runtime.files import json_of, write_errors, write_json
 
+# What np.load raises at a file that is cut short, is none of its own, or holds objects, which it never unpickles here.
+NO_ARRAYS = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 LARGE_FILE_BYTES = 8 * 2**20  # unpacked; a larger table of several tickers is split before it is read
 ROWS_HELD = 50_000  # rows of text in memory while a large table is split
 INDEX_NAME = "tickers.json"
@@ -68,7 +70,7 @@ class PriceStore(PerTicker[pd.DataFrame]):
     """
 
     def __init__(self, folder: Path) -> None:
-        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+        index = json_of((folder / INDEX_NAME).read_text(encoding="utf-8"))
         super().__init__(index["tickers"], self._read)
         for ticker, code in index["exchanges"].items():  # what its reader found
             assign_exchange(ticker, code)
@@ -78,9 +80,13 @@ class PriceStore(PerTicker[pd.DataFrame]):
     def _read(self, ticker: str) -> pd.DataFrame:
         # Passes ask for a ticker's prices and then for its returns: keep the one just read.
         if self._last is None or self._last[0] != ticker:
-            with np.load(self.folder / f"{self.tickers[ticker]:05d}.npz") as content:
-                index = pd.DatetimeIndex(content["dates"].astype("datetime64[ns]"), name="Date")
-                self._last = ticker, pd.DataFrame(content["values"], index=index, columns=list(PRICE_COLUMNS))
+            path = self.folder / f"{self.tickers[ticker]:05d}.npz"
+            try:
+                with np.load(path, allow_pickle=False) as content:
+                    index = pd.DatetimeIndex(content["dates"].astype("datetime64[ns]"), name="Date")
+                    self._last = ticker, pd.DataFrame(content["values"], index=index, columns=list(PRICE_COLUMNS))
+            except NO_ARRAYS as error:
+                raise UserError(f"{path} is damaged ({one_line(str(error))[:120]}); run the backtest anew") from None
         # Copied only if somebody writes into it: the next caller gets what the file holds.
         return self._last[1].copy(deep=False)
 

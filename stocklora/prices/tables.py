@@ -17,7 +17,6 @@ import difflib
 import gzip
 import hashlib
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from stocklora.prices.bars import bar_faults
 from stocklora.prices.csv_columns import PRICE_COLUMNS
 from stocklora.prices.reading import read_table
 from stocklora.prices.settings import AS_THEY_ARE, ReadingSettings
-from stocklora.runtime.files import replacing, sha256_of, to_cell, write_json
+from stocklora.runtime.files import json_of, replacing, sha256_of, to_cell, write_json
 
 
 def read_prices(
@@ -229,7 +228,7 @@ def read_meta(path: Path) -> dict[str, Any] | None:
     """
     side = meta_path(Path(path))
     try:
-        content = json.loads(side.read_text(encoding="utf-8"))
+        content = json_of(side.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

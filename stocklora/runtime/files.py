@@ -248,6 +248,18 @@ def as_json_types(value: Any) -> Any:
     return str(value)
 
 
+def json_of(text: str | bytes) -> Any:
+    """The content of a JSON text.
+
+    Raises:
+        ValueError: it is not valid, or nested so deeply that Python's reader gives up (with a RecursionError).
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def sha256_of(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as stream:

@@ -22,7 +22,7 @@ import pandas as pd
 from stocklora.cli.console import UserError
 from stocklora.metrics.scores import QUANTILE_LEVELS
 from stocklora.prices.tables import log_returns_ahead, prices_sha256
-from stocklora.runtime.files import write_text
+from stocklora.runtime.files import json_of, write_text
 from stocklora.volatility.harx import centre_and_spread, standardized
 from stocklora.volatility.market import SURPRISE_LIMIT, markets_of
 from stocklora.volatility.scales import (
@@ -136,7 +136,7 @@ def load_prior(path: Path = BUILTIN) -> MarketPrior:
 
 @functools.cache
 def _read(path: Path, _written_ns: int) -> MarketPrior:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json_of(path.read_text(encoding="utf-8"))
     try:
         if tuple(content["inputs"]) != HARX_INPUTS or tuple(content["levels"]) != QUANTILE_LEVELS:
             raise ValueError("it was made for other inputs or quantiles")

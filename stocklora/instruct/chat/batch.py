@@ -18,7 +18,7 @@ from stocklora.instruct.chat.settings import InferenceSettings
 from stocklora.instruct.chat.sources import ADAPTER_WEIGHTS, TRAINING_INFO, first_file
 from stocklora.instruct.chat.text_stream import holds_no_character, without_reasoning
 from stocklora.instruct.rows.formats import Message, Tools, parse_row
-from stocklora.runtime.files import as_json_types, read_chinese_text, sha256_of, write_errors
+from stocklora.runtime.files import as_json_types, json_of, read_chinese_text, sha256_of, write_errors
 
 PLACEHOLDER = "-"  # stands for the answer that a prompt does not have yet
 
@@ -214,11 +214,11 @@ def answered(output: Path, made_by: Mapping[str, Any]) -> dict[str, tuple[Messag
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json_of(line)
             key, other = str(row["key"]), dict(row["made_by"])
             turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
             asked[key] = tuple(Message(turn["role"], turn["content"]) for turn in turns)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{output}, line {number} is no answer of --batch; give another --output") from None
         if other != as_json_types(made_by):
             names = ", ".join(name for name in made_by if other.get(name) != as_json_types(made_by)[name])
@@ -252,8 +252,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     suffix = path.suffix.lower()
     if suffix == ".json":
         try:
-            rows = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            rows = json_of(text)
+        except ValueError as error:
             raise UserError(f"{path} is not valid JSON: {error}") from None
         rows = [rows] if isinstance(rows, dict) else rows
         if not isinstance(rows, list):
@@ -267,8 +267,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, line.strip()
             continue
         try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError) as error:
+            yield number, json_of(line)
+        except ValueError as error:
             raise UserError(f"{path}, row {number}: not valid JSON: {error}") from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from stocklora.instruct.chat.model import Question, Sampling
 from stocklora.instruct.chat.text_stream import holds_no_character
 from stocklora.instruct.chat.tool_calls import form_of_calls, names_of
 from stocklora.instruct.rows.formats import Message, Tools
+from stocklora.runtime.files import json_of
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 MOST_STOPS = 4  # as OpenAI has it
@@ -156,8 +156,8 @@ def _form_of(request: ChatRequest) -> AnswerForm | None:
             raise APIError("response_format and guided_json exclude each other; give one", param="guided_json")
         schema = request.guided_json
         try:
-            schema = json.loads(schema) if isinstance(schema, str) else schema
-        except (ValueError, RecursionError):
+            schema = json_of(schema) if isinstance(schema, str) else schema
+        except ValueError:
             schema = ""
         if not isinstance(schema, dict):
             raise APIError("guided_json must be a JSON schema, which is an object", param="guided_json")
@@ -253,11 +253,11 @@ def _message(given: dict[str, Any], where: str) -> Message:
 def _call(given: Any, where: str) -> dict[str, Any]:
     """A call that an earlier answer made."""
     try:
-        arguments = json.loads(given["function"]["arguments"] or "{}")
+        arguments = json_of(given["function"]["arguments"] or "{}")
         if not isinstance(arguments, dict):
             raise ValueError
         return {"id": given.get("id"), "name": str(given["function"]["name"]), "arguments": arguments}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         message = f"{where} must have a function with a name, and arguments that are a JSON object"
         raise APIError(message, param=where) from None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stocklora.base_models.folders import check_model_folder, check_weight_file, command_for, describe_model, read_json
+from stocklora.base_models.foreign_code import check_names_no_code
 from stocklora.cli.console import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -106,6 +107,7 @@ def is_adapter(folder: Path) -> bool:
         UserError: a checkpoint's parent, or an adapter folder that was not written to its end.
     """
     if (folder / ADAPTER_CONFIG).is_file():
+        check_names_no_code(folder)
         weights = first_file(folder, *ADAPTER_WEIGHTS)
         if weights is None:
             raise UserError(

@@ -15,7 +15,7 @@ from stocklora.instruct.chat.constrained import AnswerForm, form_of_schema, read
 from stocklora.instruct.chat.model import Answer, ChatModel, ContextError, Question, Sampling
 from stocklora.instruct.chat.settings import EvaluateSettings
 from stocklora.instruct.rows.formats import Record
-from stocklora.runtime.files import as_json_types
+from stocklora.runtime.files import as_json_types, json_of
 
 # Which of the shipped schemas an answer of a kind fits.
 SCHEMA_OF_KIND = {"extraction": "market_reaction", "release_extraction": "release"}
@@ -129,7 +129,7 @@ def _kept(path: Path) -> dict[str, Answered]:
         return kept
     for line in lines:
         try:
-            row = json.loads(line)
+            row = json_of(line)
             kept[str(row["key"])] = Answer(**row["answer"]), int(row["batch"])
         except (ValueError, KeyError, TypeError, AttributeError):
             continue

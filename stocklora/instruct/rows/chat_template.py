@@ -11,7 +11,6 @@ so that no row and no question can end a turn or forge one.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,8 @@ from typing import Any
 
 from stocklora.cli.console import UserError, one_line
 from stocklora.instruct.rows.formats import Message, Record, Tools, turn_of
+from stocklora.instruct.rows.template_process import render_template
+from stocklora.runtime.files import json_of
 
 IGNORED = -100  # a label that the loss passes over
 ADDED_PAD = "<|pad|>"
@@ -113,7 +114,7 @@ def _ends_of_model(folder: Path) -> set[int]:
     """Ids of the end tokens that the files of a model name; none where no file names one."""
     for name in END_FILES:
         try:
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            content = json_of((folder / name).read_text(encoding="utf-8"))
             given = content.get("eos_token_id", content.get("text_config", {}).get("eos_token_id"))
         except (OSError, ValueError, AttributeError):  # not there; a damaged one is told where the model is loaded
             continue
@@ -326,15 +327,10 @@ def _render(tokenizer: Any, messages: Sequence[Message], invite: bool, tools: To
 
     pattern = re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or r"(?!)")
     turns = [_as_text(turn_of(message), pattern) for message in messages]
-    if tools:
-        options = {**options, "tools": _as_text(list(tools), pattern)}
+    functions = _as_text(list(tools), pattern) if tools else None
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=invite, **options))
-        if tools and text == str(
-            tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=invite, **{**options, "tools": None}
-            )
-        ):
+        text = _apply(tokenizer, turns, functions, invite, options)
+        if tools and text == _apply(tokenizer, turns, None, invite, options):
             raise UserError("the model's chat template has no place for tools: leave them out, or use another model")
         return text
     except TemplateError as error:
@@ -342,6 +338,18 @@ def _render(tokenizer: Any, messages: Sequence[Message], invite: bool, tools: To
             raise UserError(f"the model's chat template refuses the conversation: {one_line(str(error))}") from None
         both = Message("user", f"{messages[0].content}\n\n{messages[1].content}")
         return _render(tokenizer, [both, *messages[2:]], invite, tools=tools, **options)
+
+
+def _apply(tokenizer: Any, turns: list[Any], tools: list[Any] | None, invite: bool, options: dict[str, Any]) -> str:
+    """The chat template's text; a tokenizer whose own code writes it (with ``--trust_remote_code``) is asked for it."""
+    from transformers import PreTrainedTokenizerBase
+
+    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+        return str(
+            tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=invite, **options)
+        )
+    template = tokenizer.get_chat_template(None, tools)
+    return render_template(template, turns, tools, invite, {**tokenizer.special_tokens_map, **options})
 
 
 def _as_text(value: Any, control: re.Pattern[str]) -> Any:

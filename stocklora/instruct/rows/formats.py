@@ -11,11 +11,12 @@ its ``meta``; they go along when it is written again. Standard library only.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from stocklora.runtime.files import json_of
 
 Tools = Sequence[Mapping[str, Any]]  # functions to call, as OpenAI describes them
 
@@ -179,8 +180,8 @@ def tools_of(given: Any) -> list[dict[str, Any]]:
     """A row's ``tools``: a list of functions in OpenAI's form, or the same as JSON text."""
     if isinstance(given, str):
         try:
-            given = json.loads(given)
-        except (ValueError, RecursionError):
+            given = json_of(given)
+        except ValueError:
             raise _BadFieldError("tools", "is text, but not JSON") from None
     if not isinstance(given, list) or not all(isinstance(tool, Mapping) for tool in given):
         raise _BadFieldError("tools", "must be a list of functions, each an object")

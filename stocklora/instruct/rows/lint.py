@@ -15,7 +15,6 @@ Exit code: 0 without faults, 1 with faults, 2 where a file or the model cannot b
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 from collections import Counter
@@ -28,6 +27,7 @@ from stocklora.cli.console import UserError, print_table, run_script, say
 from stocklora.cli.settings import ScriptParser
 from stocklora.instruct.rows.formats import Fault, Record
 from stocklora.instruct.rows.records import given_part, prompt_key, read_with_faults
+from stocklora.runtime.files import json_of
 
 if TYPE_CHECKING:
     from stocklora.instruct.rows.chat_template import Encoded
@@ -129,8 +129,8 @@ def _text_faults(record: Record) -> Iterator[Fault]:
         yield _fault(record, "label", f"'{label}' does not stand in the answer's first line")
     if isinstance(fields, dict):
         try:
-            agrees = json.loads(record.answer) == fields
-        except (ValueError, RecursionError):
+            agrees = json_of(record.answer) == fields
+        except ValueError:
             agrees = False
         if not agrees:
             yield _fault(record, "fields", "the answer is not this JSON object")

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stocklora.base_models.foreign_code import check_names_no_code
 from stocklora.cli.console import UserError, say, warn
+from stocklora.runtime.files import json_of
 
 MANIFEST = "stocklora_checkpoint.json"  # written last
 RUN_NAME = "training_settings.json"
@@ -50,7 +52,7 @@ def fault_of(folder: Path) -> str | None:
     if not (folder / MANIFEST).is_file():
         return f"it has no {MANIFEST}, which is written last: the run was stopped while it wrote the checkpoint"
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        listed = json_of((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, size in listed.items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 return f"{name} is missing or has another size than when it was written"
@@ -74,6 +76,7 @@ def find_checkpoint(given: str | None, output_dir: Path) -> Path | None:
                 f"--resume_from_checkpoint {given}: no whole checkpoint in {output_dir}; leave the flag out to "
                 "begin anew"
             )
+        check_names_no_code(whole[-1])
         return whole[-1]
     folder = Path(given)
     others = checkpoints_in(folder if folder.is_dir() and not _step(folder) else folder.absolute().parent)
@@ -83,6 +86,7 @@ def find_checkpoint(given: str | None, output_dir: Path) -> Path | None:
     fault = fault_of(folder)
     if fault is not None:
         raise UserError(f"--resume_from_checkpoint {folder}: {fault}{hint}")
+    check_names_no_code(folder)
     return folder
 
 
@@ -95,7 +99,7 @@ def check_room(output_dir: Path) -> None:
     if not _all_checkpoints(output_dir):
         return
     try:
-        finished = json.loads((output_dir / RUN_NAME).read_text(encoding="utf-8")).get("finished") is True
+        finished = json_of((output_dir / RUN_NAME).read_text(encoding="utf-8")).get("finished") is True
     except (OSError, ValueError, AttributeError):
         finished = False
     if not finished:
@@ -129,7 +133,7 @@ def check_steps_left(checkpoint: Path, steps: int) -> None:
     """
     step = _step(checkpoint) or 0
     try:
-        finished = json.loads((checkpoint.absolute().parent / RUN_NAME).read_text(encoding="utf-8")).get("finished")
+        finished = json_of((checkpoint.absolute().parent / RUN_NAME).read_text(encoding="utf-8")).get("finished")
     except (OSError, ValueError, AttributeError):
         finished = False
     if step > steps or (step == steps and finished is True):
@@ -158,7 +162,11 @@ def check_same_run(checkpoint: Path, facts: Mapping[str, Any]) -> None:
     if path is None:
         warn(f"{checkpoint} does not say with which settings it was made; they cannot be compared")
         return
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        earlier = dict(json_of(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        warn(f"{path} is damaged; the settings that {checkpoint} was made with cannot be compared")
+        return
     if earlier.get("model") != facts["model"]:
         raise UserError(f"{checkpoint} was made from another model; give its --model_path, or begin anew")
     differing = [name for name in facts if name in earlier and name not in FREE and earlier[name] != facts[name]]

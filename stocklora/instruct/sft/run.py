@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import pickle
 import shlex
 import shutil
 import sys
@@ -134,6 +135,11 @@ def advice_on_failures(output_dir: Path) -> Iterator[None]:
         yield
     except Exception as error:
         text = str(error)
+        if isinstance(error, pickle.UnpicklingError):
+            raise UserError(
+                "the checkpoint is damaged or holds code, which is never run; give --resume_from_checkpoint an earlier "
+                "one, or leave it out"
+            ) from None
         if any(words in text for words in ("out of memory", "not enough memory", "can't allocate memory")):
             raise UserError(
                 "the memory is full; try --batch_size 1, --gradient_checkpointing, --use_qlora, a smaller --max_length "

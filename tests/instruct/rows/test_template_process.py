@@ -1,0 +1,153 @@
+"""Chat templates that would never end, fill the memory, or get out of the sandbox."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from jinja2 import TemplateError
+
+from stocklora.cli.console import UserError
+from stocklora.instruct.rows import template_process
+from stocklora.instruct.rows.chat_template import prepare_tokenizer, prompt_ids
+from stocklora.instruct.rows.formats import Message
+from stocklora.instruct.rows.template_process import render_template
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="templates are rendered in a forked process")
+
+TURNS = [{"role": "user", "content": "x", "name": None}]
+
+
+def render(template: str, **values: Any) -> str:
+    return render_template(template, TURNS, None, True, values)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_process, "MOST_SECONDS", 1.0)
+
+
+def test_it_writes_what_transformers_does(tiny_model: Path) -> None:
+    tokenizer = prepare_tokenizer(tiny_model)
+    conversation = [{"role": "user", "content": "{{ 1 }} <中>"}]
+    expected = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    ids = prompt_ids(tokenizer, [Message("user", "{{ 1 }} <中>")])
+    assert tokenizer.decode(ids) == expected
+    assert render("{{ bos }}{{ messages[0].content }}{{ messages[0].name is defined }}", bos="<s>") == "<s>xFalse"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ (10 ** 10) ** (10 ** 9) }}",
+        "{% macro again(n) %}{% for a in range(9) %}{{ again(n + 1) }}{% endfor %}{% endmacro %}{{ again(0) }}",
+        "{{ lipsum(n=99999999) }}",
+    ],
+)
+def test_an_endless_one_is_ended(template: str, impatient: None) -> None:
+    started = time.monotonic()
+    with pytest.raises(UserError, match="chat template (takes more than|cannot be rendered)"):
+        render(template)
+    assert time.monotonic() - started < 30
+    assert render("ok") == "ok"  # by another process
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'x' * 2000000000 }}",
+        "{% set n = namespace(x='x' * 99) %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+        "{{ '%2000000000d' | format(1) }}",
+        "{{ 'x' | center(2000000000) }}",
+        "{{ 'x' * 40000000 }}",
+    ],
+)
+def test_gigabytes_of_text_are_refused(template: str) -> None:
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(UserError, match="takes more than a chat template may"):
+        render(template)
+    assert psutil.Process().memory_info().rss - before < 200e6
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.mkdir('owned') }}",
+        "{{ messages.append(1) }}",
+        "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
+        "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+        "{% include '/etc/passwd' %}",
+        "{{ ",
+        "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}",
+    ],
+)
+def test_tricks_are_one_line(template: str, in_folder: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        render(template)
+    assert "\n" not in str(refused.value)
+    assert not Path("owned").exists()
+
+
+def test_a_refusal_is_the_templates_own() -> None:
+    with pytest.raises(TemplateError, match="no systems here"):
+        render("{{ raise_exception('no systems here') }}")
+
+
+def test_who_gets_out_of_the_sandbox_opens_no_file_and_writes_none(in_folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(template_process, "_renderer", template_process._Renderer())
+    monkeypatch.setattr(template_process, "WARM_UP", ())
+
+    def escaped(*_: Any) -> tuple[int, str]:
+        try:
+            Path("owned").write_text("x", encoding="utf-8")
+        except OSError as error:
+            return template_process.RENDERED, str(error)
+        return template_process.RENDERED, "written"
+
+    monkeypatch.setattr(template_process, "_render", escaped)
+    assert "Too many open files" in render("")
+    assert os.listdir() == []
+
+
+def test_a_process_that_was_killed_is_begun_anew_and_a_forked_program_has_its_own(monkeypatch: Any) -> None:
+    renderer = template_process._Renderer()
+    monkeypatch.setattr(template_process, "_renderer", renderer)
+    assert render("1") == "1"
+    first = renderer._process
+    os.kill(first, signal.SIGKILL)
+    with pytest.raises(UserError, match="brought its process down"):
+        render("2")
+    assert render("3") == "3"
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = 0 if render("4") == "4" and renderer._owner == os.getpid() else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert render("5") == "5"
+
+
+def test_it_goes_when_its_program_is_killed(monkeypatch: Any) -> None:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            renderer = template_process._Renderer()
+            renderer.ask(("x", TURNS, None, True, {}))
+            os.write(writer, str(renderer._process).encode())
+            signal.pause()
+        finally:
+            os._exit(1)
+    process = psutil.Process(int(os.read(reader, 20)))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    process.wait(timeout=10)
