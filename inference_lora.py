@@ -19,6 +19,7 @@ fits the schema, whatever the model would have said.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from stocklora.cli.console import UserError
@@ -57,7 +58,12 @@ def run(settings: InferenceSettings) -> None:
         from stocklora.runtime.machine import listen
 
         check_installed(SERVER, "--serve")
-        listener = listen(settings.port)
+        from stocklora.instruct.chat.door import Entrance, check_entrance
+
+        key = settings.api_key or os.environ.get("STOCKLORA_API_KEY") or None
+        check_entrance(settings.host, key)
+        entrance = Entrance(settings.host, key, tuple(settings.server_names))
+        listener = listen(settings.port, settings.host)
 
     from stocklora.instruct.chat.load import load_sources
     from stocklora.instruct.chat.model import Sampling
@@ -67,7 +73,7 @@ def run(settings: InferenceSettings) -> None:
     if listener is not None:
         from stocklora.instruct.chat.server import serve
 
-        serve(model, listener, sampling, adapter, settings.system)
+        serve(model, listener, sampling, adapter, settings.system, entrance)
     elif settings.batch is not None:
         from stocklora.instruct.chat.batch import run_batch
 

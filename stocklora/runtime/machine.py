@@ -6,6 +6,7 @@ torch is imported where it is used: what a machine is can be told without it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import platform
 import socket
@@ -180,16 +181,23 @@ def versions_of(*packages: str) -> dict[str, str | None]:
 HOST = "127.0.0.1"
 
 
-def listen(port: int) -> socket.socket:
+def listen(port: int, host: str = HOST) -> socket.socket:
     """A socket that listens on ``port``; 0 takes a free one. Clients that come early wait.
 
+    Args:
+        host: an address of this machine; by default nobody but this machine itself can come.
+
     Raises:
-        UserError: the port is taken.
+        UserError: the port is taken, or the address is none of this machine's.
     """
     try:
         # One that listens: bound alone, it could be bound again by a second server while the first loads its model.
-        return socket.create_server((HOST, port))
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
+        if host != HOST and error.errno != errno.EADDRINUSE:
+            raise UserError(
+                f"cannot listen on --host {host}: {error.strerror or error}; give an address of this machine"
+            ) from None
         raise UserError(
             f"cannot listen on port {port}: {os.strerror(error.errno or 0)}; give another --port, or 0 for a free one"
         ) from None

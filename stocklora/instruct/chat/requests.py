@@ -154,7 +154,7 @@ def _form_of(request: ChatRequest) -> AnswerForm | None:
     if request.guided_json is not None:
         if request.response_format is not None:
             raise APIError("response_format and guided_json exclude each other; give one", param="guided_json")
-        schema = request.guided_json
+        schema: Any = request.guided_json
         try:
             schema = json_of(schema) if isinstance(schema, str) else schema
         except ValueError:

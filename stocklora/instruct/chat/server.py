@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -22,24 +23,28 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Send
 
-from stocklora.cli.console import UserError, say
+from stocklora.cli.console import UserError, say, warn
 from stocklora.instruct.chat.bodies import AnyEncoding
 from stocklora.instruct.chat.constrained import FormError
+from stocklora.instruct.chat.door import AT_HOME, Door, Entrance, guarded_protocol
 from stocklora.instruct.chat.model import Answer, ChatModel, ContextError, Question, Sampling
 from stocklora.instruct.chat.requests import APIError, ChatRequest, question_of_request, sampling_of
 from stocklora.instruct.chat.tool_calls import calls_in
-from stocklora.runtime.machine import HOST
 
 POLL_S = 0.1  # how often a waiting request looks whether its client is still there
 GRACE_S = 10  # for answers to end after Ctrl-C: one token each, or the reading of a long prompt
 
 
 def serve(
-    model: ChatModel, listener: socket.socket, sampling: Sampling, adapter: str, system: str | None = None
+    model: ChatModel,
+    listener: socket.socket,
+    sampling: Sampling,
+    adapter: str,
+    system: str | None = None,
+    entrance: Entrance = AT_HOME,
 ) -> None:
     """Answer requests until Ctrl-C.
 
@@ -49,16 +54,22 @@ def serve(
         sampling: what holds where a request does not say otherwise.
         adapter: the model that is listed first.
         system: put before conversations that have no system message.
+        entrance: who may come in.
     """
-    address = f"http://{HOST}:{listener.getsockname()[1]}/v1"
-    app = make_app(model, sampling, adapter, system)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
+    host = f"[{entrance.host}]" if ":" in entrance.host else entrance.host
+    address = f"http://{host}:{listener.getsockname()[1]}/v1"
+    app = make_app(model, sampling, adapter, system, entrance)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S, server_header=False,
+        ws="none", http=guarded_protocol(entrance.limits), h11_max_incomplete_event_size=entrance.limits.header_bytes,
+    )  # fmt: skip
     server = _Server(config, app.state.closing)
 
     @contextlib.asynccontextmanager
     async def announce(_: FastAPI) -> AsyncIterator[None]:
         say(f"models: {', '.join(model_names(model, adapter))}")
-        say(f'serving {address} (Ctrl-C ends); with the openai client: OpenAI(base_url="{address}", api_key="-")')
+        key = "-" if entrance.key is None else "the key"
+        say(f'serving {address} (Ctrl-C ends); with the openai client: OpenAI(base_url="{address}", api_key="{key}")')
         yield
 
     app.router.lifespan_context = announce
@@ -76,10 +87,16 @@ def model_names(model: ChatModel, first: str | None = None) -> list[str]:
     return names
 
 
-def make_app(model: ChatModel, sampling: Sampling, adapter: str | None = None, system: str | None = None) -> FastAPI:
+def make_app(
+    model: ChatModel,
+    sampling: Sampling,
+    adapter: str | None = None,
+    system: str | None = None,
+    entrance: Entrance = AT_HOME,
+) -> FastAPI:
     """The web application; ``sampling`` holds where a request does not say otherwise."""
     app = FastAPI(title="stocklora", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(OwnHost)
+    app.add_middleware(Door, entrance=entrance)
     app.router.route_class = AnyEncoding
     names = model_names(model, adapter)
     started = int(time.time())
@@ -158,22 +175,6 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def unknown_address(request: Request, error: HTTPException) -> JSONResponse:
         return _answer(APIError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code))
-
-
-class OwnHost:
-    """Keeps web pages of other origins out, whatever name they make point to this machine."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            host = Headers(scope=scope).get("host", "")
-            if host.rpartition(":")[0 if ":" in host else 2] not in (HOST, "localhost"):
-                refused = _answer(APIError(f"the header Host must be {HOST} or localhost, got {host[:80]!r}"))
-                await refused(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
 
 
 class _Server(uvicorn.Server):
@@ -348,7 +349,12 @@ def _public(error: Exception) -> APIError:
         return error
     if isinstance(error, FormError):
         return APIError(str(error), param="response_format")
-    message = str(error) if isinstance(error, UserError) else "the server failed; see its output"
+    message = "the server failed; see its output"
+    if isinstance(error, UserError):
+        if re.search(r"[/\\]", str(error)):  # a path is for whoever runs the server
+            warn(f"a request failed: {error}")
+        else:
+            message = str(error)
     return APIError(message, status=500, kind="server_error")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stocklora.cli.console import UserError
-from stocklora.cli.settings import DEVICES, DTYPES, check_positive, check_range, setting
+from stocklora.cli.settings import DEVICES, DTYPES, check_positive, check_range, default_of, setting
 
 DEMO_MODES = ("interactive", "batch")
 LANGUAGES = ("auto", "zh", "en")
@@ -97,6 +97,20 @@ class InferenceSettings(AnswerSettings, LoadSettings):
     )
     serve: bool = setting(False, "answer OpenAI chat requests on this machine", section="what to do")
     port: int = setting(8000, "port of --serve; 0 takes a free one", section="what to do")
+    host: str = setting(
+        "127.0.0.1",
+        "address of --serve; where others reach it, a key is needed",
+        section="what to do",
+        metavar="ADDRESS",
+    )
+    api_key: str | None = setting(
+        None, "key that requests to --serve must bring; better in the environment, as STOCKLORA_API_KEY, since others "
+        "on this machine can read command lines", section="what to do", metavar="KEY",
+    )  # fmt: skip
+    server_names: list[str] = setting(
+        [], "names by which clients call --serve, where it has others than the machine's", section="what to do",
+        nargs="+", metavar="NAME",
+    )  # fmt: skip
     adapter: str | None = setting(
         None, "which adapter to begin with, by name; none is the base (default: the first)", section="answers"
     )
@@ -121,8 +135,15 @@ class InferenceSettings(AnswerSettings, LoadSettings):
         if self.output is not None and self.batch is None:
             raise UserError("--output is where --batch FILE writes its answers; give that too, or leave it out")
         defaults = type(self).__dataclass_fields__
-        for name, mode in (("port", "serve"), ("batch_size", "batch")):
-            if getattr(self, name) != defaults[name].default and getattr(self, mode) in (None, False):
+        modes_of = {
+            "port": "serve",
+            "host": "serve",
+            "api_key": "serve",
+            "server_names": "serve",
+            "batch_size": "batch",
+        }
+        for name, mode in modes_of.items():
+            if getattr(self, name) != default_of(defaults[name]) and getattr(self, mode) in (None, False):
                 raise UserError(f"--{name} is for --{mode}; give that too, or leave it out")
         if self.json_schema is not None and self.serve:
             raise UserError("--json_schema: a request to the server brings its own, as response_format; leave it out")
