@@ -22,7 +22,7 @@ from stocklora.backtest.walk_forward import Baselines, Model, Plan
 from stocklora.cli.console import UserError, progress, say, warn
 from stocklora.dataset.indicators import INDICATORS, indicator_table
 from stocklora.dataset.prepare import prepare
-from stocklora.dataset.prompts import returns_lines
+from stocklora.dataset.prompts import returns_lines, words_lines
 from stocklora.dataset.windows import calendar_of
 from stocklora.metrics.calibration import fit_calibration
 from stocklora.prices.store import spool
@@ -185,8 +185,13 @@ def _inputs(tickers: Sequence[str], prices: Mapping[str, pd.DataFrame], cut: pd.
         observed["the market's day", ticker] = market[market.index <= cut].to_numpy()
         for name in INDICATORS:
             observed[f"the indicator {name}", ticker] = indicator_table(frame, [name], market)[:stop]
-        for prompt, volatility in (("returns", None), ("zscores", ewma_volatility(frame["Close"]))):
-            observed[f"the day lines ({prompt})", ticker] = np.array(returns_lines(frame, volatility)[:stop])
+        volatility = ewma_volatility(frame["Close"])
+        lines = {
+            "returns": returns_lines(frame), "zscores": returns_lines(frame, volatility),
+            "words": words_lines(frame, volatility),
+        }  # fmt: skip
+        for prompt, written in lines.items():
+            observed[f"the day lines ({prompt})", ticker] = np.array(written[:stop])
     return observed
 
 

@@ -1,6 +1,6 @@
 """Days into text into token ids.
 
-Three formats. ``returns``, about 17 tokens a day, says each price as its distance from the previous
+Four formats. ``returns``, about 17 tokens a day, says each price as its distance from the previous
 close in basis points and volume in percent of its median over the 20 days before::
 
     -29 65 -101 54 91
@@ -12,6 +12,14 @@ first close is 100::
 
     Day 1: Open=100.5, High=102.3, Low=99.8, Close=101.2, Volume=1000000
 
+``words`` writes a number as one letter, its size on a scale of 26, a capital where it is above zero: 5 or 6 tokens a
+day, and none of them means anything but together with a digit beside it::
+
+     K j n m o
+
+are the overnight gap, the day's range and the return in units of the volatility known the day before, the volume over
+its median, and that volatility itself (``words_lines``).
+
 Indicators, where asked for, stand at the line's end. No line names the ticker or a date: a base model may
 remember those (``anonymize=False`` puts both before the first line). Every line is tokenized by itself
 and the ids are joined, so a day's tokens never depend on its neighbours, and its last token is always
@@ -20,6 +28,7 @@ the line's end: that is where the model makes its forecast.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,9 +42,14 @@ from stocklora.dataset.windows import DaySequence
 from stocklora.volatility.market import Markets, garman_klass_variance, market_of, markets_of
 from stocklora.volatility.scales import SCALE_FLOOR, ewma_volatility
 
-PROMPTS = ("returns", "ohlcv", "zscores")
+PROMPTS = ("returns", "ohlcv", "zscores", "words")
 VOLUME_MEDIAN_DAYS = 20
 UNKNOWN_VOLATILITY_DAYS = 20  # a volatility of fewer returns says little
+WORDS = string.ascii_lowercase  # after a blank each is one token in nearly every vocabulary
+# What the first and the last letter stand for; those between are as far apart as their logarithms.
+MOVE_SIZES = (0.03, 10.0)  # volatilities
+VOLUME_SIZES = (0.1, 10.0)  # medians
+VOLATILITY_SIZES = (0.002, 0.2)  # daily log return
 LIMIT_BP = 9999  # a day beyond a doubling is a data fault or a squeeze; four digits keep the line short
 
 
@@ -105,6 +119,8 @@ class DayEncoder:
 
     def _lines(self, frame: pd.DataFrame) -> list[str]:
         """Every row's line in a format whose lines do not depend on the sequence, without indicators."""
+        if self.prompt == "words":
+            return words_lines(frame, ewma_volatility(frame["Close"]))
         return returns_lines(frame, ewma_volatility(frame["Close"]) if self.prompt == "zscores" else None)
 
     def _tails(self, frame: pd.DataFrame, market: pd.DataFrame | None) -> list[str]:
@@ -163,12 +179,48 @@ def returns_lines(frame: pd.DataFrame, volatility: np.ndarray | None = None) -> 
         np.clip(np.rint((frame[name] / previous - 1.0).fillna(0.0).to_numpy() / unit), -LIMIT_BP, LIMIT_BP)
         for name in ("Open", "High", "Low", "Close")
     ]
-    usual = frame["Volume"].shift(1).rolling(VOLUME_MEDIAN_DAYS, min_periods=1).median().to_numpy()
-    volume = frame["Volume"].to_numpy()
-    # Indices and currencies have no volume: 0 of 0 is written as 0.
-    share = np.divide(100.0 * volume, usual, out=np.zeros(len(frame)), where=usual > 0)
-    table = np.stack([*moves, np.clip(np.rint(share), 0, LIMIT_BP)], axis=1).astype(np.int64)
+    share = np.clip(np.rint(volume_percent(frame)), 0, LIMIT_BP)
+    table = np.stack([*moves, share], axis=1).astype(np.int64)
     return [""] + [f"{o} {h} {low} {c} {v}\n" for o, h, low, c, v in table[1:].tolist()]
+
+
+def words_lines(frame: pd.DataFrame, volatility: np.ndarray) -> list[str]:
+    """A line of letters for every row of ``frame``; row 0, which has no previous close, gets an empty one.
+
+    The overnight gap and the return from close to close with their signs, the Garman-Klass range between them, all in
+    units of the volatility known the day before; the volume over its median, and that volatility.
+
+    Args:
+        volatility: (days,) daily volatility, each day's at its close.
+    """
+    previous = frame["Close"].shift(1)
+    unit = volatility_before(frame, volatility)
+    gap, move = (np.log(frame[name] / previous).to_numpy() / unit for name in ("Open", "Close"))
+    day_range = np.sqrt(np.maximum(garman_klass_variance(frame), 0.0)) / unit
+    columns = [
+        _letters(gap, MOVE_SIZES), _letters(day_range, MOVE_SIZES, signed=False), _letters(move, MOVE_SIZES),
+        _letters(volume_percent(frame) / 100.0, VOLUME_SIZES, signed=False),
+        _letters(unit, VOLATILITY_SIZES, signed=False),
+    ]  # fmt: skip
+    return [""] + [f" {' '.join(row)}\n" for row in list(zip(*columns, strict=True))[1:]]
+
+
+def _letters(values: Any, sizes: tuple[float, float], signed: bool = True) -> list[str]:
+    """The letter of ``WORDS`` nearest to each value's size, a capital where a signed value is above zero."""
+    numbers = np.nan_to_num(np.asarray(values, dtype=np.float64), posinf=0.0, neginf=0.0)
+    first, last = np.log(sizes)
+    place = (np.log(np.clip(np.abs(numbers), *sizes)) - first) / (last - first) * (len(WORDS) - 1)
+    letters = [WORDS[at] for at in np.rint(place).astype(int).tolist()]
+    if not signed:
+        return letters
+    return [letter.upper() if above else letter for letter, above in zip(letters, numbers > 0.0, strict=True)]
+
+
+def volume_percent(frame: pd.DataFrame) -> np.ndarray:
+    """(days,) volume in percent of its median of the ``VOLUME_MEDIAN_DAYS`` before."""
+    usual = frame["Volume"].shift(1).rolling(VOLUME_MEDIAN_DAYS, min_periods=1).median().to_numpy()
+    # Indices and currencies have no volume: 0 of 0 is written as 0.
+    return np.divide(100.0 * frame["Volume"].to_numpy(), usual, out=np.zeros(len(frame)), where=usual > 0)
 
 
 def volatility_before(frame: pd.DataFrame, volatility: np.ndarray) -> np.ndarray:

@@ -37,8 +37,8 @@ class TrainLoraSettings(ReadingSettings):
     )
     test_from: str | None = setting(None, "first test day, instead of a share", section="data", metavar="DATE")
     prompt: str = setting(
-        "returns", "how days are written: basis points from the day before, prices, or percent of the volatility",
-        choices=("returns", "ohlcv", "zscores"), section="data",
+        "returns", "how days are written: basis points from the day before, prices, percent of the volatility, or "
+        "words, a letter a number", choices=("returns", "ohlcv", "zscores", "words"), section="data",
     )  # fmt: skip
     indicators: list[str] = setting(
         [], "numbers added to every day line; market: mean return and range of all tickers in the files",

@@ -19,6 +19,7 @@ from stocklora.dataset.prompts import (
     ohlcv_lines,
     returns_lines,
     volatility_before,
+    words_lines,
 )
 from stocklora.dataset.windows import last_origin, pack
 from stocklora.volatility.market import market_of, markets_of
@@ -41,6 +42,10 @@ def table(rows):
 
 def zscore_lines(frame):
     return returns_lines(frame, ewma_volatility(frame["Close"]))
+
+
+def letter_lines(frame):
+    return words_lines(frame, ewma_volatility(frame["Close"]))
 
 
 def numbers(lines):
@@ -75,7 +80,9 @@ def test_origin_tokens_are_line_ends_and_decode_to_the_lines(tokenizer, prompt):
     (sequence,) = pack("X", range(30, 50), 30, 20)
     encoder = DayEncoder(tokenizer, prompt)
     (encoded,) = encoder.encode({"X": frame}, [sequence])
-    lines = {"returns": returns_lines(frame)[1:50], "zscores": zscore_lines(frame)[1:50]}
+    lines = {
+        "returns": returns_lines(frame)[1:50], "zscores": zscore_lines(frame)[1:50], "words": letter_lines(frame)[1:50],
+    }  # fmt: skip
     text = "".join(lines.get(prompt) or ohlcv_lines(frame, sequence.days))
     assert tokenizer.decode(encoded.input_ids[1:]) == text
     assert encoded.input_ids[0] == tokenizer.bos_token_id
@@ -102,6 +109,7 @@ def test_lines_up_to_a_day_do_not_depend_on_later_days(cut, seed, future):
     with np.errstate(invalid="ignore"):
         assert returns_lines(frame)[:cut] == returns_lines(changed)[:cut]
         assert zscore_lines(frame)[:cut] == zscore_lines(changed)[:cut]
+        assert letter_lines(frame)[:cut] == letter_lines(changed)[:cut]
     assert ohlcv_lines(frame, range(1, cut)) == ohlcv_lines(changed, range(1, cut))
 
 
@@ -121,7 +129,7 @@ def test_tokens_up_to_an_origin_do_not_depend_on_later_days(tokenizer, prompt):
         assert (other.input_ids[end + 1 : end + 60] != encoded.input_ids[end + 1 : end + 60]).any()
 
 
-@pytest.mark.parametrize("prompt", ["returns", "zscores"])
+@pytest.mark.parametrize("prompt", ["returns", "zscores", "words"])
 @pytest.mark.parametrize("indicators", [(), tuple(INDICATORS)])
 def test_a_line_does_not_depend_on_where_the_sequence_starts(tokenizer, prompt, indicators):
     frame = random_prices(120)
@@ -199,7 +207,7 @@ def test_a_price_that_never_moves_has_zscores_of_zero():
 @pytest.mark.parametrize("rows", [1, 2])
 def test_the_shortest_tables_have_lines(rows):
     frame = random_prices(rows)
-    for lines in (returns_lines(frame), zscore_lines(frame)):
+    for lines in (returns_lines(frame), zscore_lines(frame), letter_lines(frame)):
         assert len(lines) == rows
         assert lines[0] == ""
 
@@ -216,6 +224,39 @@ def test_a_calm_stock_and_a_wild_one_write_alike_in_zscores(seed, times):
     if abs(times - 1) > 0.2:
         plain = numbers(returns_lines(calm))[:, :4], numbers(returns_lines(wild))[:, :4]
         assert np.abs(plain[0]).sum() != pytest.approx(np.abs(plain[1]).sum(), rel=0.1)
+
+
+def test_a_words_line_is_sizes_in_volatilities_known_the_day_before():
+    frame = random_prices(60, 4)
+    volatility = volatility_before(frame, ewma_volatility(frame["Close"]))
+    previous = frame["Close"].shift(1)
+    lines = letter_lines(frame)
+    assert lines[0] == ""
+    usual = [np.median(frame["Volume"].iloc[max(0, row - 20) : row]) for row in range(1, 60)]
+    for row in range(1, 60):
+        day, unit = frame.iloc[row], volatility[row]
+        gap, move = (np.log(day[name] / previous.iloc[row]) / unit for name in ("Open", "Close"))
+        garman_klass = (
+            0.5 * np.log(day["High"] / day["Low"]) ** 2
+            - (2 * np.log(2) - 1) * np.log(day["Close"] / day["Open"]) ** 2
+        )  # fmt: skip
+        sizes = [  # the size, what the letters a and z stand for, and whether it has a sign
+            (gap, 0.03, 10, True), (np.sqrt(max(garman_klass, 0)) / unit, 0.03, 10, False), (move, 0.03, 10, True),
+            (day["Volume"] / usual[row - 1], 0.1, 10, False), (unit, 0.002, 0.2, False),
+        ]  # fmt: skip
+        for letter, (size, first, last, signed) in zip(lines[row].split(), sizes, strict=True):
+            stands_for = first * (last / first) ** ((ord(letter.lower()) - ord("a")) / 25)
+            step = (last / first) ** (0.5 / 25) * (1 + 1e-9)
+            assert stands_for / step <= np.clip(abs(size), first, last) <= stands_for * step
+            assert letter.isupper() == (signed and size > 0)
+
+
+def test_a_words_line_by_hand():
+    lines = letter_lines(table([[100, 101, 99, 100, 1000], [100, 100, 100, 100, 0], [100, 109, 100, 109, 1000]]))
+    assert lines[1].split()[:4] == ["a", "a", "a", "a"]  # nothing moved, nothing was traded
+    assert lines[2].split()[2].isupper()
+    falling = letter_lines(table([[100, 101, 99, 100, 1000], [100, 100, 91, 91, 1000]]))
+    assert falling[1].split()[2].islower()
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -330,7 +371,7 @@ def test_a_tokenizer_that_cannot_write_the_ticker_is_told_so():
 
 
 def test_unknown_formats_and_indicators_are_errors(tokenizer):
-    with pytest.raises(ValueError, match="prompt must be one of returns, ohlcv, zscores, got 'prices'"):
+    with pytest.raises(ValueError, match="prompt must be one of returns, ohlcv, zscores, words, got 'prices'"):
         DayEncoder(tokenizer, "prices")
     with pytest.raises(ValueError, match="unknown indicator 'vwap'"):
         DayEncoder(tokenizer, "returns", ["vwap"]).encode({"X": random_prices(60)}, pack("X", range(30, 50), 30, 20))
