@@ -51,10 +51,14 @@ class QuantileHead(nn.Module):
         self.linear = nn.Linear(hidden_size, self.horizon * self.levels)
         nn.init.zeros_(self.linear.weight)
         with torch.no_grad():
-            self.linear.bias.copy_(self._outputs_for(table.float()).flatten())
+            self.linear.bias.copy_(self.outputs_for(table.float()).flatten())
 
-    def _outputs_for(self, table: Tensor) -> Tensor:
-        """The linear outputs that give ``table`` back: the inverse of ``_quantiles``."""
+    def outputs_for(self, table: Tensor) -> Tensor:
+        """The linear outputs that give ``table``, (..., levels), back: the inverse of ``_quantiles``.
+
+        Raises:
+            ValueError: quantiles that do not increase.
+        """
         gaps = table.diff(dim=-1)
         if not bool((gaps > 0).all()):
             raise ValueError("starting quantiles must be strictly increasing along levels")

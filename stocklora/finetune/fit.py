@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,8 @@ from stocklora.finetune.optimization import TrainingOutcome, compiled
 from stocklora.finetune.prepare import SplitPrices, split_prices
 from stocklora.finetune.report import WEIGHTS_NAME, FinetunedRun, print_run_facts, save_run
 from stocklora.finetune.resume import FOLDER, Checkpoints, identity_of, resume_command
-from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.finetune.warm_start import start_from, with_teacher
+from stocklora.finetune.settings import PRIOR_TEACHER, TrainLoraSettings
+from stocklora.finetune.warm_start import simulated_lessons, start_from, with_teacher
 from stocklora.forecaster.batches import KeptStates, predict
 from stocklora.forecaster.forecaster import LESS_MEMORY, Forecaster, build_forecaster
 from stocklora.forecaster.weights import ForecasterSpec
@@ -57,7 +57,7 @@ class PreparedData:
     Attributes:
         scale_kind: of the volatility that the forecaster starts from.
         targets_per_sequence: fitted to the base model's context unless set.
-        examples: split -> examples, in the order of ``data``.
+        examples: split -> examples, in the order of ``data``. lessons: of simulated series, for the teacher's epochs.
         facts: what the weights file will say of the data.
     """
 
@@ -66,6 +66,7 @@ class PreparedData:
     targets_per_sequence: int
     examples: dict[str, list[Example]]
     facts: dict[str, Any]
+    lessons: list[Example] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def prepare_data(split: SplitPrices, settings: TrainLoraSettings, base: BaseMode
     targets, examples = encode_splits(data, settings, encoder, scale_kind, base.context_tokens)
     sequences = {split: [example.encoded.sequence for example in part] for split, part in examples.items()}
     facts = data_facts(data, sequences)
-    if prior is not None and scale_kind == "prior":
+    if prior is not None and (scale_kind == "prior" or settings.teacher == PRIOR_TEACHER):
         facts["prior"] = {name: value for name, value in prior.made_from.items() if name != "markets"}
     return PreparedData(data, scale_kind, targets, examples, facts)
 
@@ -214,7 +215,8 @@ def prepare_run(prepared: PreparedData, settings: TrainLoraSettings, base: BaseM
         warn_if_too_large(shape, setup, device)
     if settings.teacher is not None:
         taught = with_teacher(prepared.examples["train"], data, settings, device)
-        prepared = replace(prepared, examples={**prepared.examples, "train": taught})
+        lessons = simulated_lessons(data, prepared.scale_kind, prepared.targets_per_sequence, settings, base)
+        prepared = replace(prepared, examples={**prepared.examples, "train": taught}, lessons=lessons)
     forecaster = build_forecaster(
         specification(prepared, settings, base), base,
         torch.device("cpu") if shards_models(accelerator) else device, dtype, fresh=resumed is None,
@@ -339,7 +341,7 @@ def train_forecaster(run: PreparedRun) -> TrainingOutcome:
             model, examples["train"], examples["validation"], data.levels, settings, accelerator,
             data.dates_of("validation"), run.checkpoints, run.resumed,
             standardize=settings.expand_rank_from is None,
-            states=run.states,
+            states=run.states, lessons=run.prepared.lessons,
         )  # fmt: skip
     run.forecaster.device = accelerator.device
     if outcome.interrupted and run.checkpoints.newest:

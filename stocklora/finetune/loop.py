@@ -25,6 +25,7 @@ from stocklora.finetune.optimization import (
 )
 from stocklora.finetune.resume import Checkpoints, random_state, set_random_state
 from stocklora.finetune.settings import TrainLoraSettings
+from stocklora.finetune.warm_start import fit_head
 from stocklora.forecaster.batches import KeptStates, predict
 from stocklora.forecaster.methods import load_trained_state
 from stocklora.metrics.scores import BASIS_POINTS, pinball_loss
@@ -47,6 +48,7 @@ class Progress:
         history: of finished epochs. start_losses, best_losses: (n,) validation losses of the first and the best.
         start_state, best_state: ``trained_state`` likewise.
         seconds: since the run began, pauses left out. training_s: of all steps. epoch_s: of this epoch's steps.
+        targets: learned from in finished epochs.
     """
 
     history: list[dict[str, float]]
@@ -61,6 +63,7 @@ class Progress:
     seconds: float = 0.0
     training_s: float = 0.0
     epoch_s: float = 0.0
+    targets: int = 0
 
     @property
     def best_bp(self) -> float:
@@ -98,7 +101,6 @@ class _Loop:
         self.validation, self.levels = validation, levels
         self.checkpoints, self.interruption = checkpoints, interruption
         self.validation_returns = np.concatenate([example.returns for example in validation])
-        self.targets = sum(len(example.scale) for example in optimization.training)
         self._clock = time.perf_counter()
         self.progress: Progress
 
@@ -154,7 +156,9 @@ class _Loop:
         """End an epoch: its row, and whether its weights are the best so far."""
         now = self.progress
         loss, bp, start_bp = float(np.mean(now.losses)), float(losses.mean()), float(now.start_losses.mean())
-        rate = self.targets / now.epoch_s
+        targets = sum(len(example.scale) for example in self.optimization.sequences)
+        rate = targets / now.epoch_s
+        now.targets += targets
         now.training_s += now.epoch_s
         now.history.append(
             _history_row(
@@ -216,6 +220,7 @@ def train(
     resumed: Mapping[str, Any] | None = None,
     standardize: bool = True,
     states: KeptStates | None = None,
+    lessons: Sequence[Example] = (),
 ) -> TrainingOutcome:
     """Fine-tune adapters and head; on return the model holds the weights of the best epoch.
 
@@ -230,10 +235,11 @@ def train(
         checkpoints: where the run's state goes. resumed: a state that ``checkpoints`` loaded, to go on from.
         standardize: fit the head's centre and spread first; a resumed run has them.
         states: of the layers that do not train, so that they read each example once.
+        lessons: what the teacher's own epochs read beside the training examples.
     """
     if resumed is not None:
         resume_weights(model, resumed)  # before anything wraps the model or cuts it into shards
-    optimization = Optimization(model, training, levels, settings, accelerator, states)
+    optimization = Optimization(model, training, levels, settings, accelerator, states, lessons)
     interruption = Interruption(STOPPING if accelerator.is_main_process else None)
     loop = _Loop(optimization, validation, levels, checkpoints, interruption)
     if resumed is not None:
@@ -242,6 +248,8 @@ def train(
         if standardize:
             standardize_head(model, training, accelerator.device, states)
         loop.start()
+        if settings.teacher_epochs:
+            fit_head(model, optimization.lessons, accelerator.device, states)
     with interruption, progress(*_TrainingDisplay.COLUMNS, shown=accelerator.is_main_process) as bar:
         stopped = loop.train(_TrainingDisplay(bar, optimization.steps, optimization.total_steps))
     end = loop.progress
@@ -254,7 +262,7 @@ def train(
         best_epoch=0 if unproven is not None else end.best_epoch,
         stopped=stopped,
         steps=optimization.steps,
-        targets_per_s=finished * loop.targets / end.training_s if finished else math.nan,
+        targets_per_s=end.targets / end.training_s if finished else math.nan,
         unproven_epoch=unproven,
         gain_in_errors=gain,
     )

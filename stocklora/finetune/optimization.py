@@ -93,12 +93,14 @@ def accumulate_gradients(
     accelerator: Any,
     total_targets: int,
     distill_weight: float = 0.0,
+    outcome_weight: float = 1.0,
 ) -> float:
     """Backward over all micro-batches of one step; gradients are those of the mean over all their targets.
 
     Args:
         total_targets: targets of the step over all micro-batches and processes.
         distill_weight: of the distance to the teacher's quantiles, where batches have some.
+        outcome_weight: of the quantile loss of what came.
 
     Returns:
         The mean loss over this process's share, in units of the scale.
@@ -110,7 +112,7 @@ def accumulate_gradients(
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             batch = batch.to(device)
             quantiles = model(batch.input_ids, batch.origin_tokens, batch.scale, batch.states)
-            loss = pinball_sum(quantiles, batch.returns, batch.scale, levels, batch.mask)
+            loss = outcome_weight * pinball_sum(quantiles, batch.returns, batch.scale, levels, batch.mask)
             if batch.teacher is not None:
                 loss = loss + distill_weight * distance_sum(quantiles, batch.teacher, batch.scale, batch.mask)
             # Processes average their gradients, and we want their sum over the step's targets.
@@ -138,11 +140,13 @@ class Optimization:
 
     Args:
         states: of the layers that do not train, in place of computing them anew in each epoch.
+        lessons: read beside the training sequences in the epochs of the teacher alone.
 
     Attributes:
         steps: optimizer steps taken so far.
         total_steps: steps of the whole run if nothing stops it.
         per_step: sequences of a step, over all processes.
+        teacher_alone: whether the epoch in progress learns from the teacher's quantiles and not from outcomes.
     """
 
     def __init__(
@@ -153,6 +157,7 @@ class Optimization:
         settings: TrainLoraSettings,
         accelerator: Any,
         states: KeptStates | None = None,
+        lessons: Sequence[Example] = (),
     ) -> None:
         groups = parameter_groups(model, settings.learning_rate, settings.head_learning_rate, settings.lora_plus_ratio)
         optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
@@ -160,7 +165,11 @@ class Optimization:
         self.training, self.states = training, states
         self.per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
         self.steps = 0
-        self.total_steps = math.ceil(len(training) / self.per_step) * settings.epochs
+        self.teacher_alone = False
+        self.lessons = [*training, *lessons]
+        taught = min(settings.teacher_epochs, settings.epochs)
+        self.total_steps = math.ceil(len(training) / self.per_step) * (settings.epochs - taught)
+        self.total_steps += math.ceil(len(self.lessons) / self.per_step) * taught
         warmup = int(settings.warmup_ratio * self.total_steps)
         self.schedule = LambdaLR(optimizer, partial(share_of_learning_rate, warmup=warmup, total=self.total_steps))
         self.forecaster = model
@@ -171,6 +180,11 @@ class Optimization:
     def learning_rate(self) -> float:
         """The adapters' learning rate now."""
         return float(self.schedule.get_last_lr()[0])
+
+    @property
+    def sequences(self) -> Sequence[Example]:
+        """Those of the epoch in progress."""
+        return self.lessons if self.teacher_alone else self.training
 
     def epoch(self, number: int, done: int = 0) -> Iterator[tuple[float, int]]:
         """Steps over the training sequences, in an order of the seed and the epoch's own.
@@ -184,18 +198,19 @@ class Optimization:
         Raises:
             NotFiniteError: before the step that would have spoiled the weights.
         """
-        order = np.random.default_rng([self.settings.seed, number]).permutation(len(self.training))
+        self.teacher_alone = number <= self.settings.teacher_epochs
+        order = np.random.default_rng([self.settings.seed, number]).permutation(len(self.sequences))
         self.model.train()
         for first in range(done, len(order), self.per_step):
             group = order[first : first + self.per_step]
-            targets = sum(len(self.training[index].scale) for index in group)
+            targets = sum(len(self.sequences[index].scale) for index in group)
             yield self.step(group, targets), targets
 
     def step(self, group: np.ndarray, targets: int) -> float:
         """One optimizer step over the sequences in ``group``, of which this process takes its share."""
         loss = accumulate_gradients(
             self.model, self.micro_batches(group), self.levels, self.accelerator, targets,
-            self.settings.distill_weight,
+            *(1.0, 0.0) if self.teacher_alone else (self.settings.distill_weight, 1.0),
         )  # fmt: skip
         (loss,) = summed(self.accelerator, loss / self.accelerator.num_processes)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
@@ -227,7 +242,7 @@ class Optimization:
     def _cut(self, group: np.ndarray) -> list[list[Example]]:
         """A process's share of a step in batches of ``batch_size``, cut on where they have too many tokens."""
         size, most = self.settings.batch_size, self.settings.max_tokens_per_batch
-        batches = [[self.training[i] for i in group[at : at + size]] for at in range(0, len(group), size)]
+        batches = [[self.sequences[i] for i in group[at : at + size]] for at in range(0, len(group), size)]
         return batches if most is None else [part for batch in batches for part in grouped_by_tokens(batch, most)]
 
     def trained(self) -> dict[str, Any]:

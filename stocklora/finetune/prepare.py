@@ -11,7 +11,7 @@ from stocklora.base_models.folders import check_model_folder
 from stocklora.cli.console import listed, say
 from stocklora.dataset.prepare import ForecastData, prepare, with_a_day_to_learn_from
 from stocklora.dataset.windows import SPLITS
-from stocklora.finetune.settings import TrainLoraSettings
+from stocklora.finetune.settings import PRIOR_TEACHER, TrainLoraSettings
 from stocklora.prices.quality import short_form
 from stocklora.runtime.distributed import launched
 from stocklora.runtime.files import check_writable
@@ -65,7 +65,9 @@ def split_prices(prices: Mapping[str, pd.DataFrame], settings: TrainLoraSettings
         prices, settings.window_size, settings.horizon, settings.validation_fraction, settings.test_fraction,
         settings.validation_from, settings.test_from, prior,
     )  # fmt: skip
-    scale_kind = data.better_scale() if settings.scale == "auto" else settings.scale
+    scale_kind = settings.scale
+    if scale_kind == "auto":  # where the prior teaches, it is not where the run starts
+        scale_kind = "ewma" if settings.teacher == PRIOR_TEACHER else data.better_scale()
     print_data_facts(data, scale_kind, settings)
     return SplitPrices(data, scale_kind, prior)
 

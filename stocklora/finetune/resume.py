@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from stocklora.cli.console import UserError, say, warn
-from stocklora.finetune.settings import TrainLoraSettings
+from stocklora.finetune.settings import PRIOR_TEACHER, TrainLoraSettings
 from stocklora.runtime.files import as_json_types, json_of, load_plain, replacing, sha256_of, write_json
 from stocklora.runtime.machine import versions
 
@@ -227,12 +227,20 @@ def identity_of(
         },
         "data": dict(data),
         "base_model": {name: base_model.get(name) for name in ("config_sha256", "revision")},
-        "teacher": None if settings.teacher is None else sha256_of(settings.teacher),
+        "teacher": _teacher_of(settings),
         "processes": processes,
         "place": {
             **place, "torch": versions().get("torch"), **{name: getattr(settings, name) for name in ROUNDING_SETTINGS}
         },
     }  # fmt: skip
+
+
+def _teacher_of(settings: TrainLoraSettings) -> str | None:
+    """What a run's teacher is known by: its file's content, or its name where it is no file."""
+    path = settings.teacher
+    if path is None or path == PRIOR_TEACHER:
+        return None if path is None else str(path)
+    return sha256_of(path)
 
 
 def check_identity(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -255,7 +263,7 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if before["base_model"] != now["base_model"]:
         raise _another_run("--model_path is another base model")
     if before["teacher"] != now["teacher"]:
-        raise _another_run("--teacher is another file")
+        raise _another_run("--teacher is another one")
     if before["processes"] != now["processes"]:
         raise _another_run(f"it ran in {before['processes']} processes, now there are {now['processes']}")
     if before["place"] != now["place"]:

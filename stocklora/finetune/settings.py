@@ -19,6 +19,8 @@ from stocklora.cli.settings import (
 )
 from stocklora.prices.settings import ReadingSettings
 
+PRIOR_TEACHER = Path("prior")  # what --teacher calls the market prior; a file of that name is ./prior
+
 
 @dataclass(frozen=True)
 class TrainLoraSettings(ReadingSettings):
@@ -86,14 +88,23 @@ class TrainLoraSettings(ReadingSettings):
         section="method", metavar="FILE",
     )  # fmt: skip
     teacher: Path | None = setting(
-        None, "weights file whose quantiles are a second target on training days", section="method", metavar="FILE"
-    )
+        None, "whose quantiles are a second target on training days: prior, the market prior's, or a weights file's",
+        section="method", metavar="FILE",
+    )  # fmt: skip
     teacher_model_path: Path | None = setting(
         None, "base model folder of --teacher (default: that of --model_path)", section="method", metavar="FOLDER"
     )
     distill_weight: float = setting(
         0.5, "weight of the distance to the teacher's quantiles, beside a loss of weight 1", section="method",
         metavar="WEIGHT",
+    )  # fmt: skip
+    teacher_epochs: int = setting(
+        0, "first epochs that learn from the teacher alone, before outcomes are learned", section="method",
+        metavar="EPOCHS",
+    )  # fmt: skip
+    simulated_series: int = setting(
+        0, "made-up stocks of 500 days with known quantiles that the teacher's epochs read as well", section="method",
+        metavar="N",
     )  # fmt: skip
 
     lora_rank: int = setting(8, "rank of the adapters", section="LoRA")
@@ -176,6 +187,7 @@ class TrainLoraSettings(ReadingSettings):
         check_horizon(self.horizon)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise UserError(f"--lora_dropout must be at least 0 and below 1, got {self.lora_dropout}")
+        check_range(self, teacher_epochs=(0, None), simulated_series=(0, None))
         check_range(self, seed=(0, 2**32 - 1), warmup_ratio=(0, 1), required_gain=(0, None), weight_decay=(0, None))
         check_run(self)
         check_method(self)
@@ -218,7 +230,23 @@ def check_method(settings: TrainLoraSettings) -> None:
         )
     if settings.expand_rank_from is not None and settings.init_lora == "pissa":
         raise UserError("--expand_rank_from brings its own start: leave out --init_lora pissa")
-    if settings.teacher is None and settings.teacher_model_path is not None:
-        raise UserError("--teacher_model_path is the base model of a --teacher; give that too, or leave it out")
+    check_teacher(settings)
     if method == "head" and settings.gradient_checkpointing:
         raise UserError("--method head keeps no activations: leave out --gradient_checkpointing")
+
+
+def check_teacher(settings: TrainLoraSettings) -> None:
+    """As ``check_method``, for the flags of ``--teacher``."""
+    if settings.teacher is None and settings.teacher_epochs:
+        raise UserError("--teacher_epochs are epochs with a --teacher alone; give that too, or leave them out")
+    if settings.simulated_series and not settings.teacher_epochs:
+        raise UserError("--simulated_series are read in the teacher's epochs: give --teacher and --teacher_epochs too")
+    if settings.teacher_model_path is not None and settings.teacher in (None, PRIOR_TEACHER):
+        raise UserError("--teacher_model_path is the base model of a --teacher; give its weights, or leave it out")
+    if settings.teacher == PRIOR_TEACHER:
+        if settings.prior == "none":
+            raise UserError("--teacher prior is the market prior and --prior none leaves it out; drop one of the two")
+        if settings.scale == "prior":
+            raise UserError(
+                "--scale prior starts where --teacher prior leads, and nothing is left to learn; give --scale ewma"
+            )

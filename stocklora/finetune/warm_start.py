@@ -9,17 +9,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from llm_model import StockForecaster
 from stocklora.adapters.arithmetic import expand_rank
 from stocklora.adapters.layer import AdapterConfig
+from stocklora.base_models.loading import BaseModel
 from stocklora.cli.console import UserError, say, warn
-from stocklora.dataset.prepare import Example, ForecastData
-from stocklora.dataset.windows import SplitDates
-from stocklora.finetune.settings import TrainLoraSettings
+from stocklora.dataset.prepare import Example, ForecastData, fitted_to_context, make_examples
+from stocklora.dataset.prompts import DayEncoder
+from stocklora.dataset.simulated import simulated_stock
+from stocklora.dataset.windows import SplitDates, pack
+from stocklora.finetune.settings import PRIOR_TEACHER, TrainLoraSettings
+from stocklora.forecaster.batches import KeptStates, collate
 from stocklora.forecaster.forecaster import Forecaster, assemble
 from stocklora.forecaster.methods import load_trained_state
 from stocklora.forecaster.weights import ForecasterSpec, WeightsFile, load_weights, other_setting
 from stocklora.runtime.machine import choose_dtype
+
+RIDGES = tuple(10.0**power for power in range(-4, 3))
+LEAST_SEQUENCES = 5  # fewer leave nothing to choose a ridge on
 
 
 def check_days(content: WeightsFile, path: Path, dates: SplitDates, flag: str) -> None:
@@ -97,16 +106,140 @@ def _configs(old: ForecasterSpec, new: ForecasterSpec, path: Path) -> tuple[Adap
 def with_teacher(
     examples: Sequence[Example], data: ForecastData, settings: TrainLoraSettings, device: torch.device
 ) -> list[Example]:
-    """Training examples with the calibrated quantiles of ``--teacher`` at their origins.
+    """Training examples with the quantiles of ``--teacher`` at their origins.
 
-    The teacher may have another base model, prompt, window and scale; it reads each day once, here, and is gone.
-    Days without enough past for its window have no quantiles of it.
+    A weights file's are calibrated. It may have another base model, prompt, window and scale; it reads each day once,
+    here, and is gone. Days without enough past for its window have no quantiles of it.
 
     Raises:
         UserError: weights that forecast other days or levels, or have seen later days.
     """
-    path = settings.teacher
-    assert path is not None
+    assert settings.teacher is not None
+    if settings.teacher == PRIOR_TEACHER:
+        known, name = prior_quantiles(data), "the market prior, moved by the training days"
+    else:
+        known, name = _quantiles_of_weights(settings.teacher, data, settings, device)
+    nothing = np.full((data.horizon, len(data.levels)), np.nan)
+    taught = []
+    for example in examples:
+        sequence = example.encoded.sequence
+        rows = [known.get((sequence.ticker, row), nothing) for row in sequence.origins]
+        taught.append(replace(example, teacher=np.stack(rows)))
+    total = sum(len(parts["train"]) for parts in data.origins.values())
+    say(f"{'teacher':<19} {name}, for {len(known):,} of {total:,} training days")
+    return taught
+
+
+def prior_quantiles(data: ForecastData) -> dict[tuple[str, int], np.ndarray]:
+    """(ticker, row) -> (horizon, levels) of the market prior at each training origin.
+
+    They are a function of the days up to the origin alone: a target without the noise of what came.
+    """
+    baseline = data.baselines["prior"]
+    known: dict[tuple[str, int], np.ndarray] = {}
+    for ticker, parts in data.origins.items():
+        rows = parts["train"]
+        quantiles = baseline.quantiles(data.scales["prior"][ticker][list(rows)])
+        known |= {(ticker, row): quantiles[at] for at, row in enumerate(rows)}
+    return known
+
+
+def simulated_lessons(
+    data: ForecastData, scale_kind: str, targets: int, settings: TrainLoraSettings, base: BaseModel
+) -> list[Example]:
+    """Examples of ``--simulated_series``, whose quantiles are known, written and scaled as the real days are.
+
+    Args:
+        scale_kind: that the run starts from. targets: a sequence, at most.
+    """
+    if not settings.simulated_series:
+        return []
+    stocks = {
+        f"simulated {number}": simulated_stock(settings.seed, number, horizon=data.horizon)
+        for number in range(settings.simulated_series)
+    }
+    prices = {name: stock.prices for name, stock in stocks.items()}
+    scale = data.baselines[scale_kind].scale
+    assert scale is not None
+    scales = {name: scale.on({name: frame})[name] for name, frame in prices.items()}  # each is a market of its own
+    encoder = DayEncoder(base.tokenizer, settings.prompt, settings.indicators, anonymize=settings.anonymize)
+
+    def examples_of(targets: int) -> list[Example]:
+        return [
+            example for name, frame in prices.items()
+            for example in make_examples(
+                {name: frame}, pack(name, range(data.window_size, len(frame)), data.window_size, targets), encoder,
+                scales,
+            )
+        ]  # fmt: skip
+
+    _, examples = fitted_to_context(examples_of, targets, base.context_tokens)
+    days = sum(len(example.scale) for example in examples)
+    say(f"{'simulated':<19} {len(stocks):,} series, {days:,} days whose quantiles are known")
+    return [
+        replace(each, teacher=stocks[each.encoded.sequence.ticker].quantiles[list(each.encoded.sequence.origins)])
+        for each in examples
+    ]
+
+
+def fit_head(
+    model: StockForecaster,
+    examples: Sequence[Example],
+    device: torch.device,
+    states: KeptStates | None = None,
+    targets: int = 10_000,
+) -> None:
+    """Set the head to the ridge regression of the teacher's quantiles on the states as they are now.
+
+    What a step of training would find slowly is found in one pass over about ``targets`` origins, spread over all.
+    The ridge is chosen on the last fifth of them, which are mostly other tickers than the first four.
+    """
+    taught = [example for example in examples if example.teacher is not None and np.isfinite(example.teacher).all()]
+    every = max(1, sum(len(example.scale) for example in taught) // targets)
+    chosen = taught[::every]
+    if len(chosen) < LEAST_SEQUENCES:
+        return
+    was_training, head = model.training, model.head
+    model.eval()
+    with torch.no_grad():
+        batches = (collate([example], states).to(device) for example in chosen)
+        hidden = (model.hidden_at(batch.input_ids, batch.origin_tokens, batch.states)[0] for batch in batches)
+        inputs = torch.cat([head.features(rows).double().cpu() for rows in hidden])
+    model.train(was_training)
+    location = model.location.double().cpu()[:, None]
+    wanted = torch.cat([
+        head.outputs_for((torch.from_numpy(example.teacher) - location) / torch.from_numpy(example.scale)[..., None])
+        for example in chosen
+    ]).flatten(1)  # (n, horizon * levels)  # fmt: skip
+    fitted_on = sum(len(example.scale) for example in chosen[: -(-4 * len(chosen) // 5)])
+    errors = {
+        ridge: float((inputs[fitted_on:] @ weight.T + bias - wanted[fitted_on:]).square().mean())
+        for ridge, (weight, bias) in _ridge_regressions(inputs[:fitted_on], wanted[:fitted_on]).items()
+    }
+    best = min(errors, key=errors.__getitem__)
+    weight, bias = _ridge_regressions(inputs, wanted)[best]
+    with torch.no_grad():
+        head.linear.weight.copy_(weight)
+        head.linear.bias.copy_(bias)
+
+
+def _ridge_regressions(inputs: Tensor, wanted: Tensor) -> dict[float, tuple[Tensor, Tensor]]:
+    """Ridge -> (outputs, inputs) weight and (outputs,) bias, which is not shrunk."""
+    centre, level = inputs.mean(dim=0), wanted.mean(dim=0)
+    moved = inputs - centre
+    values, vectors = torch.linalg.eigh(moved.T @ moved / len(moved))
+    pull = vectors.T @ (moved.T @ (wanted - level) / len(moved))
+    found = {}
+    for ridge in RIDGES:
+        weight = (vectors @ (pull / (values.clamp_min(0.0) + ridge)[:, None])).T
+        found[ridge] = (weight, level - weight @ centre)
+    return found
+
+
+def _quantiles_of_weights(
+    path: Path, data: ForecastData, settings: TrainLoraSettings, device: torch.device
+) -> tuple[dict[tuple[str, int], np.ndarray], str]:
+    """As ``prior_quantiles``, of a weights file; and how messages name it."""
     content = load_weights(path)
     check_days(content, path, data.dates, "--teacher")
     spec = content.spec
@@ -127,12 +260,4 @@ def with_teacher(
     del forecaster
     gc.collect()
     torch.cuda.empty_cache()  # nothing without a graphics card
-    nothing = np.full((data.horizon, len(data.levels)), np.nan)
-    taught = []
-    for example in examples:
-        sequence = example.encoded.sequence
-        rows = [known.get((sequence.ticker, row), nothing) for row in sequence.origins]
-        taught.append(replace(example, teacher=np.stack(rows)))
-    total = sum(len(parts["train"]) for parts in data.origins.values())
-    say(f"{'teacher':<19} {path} ({spec.base_model['name']}), for {len(known):,} of {total:,} training days")
-    return taught
+    return known, f"{path} ({spec.base_model['name']})"

@@ -13,14 +13,16 @@ from price_tables import random_prices
 from tuned_models import CPU, built, content_of, spec_of, unsettled
 
 from llm_model import distance_sum
+from stocklora.base_models.loading import BaseModel
 from stocklora.cli.console import UserError
 from stocklora.dataset.prepare import prepare
+from stocklora.dataset.simulated import simulated_stock
 from stocklora.dataset.windows import pack
-from stocklora.finetune.fit import finetune
+from stocklora.finetune.fit import finetune, prepare_data, specification
 from stocklora.finetune.optimization import Optimization, standardize_head
 from stocklora.finetune.report import save_run
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.finetune.warm_start import check_days, with_teacher
+from stocklora.finetune.warm_start import check_days, fit_head, simulated_lessons, with_teacher
 from stocklora.forecaster.batches import collate
 from stocklora.forecaster.forecaster import Forecaster, load_forecaster
 from stocklora.forecaster.methods import trained_state
@@ -191,3 +193,119 @@ def test_a_teacher_that_has_seen_later_days_is_refused(tiny_model, prices) -> No
 def test_a_teacher_of_other_days_is_refused(tiny_model, prices, tmp_path, earlier) -> None:
     with pytest.raises(UserError, match="forecasts 3 days ahead at 9 quantile levels, and this run 2 at 9"):
         finetune(prices, settings_for(tiny_model, tmp_path / "x", horizon=2, teacher=earlier["lora"]))
+
+
+# ------------------------------------------------------------------------------------- the market prior as a teacher
+
+
+def lessons(prices: dict[str, Any], settings: TrainLoraSettings) -> tuple[Any, list[Any], Any]:
+    """The prior's training examples for ``settings``, with a fresh forecaster from the EWMA start."""
+    prepared = prepare_data(prices, settings, BaseModel(settings.model_path))
+    forecaster = built(specification(prepared, settings, BaseModel(settings.model_path)), settings.model_path)
+    taught = with_teacher(prepared.examples["train"], prepared.data, settings, CPU)
+    return prepared, taught, forecaster
+
+
+def test_the_prior_teaches_its_own_quantiles_of_the_training_days(tiny_model, prices, tmp_path, capsys) -> None:
+    settings = settings_for(tiny_model, tmp_path, teacher=Path("prior"), scale="auto", teacher_epochs=1)
+    prepared, taught, _ = lessons(prices, settings)
+    data = prepared.data
+    assert prepared.scale_kind == "ewma"  # where the prior teaches, it is not where the run starts
+    found = np.concatenate([example.teacher for example in taught])
+    np.testing.assert_allclose(found, data.forecasts_of(data.baselines["prior"], "train"), rtol=1e-12)
+    changed = {name: frame.copy() for name, frame in prices.items()}
+    for frame in changed.values():
+        frame.iloc[frame.index.searchsorted(data.dates.validation) :] *= 3.0
+    _, again, _ = lessons(changed, dataclasses.replace(
+        settings, validation_from=f"{data.dates.validation:%Y-%m-%d}", test_from=f"{data.dates.test:%Y-%m-%d}"
+    ))  # fmt: skip
+    np.testing.assert_array_equal(found, np.concatenate([example.teacher for example in again]))
+    total = sum(len(parts["train"]) for parts in data.origins.values())
+    assert f"the market prior, moved by the training days, for {total} of {total} training" in capsys.readouterr().out
+
+
+def test_the_head_is_fitted_to_what_the_states_hold(tiny_model, prices, tmp_path) -> None:
+    settings = settings_for(tiny_model, tmp_path, teacher=Path("prior"), teacher_epochs=1, targets_per_sequence=5)
+    _, taught, forecaster = lessons(prices, settings)
+    model, draw = forecaster.model, torch.Generator().manual_seed(0)
+    standardize_head(model, taught, CPU)
+    begun = {name: value.clone() for name, value in model.head.state_dict().items()}
+    with torch.no_grad():  # a head that says something else of every day, and its own forecasts as lessons
+        model.head.linear.weight.copy_(0.02 * torch.randn(model.head.linear.weight.shape, generator=draw))
+    quantiles = iter(forecaster.quantiles(taught, calibrated=False))
+    own = [dataclasses.replace(each, teacher=np.stack([next(quantiles) for _ in each.scale])) for each in taught]
+    model.head.load_state_dict(begun)
+
+    def distance() -> float:
+        found = forecaster.quantiles(own, calibrated=False)
+        return float(np.abs(found / np.concatenate([each.teacher for each in own]) - 1.0).mean())
+
+    before = distance()
+    fit_head(model, own, CPU)
+    assert distance() < 0.15 * before
+    model.head.load_state_dict(begun)
+    fit_head(model, own[:4], CPU)  # too few to choose a ridge on: the head stays
+    assert distance() == before
+
+
+def test_the_first_epochs_learn_from_the_teacher_alone(tiny_model, prices, tmp_path) -> None:
+    settings = settings_for(tiny_model, tmp_path, teacher=Path("prior"), teacher_epochs=1, epochs=2)
+    prepared, taught, _ = lessons(prices, settings)
+    other = [dataclasses.replace(each, returns=each.returns + 0.5) for each in taught]  # what came is another thing
+
+    def after(examples: list[Any], epochs: int) -> Any:
+        forecaster = built(specification(prepared, settings, BaseModel(tiny_model)), tiny_model)
+        optimization = Optimization(forecaster.model, examples, prepared.data.levels, settings, Alone(CPU))
+        for epoch in range(1, epochs + 1):
+            list(optimization.epoch(epoch))
+        return trained_state(forecaster.model)["head"]["linear.bias"]
+
+    assert torch.equal(after(taught, 1), after(other, 1))
+    assert not torch.equal(after(taught, 2), after(other, 2))
+
+
+def test_what_the_prior_teaches_is_read_from_text(tiny_model, tmp_path) -> None:
+    """From the EWMA start a tiny random model comes nearer to the prior on days after those that it learned from."""
+    prices = {str(seed): random_prices(400, seed, volatility=0.004 * (seed + 1)) for seed in range(6)}
+    settings = settings_for(tiny_model, tmp_path, teacher=Path("prior"), teacher_epochs=1, prompt="words")
+    prepared, taught, forecaster = lessons(prices, settings)
+    data, later = prepared.data, prepared.examples["test"]
+    prior = data.forecasts_of(data.baselines["prior"], "test")
+    begun = forecaster.quantiles(later, calibrated=False)
+    standardize_head(forecaster.model, taught, CPU)
+    fit_head(forecaster.model, taught, CPU)
+    read = forecaster.quantiles(later, calibrated=False)
+    assert np.abs(read - prior).mean() < 0.97 * np.abs(begun - prior).mean()
+    # and not by a better table alone: the days on which it is wider than the start are the prior's
+    wider = [np.log((each[..., -1] - each[..., 0]) / (begun[..., -1] - begun[..., 0]))[:, 0] for each in (read, prior)]
+    assert np.corrcoef(wider)[0, 1] > 0.2
+
+
+def test_simulated_series_are_read_in_the_teachers_epochs_alone(tiny_model, prices, tmp_path, capsys) -> None:
+    settings = settings_for(
+        tiny_model, tmp_path, teacher=Path("prior"), teacher_epochs=1, epochs=2, simulated_series=1,
+        targets_per_sequence=60, prompt="words",
+    )  # fmt: skip
+    run = finetune(prices, settings)
+    days = 500 - settings.window_size
+    assert f"1 series, {days} days whose quantiles are known" in capsys.readouterr().out
+    first, second = (row["step"] for row in run.outcome.history[1:])
+    assert first > (second - first) + 3  # as many sequences more as the series has
+    (lesson, *_) = simulated_lessons(run.data, "ewma", 60, settings, BaseModel(tiny_model))
+    known = simulated_stock(settings.seed, 0).quantiles[list(lesson.encoded.sequence.origins)]
+    np.testing.assert_array_equal(lesson.teacher, known)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"teacher": Path("prior"), "simulated_series": 3}, "--simulated_series are read in the teacher's epochs"),
+        ({"teacher": Path("prior"), "scale": "prior"}, "nothing is left to learn; give --scale ewma"),
+        ({"teacher": Path("prior"), "prior": "none"}, "--teacher prior is the market prior and --prior none"),
+        ({"teacher": Path("prior"), "teacher_model_path": Path("x")}, "--teacher_model_path is the base model of"),
+        ({"teacher_epochs": 1}, "--teacher_epochs are epochs with a --teacher alone"),
+    ],
+)
+def test_flags_that_do_not_go_with_the_teacher(tiny_model, tmp_path, changes, words) -> None:
+    with pytest.raises(UserError, match=words):
+        settings_for(tiny_model, tmp_path, **changes)
