@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--hidden", type=int, default=0, help="units of one hidden layer (default: linear)")
     parser.add_argument("--sequences", type=int, default=140, help="that are fitted on, of 44 days each")
     parser.add_argument("--epochs", type=int, default=2, help="taught: by the prior alone (default: %(default)s)")
+    parser.add_argument("--outcome_epochs", type=int, default=0, help="taught: after those (default: %(default)s)")
     parser.add_argument("--method", choices=("lora", "head"), default="lora", help="taught (default: %(default)s)")
     parser.add_argument("--lora_rank", type=int, default=8, help="taught (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="taught (default: %(default)s)")
@@ -478,8 +479,9 @@ def taught_settings(form: str, layers: int, prior: Path, dates: tuple[Any, Any],
 
     return TrainLoraSettings(
         model_path=arguments.model_path, backbone_layers=layers, prompt=form, window_size=WARM_DAYS, scale="ewma",
-        prior=str(prior), teacher=Path("prior"), teacher_epochs=arguments.epochs, epochs=arguments.epochs,
-        patience=max(1, arguments.epochs), required_gain=0.0, method=arguments.method, batch_size=arguments.batch_size,
+        prior=str(prior), teacher=Path("prior"), teacher_epochs=arguments.epochs,
+        epochs=arguments.epochs + arguments.outcome_epochs, patience=99, required_gain=0.0,
+        method=arguments.method, batch_size=arguments.batch_size,
         simulated_series=arguments.simulated_series, lora_rank=arguments.lora_rank,
         learning_rate=arguments.learning_rate, head_learning_rate=arguments.head_learning_rate,
         max_tokens_per_sequence=arguments.max_tokens_per_sequence, seed=arguments.seed, device="cpu",
@@ -498,7 +500,7 @@ def held_out_scores(days: Days, run: Any) -> dict[str, Any]:
     import numpy as np
     import pandas as pd
 
-    from stocklora.metrics.scores import BASIS_POINTS, QUANTILE_LEVELS, pinball_loss
+    from stocklora.metrics.scores import BASIS_POINTS, QUANTILE_LEVELS, pinball_loss, width_explained
     from stocklora.metrics.significance import relative_mean_interval
     from stocklora.prices.tables import log_returns_ahead
 
@@ -518,6 +520,8 @@ def held_out_scores(days: Days, run: Any) -> dict[str, Any]:
         "model": run.forecaster.quantiles(run.forecaster.packed_examples(prices, origins), calibrated=False),
     }
     returns = at({name: log_returns_ahead(frame["Close"].to_numpy(), 3) for name, frame in prices.items()})
+    weight = weight_on_validation(run)
+    forecasts["average"] = weight * forecasts["model"] + (1.0 - weight) * forecasts["prior"]
     dates = at({name: frame.index.to_numpy() for name, frame in prices.items()})
     levels = np.array(QUANTILE_LEVELS)
     daily = {
@@ -529,16 +533,34 @@ def held_out_scores(days: Days, run: Any) -> dict[str, Any]:
                *relative_mean_interval(losses.to_numpy(), daily["ewma"].to_numpy(), least_block_days=3)]
         for name, losses in daily.items()
     }  # fmt: skip
-    width = {name: np.log(quantiles[..., -1] - quantiles[..., 0]) for name, quantiles in forecasts.items()}
-    wanted, read = width["prior"] - width["ewma"], width["model"] - width["ewma"]
-    error = ((read - wanted) ** 2).mean(axis=0)
+    over_prior = relative_mean_interval(daily["average"].to_numpy(), daily["prior"].to_numpy(), least_block_days=3)
+    start, prior_quantiles = forecasts["ewma"], forecasts["prior"]
     return {
         "origins": len(returns),
+        "days": len(daily["ewma"]),
         "loss_over_ewma": ratios,
         "share_of_har_gain": (1.0 - ratios["model"][0]) / (1.0 - ratios["har"][0]),
-        "r2_of_prior_over_ewma": (1.0 - error / wanted.var(axis=0)).tolist(),
-        "r2_of_prior": (1.0 - error / width["prior"].var(axis=0)).tolist(),
+        "r2_of_prior_over_start": width_explained(forecasts["model"], prior_quantiles, start),
+        "r2_of_prior": width_explained(forecasts["model"], prior_quantiles, np.ones_like(start) * start[:1]),
+        "average_weight": weight,
+        "average_over_prior": [float(daily["average"].mean() / daily["prior"].mean()), *over_prior],
     }
+
+
+def weight_on_validation(run: Any) -> float:
+    """Of the model's quantiles in an average with the prior's: the one with the lowest loss on validation days."""
+    from stocklora.metrics.scores import pinball_loss
+
+    data = run.data
+    origins = {name: parts["validation"] for name, parts in data.origins.items() if parts["validation"]}
+    examples = run.forecaster.packed_examples({name: data.prices[name] for name in origins}, origins)
+    model, returns = run.forecaster.quantiles(examples, calibrated=False), data.returns_of("validation")
+    prior = data.forecasts_of(data.baselines["prior"], "validation")
+
+    def loss(weight: float) -> float:
+        return float(pinball_loss(returns, weight * model + (1.0 - weight) * prior, data.levels).mean())
+
+    return min((0.0, 0.1, 0.25, 0.5, 0.75, 1.0), key=loss)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.forecaster.forecaster import Forecaster
 from stocklora.forecaster.methods import trained_state
 from stocklora.forecaster.weights import WeightsFile, save_weights
-from stocklora.metrics.scores import Scores, print_scores
+from stocklora.metrics.scores import Scores, print_scores, width_explained
 from stocklora.runtime.files import as_json_types, replacing
 from stocklora.runtime.machine import peak_memory_mb, versions
 
@@ -137,6 +137,7 @@ def save_run(run: FinetunedRun, settings: TrainLoraSettings) -> None:
         "unproven_epoch": run.outcome.unproven_epoch,
         "gain_in_errors": run.outcome.gain_in_errors,
         "test_scores": {name: asdict(scores) for name, scores in run.test_scores.items()},
+        "read_r2": read_of_prior(run),
     }
     state = trained_state(model)
     if settings.method == "full" and run.outcome.best_epoch == 0:
@@ -151,6 +152,17 @@ def save_run(run: FinetunedRun, settings: TrainLoraSettings) -> None:
         table = pd.DataFrame(run.outcome.history, columns=list(HISTORY_COLUMNS))
         table.to_csv(history, index=False, float_format="%.6g", lineterminator="\n")
         plot_training_curve(run.outcome.history, run.outcome.best_epoch, curve)
+
+
+def read_of_prior(run: FinetunedRun) -> float | None:
+    """R² on test days of how much wider than its start the forecast is, against the market prior that taught it."""
+    kind, data = run.forecaster.spec.scale["kind"], run.data
+    if kind == "prior" or not run.data_facts.get("prior"):
+        return None
+    # Calibration widens all days alike: that is not read.
+    uncalibrated = run.test_quantiles / run.forecaster.spec.calibration["interval_scale"]
+    forecasts = (data.forecasts_of(data.baselines[name], "test") for name in ("prior", kind))
+    return width_explained(uncalibrated, *forecasts)
 
 
 def print_outcome(run: FinetunedRun) -> None:
@@ -175,6 +187,8 @@ def print_outcome(run: FinetunedRun) -> None:
             f"{peak_memory_mb(run.forecaster.device.type):,.0f} MB"
         )
     say(f"calibration: shrinkage {calibration['shrinkage']:.3f}, interval scale {calibration['interval_scale']:.3f}")
+    if (read := read_of_prior(run)) is not None:
+        say(f"read from the text: R² {read:.2f} of how much wider than the start the market prior is, on test days")
     say()
     print_scores(
         run.test_scores,

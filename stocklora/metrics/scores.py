@@ -99,6 +99,19 @@ def coverage(returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarray, sha
     return 100.0 * float(inside_interval(returns, quantiles, levels, share).mean())
 
 
+def width_explained(quantiles: np.ndarray, wanted: np.ndarray, start: np.ndarray) -> float:
+    """R² of the log width of forecasts against that of others, both over the width that the start has.
+
+    1: wider and narrower than the start where the others are, by as much; 0: no better than their mean over these days.
+
+    Args:
+        quantiles, wanted, start: (n, horizon, levels).
+    """
+    width, other, begun = (np.log(each[..., -1] - each[..., 0]) for each in (quantiles, wanted, start))
+    total = ((other - begun) - (other - begun).mean(axis=0)) ** 2
+    return float(1.0 - ((width - other) ** 2).sum() / total.sum())
+
+
 def score(last_close: np.ndarray, returns: np.ndarray, quantiles: np.ndarray, levels: np.ndarray) -> Scores:
     """Score forecasts against what came.
 

@@ -20,12 +20,13 @@ from stocklora.dataset.simulated import simulated_stock
 from stocklora.dataset.windows import pack
 from stocklora.finetune.fit import finetune, prepare_data, specification
 from stocklora.finetune.optimization import Optimization, standardize_head
-from stocklora.finetune.report import save_run
+from stocklora.finetune.report import print_outcome, save_run
 from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.finetune.warm_start import check_days, fit_head, simulated_lessons, with_teacher
 from stocklora.forecaster.batches import collate
 from stocklora.forecaster.forecaster import Forecaster, load_forecaster
 from stocklora.forecaster.methods import trained_state
+from stocklora.forecaster.weights import load_weights
 from stocklora.runtime.distributed import Alone
 
 
@@ -288,7 +289,11 @@ def test_simulated_series_are_read_in_the_teachers_epochs_alone(tiny_model, pric
     )  # fmt: skip
     run = finetune(prices, settings)
     days = 500 - settings.window_size
-    assert f"1 series, {days} days whose quantiles are known" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"1 series, {days} days whose quantiles are known" in printed
+    read = load_weights(run.weights_path).training["read_r2"]
+    print_outcome(run)
+    assert f"read from the text: R² {read:.2f} of how much wider than the start" in capsys.readouterr().out
     first, second = (row["step"] for row in run.outcome.history[1:])
     assert first > (second - first) + 3  # as many sequences more as the series has
     (lesson, *_) = simulated_lessons(run.data, "ewma", 60, settings, BaseModel(tiny_model))

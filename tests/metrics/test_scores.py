@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stocklora.metrics.calibration import Calibration, fit_calibration
-from stocklora.metrics.scores import QUANTILE_LEVELS, coverage, pinball_loss, score
+from stocklora.metrics.scores import QUANTILE_LEVELS, coverage, pinball_loss, score, width_explained
 
 LEVELS = np.array(QUANTILE_LEVELS)
 
@@ -79,3 +79,17 @@ def test_calibrated_quantiles_keep_their_order():
     draw = np.random.default_rng(6)
     quantiles = np.sort(draw.standard_normal((50, 3, len(LEVELS))), axis=-1)
     assert (np.diff(Calibration(0.3, 1.7).apply(quantiles, LEVELS), axis=-1) >= 0).all()
+
+
+def test_the_width_explained_is_r2_of_its_log_over_the_starts():
+    draw = np.random.default_rng(0)
+    size, other = draw.uniform(0.5, 2.0, (2, 500, 1, 1))
+    start = normal_quantiles(500) * draw.uniform(0.5, 2.0, (500, 1, 1))
+    wanted, noisy = start * size, start * size * other**0.2
+    usual = start * np.exp(np.log(size).mean())
+    assert width_explained(wanted, wanted, start) == 1.0
+    assert width_explained(wanted + 0.3, wanted, start) == pytest.approx(1.0)  # where it stands is not how wide it is
+    assert width_explained(usual, wanted, start) == pytest.approx(0.0)
+    assert width_explained(start * 2.0, wanted, start) < 0.0
+    expected = 1.0 - np.mean((0.2 * np.log(other)) ** 2) / np.log(size).var()
+    assert width_explained(noisy, wanted, start) == pytest.approx(expected)
