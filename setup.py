@@ -23,6 +23,7 @@ SCRIPTS = [
     "fine_tune_qwen",
     "inference_lora",
     "quick_start",
+    "web",
 ]
 LEAVES = ["lora", "llm_model"]
 
@@ -76,6 +77,7 @@ setup(
         "stocklora._sample": ["*"],
         "stocklora.volatility": ["prior.json"],
         "stocklora.instruct.chat": ["schemas/*.json"],
+        "stocklora.web": ["static/*", "static/js/*", "static/vendor/*"],
     },
     entry_points={"console_scripts": [f"stocklora-{name.replace('_', '-')} = {name}:main" for name in SCRIPTS]},
     install_requires=requirements("requirements.txt"),

@@ -9,9 +9,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import json
 import os
 import select
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 PROJECT = Path(__file__).resolve().parents[2]
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+PROGRESS_FILE = "STOCKLORA_PROGRESS"  # environment variable: a file that is told what progress bars show
+TOLD_EVERY_S = 1.0
 EXIT_BROKEN_PIPE = 141  # what a shell reports for any tool whose reader went away
 
 
@@ -152,6 +156,9 @@ def draw(table: Table, width: int) -> None:
 def progress(*extra_columns: str, shown: bool = True) -> Iterator[Progress]:
     """A progress display on stderr with rate and time left; draws nothing when not a terminal.
 
+    Where the environment variable ``PROGRESS_FILE`` names a file, it gets a line of JSON a second at most:
+    ``time``, ``what``, ``done``, ``total`` and the task's named fields.
+
     A task's ``total`` may be None (length unknown).
 
     Args:
@@ -169,8 +176,24 @@ def progress(*extra_columns: str, shown: bool = True) -> Iterator[Progress]:
             rate = "" if not task.speed else f" {task.speed:,.1f}/s"
             return Text(f"{task.completed:,.0f}/{total}{rate}")
 
+    told = Path(name) if (name := os.environ.get(PROGRESS_FILE)) and shown else None
+
+    class ToldProgress(Progress):
+        last_s = 0.0
+
+        def update(self, task_id: Any, *arguments: Any, **options: Any) -> None:
+            super().update(task_id, *arguments, **options)
+            now = time.monotonic()
+            task = next((task for task in self.tasks if task.id == task_id), None)
+            if told is None or task is None or (now - self.last_s < TOLD_EVERY_S and not task.finished):
+                return
+            self.last_s = now
+            line = {"time": time.time(), "what": task.description, "done": task.completed, "total": task.total}
+            with contextlib.suppress(OSError), told.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({**task.fields, **line}, default=str) + "\n")
+
     console = Console(stderr=True)
-    with Progress(
+    with ToldProgress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         CountColumn(),
