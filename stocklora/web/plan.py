@@ -88,8 +88,8 @@ def plan_of(settings: TrainLoraSettings, workspace: Workspace) -> dict[str, Any]
     """What a run is expected to take, with sequences as long as the token budget allows: its data is not read.
 
     Returns:
-        ``tokens`` of a pass, ``free_mb`` (None where unknown), ``parameters``, and ``parts``: MB by name; ``trainable``;
-        ``advice`` where it would not fit.
+        ``tokens`` of a pass, ``free_mb`` (None where unknown), ``parameters``, ``parts`` (MB by name), ``trainable``,
+        and ``advice`` where it would not fit.
     """
     from llm_model import facts_of, padded_tokens
     from stocklora.base_models.folders import check_model_folder

@@ -18,7 +18,7 @@ def backtests(workspace: Workspace) -> list[dict[str, Any]]:
     """Every folder with a report and its metrics, the newest first.
 
     Returns:
-        ``folder``, ``report``, ``made``, ``columns``, and ``rows`` of ``metrics.csv``: those that pool all tickers, if any.
+        ``folder``, ``report``, ``made``, ``columns``, and ``rows`` of ``metrics.csv``: those that pool all tickers.
     """
     found = []
     for path in workspace.files():

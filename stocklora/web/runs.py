@@ -174,7 +174,7 @@ class Runs:
         return self.folder / name
 
     def _is_alive(self, folder: Path, started: float) -> bool:
-        """Whether the runner of ``folder`` runs, and not another process that has its number now."""
+        """Whether a run's runner, or its script without one, still lives: not others that have their numbers now."""
         for runner in self._runners:
             runner.poll()
         process = _read(folder / "process.json")
@@ -182,11 +182,13 @@ class Runs:
             return time.time() - started < STARTING_S
         import psutil
 
-        try:
-            runner = psutil.Process(process["runner"])
-            return runner.status() != psutil.STATUS_ZOMBIE and str(folder) in runner.cmdline()
-        except psutil.Error:
-            return False
+        command = _read(folder / "command.json") or {"argv": ["", ""]}
+        for number, sign in ((process["runner"], str(folder)), (process["pid"], command["argv"][1])):
+            with contextlib.suppress(psutil.Error):
+                found = psutil.Process(number)
+                if found.status() != psutil.STATUS_ZOMBIE and sign in found.cmdline():
+                    return True
+        return False
 
 
 def _read(path: Path) -> dict[str, Any] | None:
