@@ -82,7 +82,7 @@ class WatchedPrices:
                         lines[line["ticker"]]["also_in"] = name
                     else:
                         lines[line["ticker"]] = {**line, "file": name}
-        return list(lines.values())
+        return sorted(lines.values(), key=lambda line: str(line["ticker"]))
 
     def frame(self, ticker: str) -> Any:
         """A ticker's table.

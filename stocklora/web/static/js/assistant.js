@@ -48,7 +48,7 @@ export function assistantRoom(root) {
     const state = await get("/api/state");
     if (gone) return;
     if (!state.base_models.length && !state.adapters.length) {
-      return fill(place, h("div", { class: "empty" }, h("h3", {}, t("startServer")), h("p", {}, t("noBase")), h("div", { class: "actions" }, h("a", { class: "button primary", href: "#/data" }, t("toData")))));
+      return fill(place, h("div", { class: "empty" }, h("p", { class: "title" }, t("startServer")), h("p", {}, t("noBase")), h("div", { class: "actions" }, h("a", { class: "button primary", href: "#/data" }, t("toData")))));
     }
     const values = { serve: true, port: 0 };
     if (state.adapters.length) values.lora_model = state.adapters.slice(0, 4);
@@ -78,11 +78,11 @@ export function assistantRoom(root) {
     const drawTalk = () => {
       const low = log.scrollTop + log.clientHeight >= log.scrollHeight - 40;
       if (!talk.length) {
-        fill(log, h("div", { class: "empty" }, h("h3", {}, t("emptyChat")), h("div", { class: "chips center" }, ["example1", "example2", "example3"].map((key) => h("button", { type: "button", class: "chip", onclick: () => { message.value = t(key); ask(); } }, t(key))))));
+        fill(log, h("div", { class: "empty" }, h("p", { class: "title" }, t("emptyChat")), h("div", { class: "chips center" }, ["example1", "example2", "example3"].map((key) => h("button", { type: "button", class: "chip", onclick: () => { message.value = t(key); ask(); } }, t(key))))));
         return;
       }
       fill(log, talk.map((turn) => h("div", { class: "turn" }, h("div", { class: "said you" }, h("span", { class: "who" }, t("you")), h("p", {}, turn.question)),
-        h("div", { class: `answers-of n${turn.answers.length}` }, turn.answers.map((answer) => h("div", { class: "said" }, h("span", { class: "who mono" }, answer.model), h("p", { class: answer.error ? "problem" : "" }, answer.error ?? (answer.text || t("thinking"))), answer.note ? h("span", { class: "muted" }, answer.note) : null))))));
+        h("div", { class: `answers-of n${turn.answers.length}` }, turn.answers.map((answer) => h("div", { class: "said" }, h("span", { class: "who mono" }, answer.model), h("p", { class: answer.error ? "problem" : "" }, answer.error ?? (answer.text.trim() || t(answer.over ? "noAnswer" : "thinking"))), answer.note ? h("span", { class: "muted" }, answer.note) : null))))));
       if (low) log.scrollTop = log.scrollHeight;
     };
 
@@ -137,6 +137,7 @@ export function assistantRoom(root) {
           }
           answer.error = error.message === "offline" ? t("offline") : error.message;
         }
+        answer.over = true;
         drawTalk();
       }
       stopper = null;

@@ -70,7 +70,7 @@ export function dataRoom(root, wanted) {
 
 function pricePart(found) {
   return [
-    h("p", { class: "lead wrap" }, t("priceSummary", number(found.rows), number(found.count), found.source)),
+    h("p", { class: "lead wrap" }, t("priceSummary", number(found.rows), found.count === 1 ? t("tickerCount") : t("tickersCount", number(found.count)), found.source)),
     h("p", { class: "chips" }, Object.entries(found.totals).map(([kind, count]) => h("span", { class: "setting" }, h("b", { class: "num" }, number(count)), " ", kind))),
     h("div", { class: "scroller" }, h("table", { class: "grid-table" },
       h("thead", {}, h("tr", {}, [t("ticker"), t("exchange"), t("rows"), t("first"), t("last"), t("findings")].map((words, at) => h("th", { scope: "col", class: at === 2 ? "num" : "" }, words)))),

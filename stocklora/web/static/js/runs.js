@@ -149,7 +149,7 @@ export function runHistory(scripts, { limit = 40, quiet = false } = {}) {
 }
 
 export function emptyState(title, text, ...more) {
-  return h("div", { class: "empty" }, h("h3", {}, title), h("p", {}, text), more);
+  return h("div", { class: "empty" }, h("p", { class: "title" }, title), h("p", {}, text), more);
 }
 
 /** A log that grows as its run writes. */

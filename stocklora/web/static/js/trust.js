@@ -1,6 +1,6 @@
 // What was said before the fact, and backtests.
 
-import { get, start } from "./api.js";
+import { get, runs, start, watchRuns } from "./api.js";
 import { shareChart } from "./charts.js";
 import { fill, h } from "./dom.js";
 import { moment, number } from "./format.js";
@@ -17,6 +17,7 @@ export function trustRoom(root, wanted) {
   const form = h("div", { class: "fold" });
   const history = runHistory(["backtest", "ledger"], { quiet: true });
   const problem = h("p", { class: "problem", role: "alert" });
+  const words = h("div", { class: "words-of" });
 
   const run = async (script, values) => {
     fill(problem);
@@ -39,7 +40,19 @@ export function trustRoom(root, wanted) {
       h("button", { type: "button", onclick: () => run("ledger", { command: "export" }) }, t("exportNow")));
     if (found.error) fill(record, h("h2", {}, t("brokenRecord")), h("p", { class: "problem" }, found.error), actions);
     else if (!found.entries) fill(record, h("h2", {}, t("record")), emptyState(t("noRecord"), t("noRecordText")));
-    else fill(record, h("h2", {}, t("record")), h("p", { class: "muted wrap" }, t("recordText", number(found.entries), ""), h("code", { title: found.head }, found.head.slice(0, 16))), found.forecasters.map(forecasterPart), actions);
+    else fill(record, h("h2", {}, t("record")), h("p", { class: "muted wrap" }, t("recordText", number(found.entries), ""), h("code", { title: found.head }, found.head.slice(0, 16))), found.forecasters.map(forecasterPart), actions, words);
+    loadWords().catch(() => {});
+  }
+
+  /** What ledger.py said when it scored last, and its picture. */
+  async function loadWords() {
+    const scored = runs().find((one) => one.script === "ledger" && one.values.command === "score" && one.state === "done");
+    if (!scored) return;
+    const { text } = await get(`/api/runs/${scored.id}/log`, { start: 0 });
+    if (gone) return;
+    fill(words, h("details", { open: true }, h("summary", {}, t("inWords", moment(scored.started))),
+      h("pre", { class: "log", tabindex: "0", "aria-label": t("log") }, text),
+      text.includes("chart: ledger.png") ? h("img", { src: `/files/ledger.png?${scored.id}`, alt: t("reliability") }) : null));
   }
 
   async function loadReports() {
@@ -63,8 +76,15 @@ export function trustRoom(root, wanted) {
 
   fill(root, h("div", { class: "page trust" }, h("header", { class: "bar-top" }, h("h1", {}, t("trust"))), problem, stripBox, record, h("h2", {}, t("backtests")), form, reports, history.element));
   for (const load of [loadRecord, loadReports, loadForm]) load().catch((error) => gone || fill(problem, error.message === "offline" ? t("offline") : error.message));
+  let over = null;
+  const stopRuns = watchRuns((all) => {
+    const now = all.filter((one) => ["backtest", "ledger"].includes(one.script) && one.state !== "running").length;
+    if (over !== null && now !== over) for (const load of [loadRecord, loadReports]) load().catch(() => {});
+    over = now;
+  });
   return () => {
     gone = true;
+    stopRuns();
     history.remove();
     for (const strip of strips) strip.remove();
   };
@@ -87,7 +107,8 @@ function forecasterPart(one) {
       : null);
 }
 
-const COLUMNS = ["model", "day", "horizon", "origins", "mae", "mae_ratio", "direction", "pinball_bp", "coverage_80"];
+const COLUMNS = ["Model", "Ticker", "Day", "Origins", "MAE", "Relative_MAE", "Direction", "Pinball_bp", "Relative_Pinball", "Coverage_80", "DM_p_Holm"];
+const TEXTS = ["Model", "Ticker"];
 
 function reportPart(report, open) {
   const shown = COLUMNS.filter((name) => report.columns.includes(name));
@@ -100,8 +121,8 @@ function reportPart(report, open) {
   } }, h("summary", {}, h("b", {}, report.folder), " ", h("span", { class: "muted num" }, moment(report.made))), body);
   return h("div", {}, report.rows.length ? h("div", { class: "scroller" }, h("table", { class: "grid-table" },
     h("caption", {}, report.folder),
-    h("thead", {}, h("tr", {}, columns.map((name) => h("th", { scope: "col", class: name === "model" ? "" : "num" }, name)))),
-    h("tbody", {}, report.rows.slice(0, 60).map((row) => h("tr", {}, columns.map((name) => h("td", { class: name === "model" ? "" : "num" }, cell(row[name])))))))) : null, details);
+    h("thead", {}, h("tr", {}, columns.map((name) => h("th", { scope: "col", class: TEXTS.includes(name) ? "" : "num" }, name.replaceAll("_", " "))))),
+    h("tbody", {}, report.rows.slice(0, 60).map((row) => h("tr", {}, columns.map((name) => h("td", { class: TEXTS.includes(name) ? "" : "num" }, cell(row[name])))))))) : null, details);
 }
 
 const cell = (text) => {
