@@ -59,6 +59,8 @@ def run_instruct_track(settings: QuickStartSettings) -> None:
     say()
     say("The labels describe the price move that the question names; they are no forecast. Next: a chat with it,")
     say(f"python inference_lora.py --base_model {model_path} --lora_model {adapter} --chat")
+    say()
+    say(f"look at all of it in a browser: python web.py --workspace {settings.output_dir}")
 
 
 def make_rows(path: Path, settings: QuickStartSettings) -> Path:

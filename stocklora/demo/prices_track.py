@@ -66,6 +66,8 @@ def run_prices_track(settings: QuickStartSettings) -> None:
     say()
     say("An error near the last close's is what an honest model of daily prices shows; two years of one ticker")
     say("teach little. Next: several tickers (python download.py --ticker AAPL MSFT IBM --period 10y), see README.md")
+    say()
+    say(f"look at all of it in a browser: python web.py --workspace {folder}")
 
 
 def write_demo_prices(path: Path) -> pd.DataFrame:

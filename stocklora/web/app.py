@@ -28,6 +28,7 @@ from stocklora.web.workspace import Workspace
 STATIC = Path(__file__).with_name("static")
 LARGEST_UPLOAD = 512 * 2**20
 LARGEST_BODY = 4 * 2**20
+SHOWN = ("origin", "day", "last_close", "P10", "P50", "P90")  # of a forecast, in the watch list
 PICTURES = {".png": "image/png"}
 
 
@@ -43,6 +44,7 @@ def make_app(workspace: Workspace, token: str, port: int) -> FastAPI:
     app.add_middleware(Guard, token=token, port=port)
     runs, prices = Runs(workspace), WatchedPrices(workspace)
     planner = app.state.planner = Planner(workspace)
+    app.state.prices = prices
     _answer_errors(app)
     _serve_page(app, workspace)
     _serve_runs(app, workspace, runs, planner)
@@ -158,15 +160,16 @@ def _serve_runs(app: FastAPI, workspace: Workspace, runs: Runs, planner: Planner
 
 def _serve_forecasts(app: FastAPI, prices: WatchedPrices, forecasts: Forecasts, runs: Runs) -> None:
     @app.get("/api/watch")
-    def watch() -> dict[str, Any]:
+    def watch() -> Response:
         waiting = prices.refresh()
         rows, lines = forecasts.rows(), prices.lines()
         for line in lines:
-            line["forecast"] = rows.get(line["ticker"], [])
-        return {
+            line["forecast"] = [{name: row[name] for name in SHOWN} for row in rows.get(line["ticker"], [])]
+        # As it is: FastAPI would look at each of some hundred thousand numbers first.
+        return JSONResponse({
             "reading": waiting, "errors": prices.errors, "lines": lines, "arguments": prices.arguments(),
             "version": prices.version,
-        }  # fmt: skip
+        })  # fmt: skip
 
     @app.get("/api/record")
     def record() -> dict[str, Any]:
@@ -183,8 +186,8 @@ def _serve_forecasts(app: FastAPI, prices: WatchedPrices, forecasts: Forecasts, 
         return {"bars": bars, "forecast": forecasts.rows().get(name, []), "why": forecasts.explanation(name)}
 
     @app.get("/api/paths")
-    def paths(name: str) -> dict[str, Any]:
-        return forecasts.paths(name)
+    def paths(name: str) -> Response:
+        return JSONResponse(forecasts.paths(name))
 
     @app.post("/api/prices")
     async def upload(request: Request, name: str) -> dict[str, Any]:

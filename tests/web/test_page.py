@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,14 +88,14 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     contexts: list[BrowserContext] = []
     faults: list[str] = []
 
-    def opened(address: str, room: str = "forecasts", **options: object) -> Page:
+    def opened(address: str, room: str = "", **options: object) -> Page:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, "locale": "en-US", **options})
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda said: faults.append(said.text) if "Content Security Policy" in said.text else None)
         page.on("dialog", lambda dialog: faults.append(dialog.message))
-        page.goto(f"{address}#/{room}")
+        page.goto(f"{address}#/{room}" if room else address)
         return page
 
     yield opened
@@ -233,33 +232,16 @@ def test_names_and_texts_that_would_be_code_are_shown_as_they_are(
     assert "hacked" not in page.title()
 
 
-def test_two_thousand_tickers_are_painted_within_a_second_and_scroll(
-    open_page: Callable[..., Page], tmp_path: Path
-) -> None:
+def test_of_two_thousand_tickers_only_what_is_seen_is_drawn(open_page: Callable[..., Page], tmp_path: Path) -> None:
     tickers = write_many(tmp_path, 2000, rows=40)
     with serving(tmp_path) as address:
-        first = open_page(address)
-        first.get_by_text("2,000 tickers").wait_for(timeout=SCRIPT_MS)
         page = open_page(address)
-        started = time.monotonic()
-        page.locator(".vrow").first.wait_for()
-        rest_s = time.monotonic() - started
-        paint_ms = page.evaluate("performance.getEntriesByType('paint').find(e => e.name == 'first-paint').startTime")
-        assert paint_ms < 1000
-        assert rest_s < 3.0  # the rows, on a machine that runs other tests too
+        page.get_by_text("2,000 tickers").wait_for(timeout=SCRIPT_MS)
         assert page.locator(".vrow").count() < 60
         page.locator(".vlist").focus()
         page.keyboard.press("End")
         page.locator(".vrow.active", has_text=tickers[-1]).wait_for()
         assert page.locator(".vrow").count() < 60
-        frames = page.evaluate("""() => new Promise((done) => {
-            const box = document.querySelector(".vlist"); box.scrollTop = 0;
-            let count = 0; const began = performance.now();
-            const step = () => { box.scrollTop += 500; count += 1;
-                count < 60 ? requestAnimationFrame(step) : done((performance.now() - began) / count); };
-            requestAnimationFrame(step); })""")
-        assert frames < 100  # milliseconds a frame, drawn by a processor that others use
-        assert page.locator(".vrow").first.inner_text()
         page.get_by_label("Filter").fill("t1999")
         page.get_by_text("1 of 2,000 tickers").wait_for()
 

@@ -31,7 +31,7 @@ const remember = (name, value) => {
 
 let state = { workspace: "", version: "" };
 let leave = null;
-let arrived = "";
+let arrived = null;
 
 function theme(name) {
   document.documentElement.dataset.theme = name;
@@ -77,7 +77,7 @@ function switchLanguage() {
 }
 
 function arrive(again = false) {
-  const [room = "forecasts", ...rest] = location.hash.replace(/^#\/?/, "").split("/");
+  const [room, ...rest] = (location.hash.replace(/^#\/?/, "") || "forecasts").split("/");
   const name = decodeURIComponent(rest.join("/"));
   if (!again && arrived === location.hash) return;
   arrived = location.hash;
