@@ -131,15 +131,7 @@ def make_app(
             async for _ in job.pieces(request):
                 pass
         answer = job.answer or Answer("", "cancelled", ids, 0, 0.0)
-        said, calls = job.said(answer)
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": said, "refusal": None, **calls},
-            "logprobs": None,
-            "finish_reason": _finish_reason(answer, calls),
-            **_notes(answer),
-        }
-        return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(answer)}
+        return {**head, "object": "chat.completion", **_completion(answer, *job.said(answer))}
 
     @app.api_route("/v1/{rest:path}", methods=["GET", "POST", "PUT", "DELETE"])
     async def not_served(rest: str) -> None:
@@ -150,6 +142,17 @@ def make_app(
 
     _answer_errors(app)
     return app
+
+
+def _completion(answer: Answer, said: str | None, calls: dict[str, Any]) -> dict[str, Any]:
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": said, "refusal": None, **calls},
+        "logprobs": None,
+        "finish_reason": _finish_reason(answer, calls),
+        **_notes(answer),
+    }
+    return {"choices": [choice], "usage": _usage(answer)}
 
 
 def _answer_errors(app: FastAPI) -> None:

@@ -317,11 +317,9 @@ def _until(condition: Callable[[], bool]) -> bool:
 def test_an_error_carries_no_path_and_no_text(
     kind: type[Exception], stream: bool, server: Running, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    server.parrot.error = kind(
-        f"cannot open /home/somebody/model for {SECRET}" if kind is RuntimeError else "no /home/x"
-    )
+    server.parrot.error = kind(f"cannot open /srv/models/mine for {SECRET}" if kind is RuntimeError else "no /srv/x")
     said = server.ask(SECRET, stream=stream)
-    assert "/home" not in said.text
+    assert "/srv" not in said.text
     assert SECRET not in said.text
     assert "the server failed" in said.text
     told = capfd.readouterr()
