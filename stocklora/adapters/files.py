@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -198,10 +198,7 @@ def export_peft(
     found = adapter_layers(model, adapter).items()
     layers = {plain_name(model, name): layer for name, layer in found if layer.lora_A}  # not biases alone
     state, config = without_pissa(plain_state(model, adapter), config_of(model, adapter))
-    # Short names where they select these layers and no other module, as most readers of PEFT folders expect.
-    ends = {name.rpartition(".")[2] for name in layers}
-    modules = [plain_name(model, name) for name, _ in model.named_modules() if name.rpartition(".")[2] in ends]
-    targets = sorted(ends) if set(modules) == set(layers) else list(layers)
+    targets = short_names(model, list(layers))
     bare: Any = unwrapped(model)
     kind = type(bare).__name__
     content = {
@@ -226,6 +223,13 @@ def export_peft(
     folder = Path(folder)
     _write(folder / "adapter_model.safetensors", save(renamed, metadata={"format": "pt"}))
     _write(folder / "adapter_config.json", (json.dumps(content, indent=2) + "\n").encode())
+
+
+def short_names(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The ends of layers' plain names where those select these and no other module, as most readers of PEFT expect."""
+    ends = {name.rpartition(".")[2] for name in names}
+    modules = {plain_name(model, name) for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
+    return sorted(ends) if modules == set(names) else list(names)
 
 
 def read_peft(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:

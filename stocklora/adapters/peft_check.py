@@ -41,7 +41,7 @@ def check_peft(folder: Path, base: nn.Module) -> nn.Module:
             warnings.simplefilter("ignore")
             loaded = peft.PeftModel.from_pretrained(base, str(folder))
     except Exception as error:  # PEFT and transformers refuse in many ways
-        raise LoRAError(f"PEFT refuses it ({first_line(error).partition('. ')[0][:160]})") from None
+        raise LoRAError(f"PEFT refuses it ({refusal(error)})") from None
     stored, _ = read_safetensors(folder / WEIGHTS)
     weights = {our_name(name): value for name, value in stored.items()}
     named = loaded.named_parameters()
@@ -53,6 +53,11 @@ def check_peft(folder: Path, base: nn.Module) -> nn.Module:
         layers = list(dict.fromkeys(name.rpartition(".")[0] for name in others))
         raise LoRAError(f"PEFT would put adapters elsewhere than on {listed(layers, 3)}")
     return loaded
+
+
+def refusal(error: Exception) -> str:
+    """What PEFT says when it refuses: its first sentence, without the tag before it and what stands in brackets."""
+    return re.sub(r"^\[PEFT:\S+\] | \(.*", "", first_line(error)).partition(". ")[0].rstrip(".")[:160]
 
 
 def name_by_weight(folder: Path) -> bool:

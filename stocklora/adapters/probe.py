@@ -183,7 +183,9 @@ def _far(first: Tensor, second: Tensor, base: Tensor, model: nn.Module) -> bool:
     apart = (first - second).norm(dim=-1).median()
     changed = (first - base).norm(dim=-1).median()
     precise = next(model.parameters()).dtype == torch.float32
-    return not bool(apart <= (1e-2 if precise else 0.2) * changed)
+    if not (apart + changed).isfinite():  # too large for a half-precision type: nothing is known
+        return False
+    return bool(apart > (1e-2 if precise else 0.2) * changed)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import lora
 from stocklora.adapters.probe import kind_of
+from stocklora.cli.console import print_table
 
-NO_LINEAR, EXPERTS = "no linear layer", "experts in one tensor"
+NO_LINEAR, HEAD, EXPERTS = "no linear layer", "output head", "experts in one tensor"
 LEAST_SHARE = 0.01  # of all weights: smaller ones are listed only if they are linear layers
 QUANTIZED = {"Linear8bitLt": "int8", "Linear4bit": "nf4"}
 
@@ -47,6 +48,7 @@ def survey_of(backbone: nn.Module, fields: Mapping[str, Any], lost: Mapping[str,
     if not fields:
         return []
     adapted, linear = set(lora.find_targets(backbone, fields["target_modules"])), lora.linear_layers(backbone)
+    heads = lora.output_heads(backbone)
     kinds: dict[tuple[str, str, str], list[int]] = {}
     for name, module in backbone.named_modules():
         for part, weight in module.named_parameters(recurse=False):
@@ -54,7 +56,8 @@ def survey_of(backbone: nn.Module, fields: Mapping[str, Any], lost: Mapping[str,
                 continue
             if name in linear:
                 out_features, in_features = lora.LoRALayer(linear[name]).features
-                note = "" if name in adapted else lost.get(name, "not asked for")
+                other = HEAD if linear[name] in heads else "not asked for"
+                note = "" if name in adapted else lost.get(name, other)
                 key, count = (kind_of(name), number_format(module, weight), note), out_features * in_features
             else:
                 full = f"{name}.{part}" if part != "weight" else name
@@ -67,6 +70,18 @@ def survey_of(backbone: nn.Module, fields: Mapping[str, Any], lost: Mapping[str,
     found = [LayerKind(name, len(counts), sum(counts), dtype, note) for (name, dtype, note), counts in kinds.items()]
     least = LEAST_SHARE * sum(kind.parameters for kind in found)
     return [kind for kind in found if kind.note != NO_LINEAR or kind.parameters >= least]
+
+
+def print_survey(survey: Sequence[LayerKind]) -> None:
+    """Which kinds of layers are adapted, in which format their weights are, and which are not and why."""
+    if not survey:
+        return
+    total = sum(kind.parameters for kind in survey)
+    rows = [
+        [kind.name, kind.dtype, f"{kind.layers:,}", f"{100 * kind.parameters / total:.1f}%", kind.note or "adapted"]
+        for kind in survey
+    ]
+    print_table("Layers of the base model", ["", "weights in", "layers", "of all weights", "LoRA"], rows)
 
 
 def number_format(module: nn.Module, weight: Tensor) -> str:

@@ -76,7 +76,9 @@ def _from_folder(
     """
     from transformers import AutoConfig
 
-    config = options.get("config") or AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    if (config := options.get("config")) is None:
+        config = unscaled(AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code))
+        options["config"] = config
     stored = stored_quantization(config)
     if quantization not in ("none", stored) and stored != "none":
         raise UserError(f"{folder} is stored quantized already ({stored}); leave out --quantization {quantization}")
@@ -159,6 +161,8 @@ def unloadable(model_path: Path, part: str, error: Exception) -> UserError:
     what = str(error) if isinstance(error, UserError | OSError | ValueError) else f"{type(error).__name__}: {error}"
     if isinstance(error, pickle.UnpicklingError):  # torch advises to run what is in it
         what = "its .bin is damaged, or holds more than tensors, such as code, which is never run; use safetensors"
+    elif "Unrecognized configuration class" in what:  # and then a list of all that there are
+        what = "it is no causal language model; choose one that generates text, such as Qwen3, Llama or GPT-2"
     return UserError(f"cannot load the {part} of the base model in {model_path}: {one_line(what)[:300]}{hint}")
 
 
@@ -177,15 +181,19 @@ def backbone_config(model_path: Path, layers: int | None = None, trust_remote_co
 def steady(config: Any) -> Any:
     """Make a configuration's model one function, in training and in use.
 
-    The base is frozen: dropout and a router's noise would only blur what the adapters see. RWKV halves weights on the
-    way to a forecast, for the range of float16, which is not computed in here; the adapters on them it would not halve.
+    The base is frozen: dropout and a router's noise would only blur what the adapters see.
     """
     for part in (config, text_config_of(config)):
         for name, value in part.to_dict().items():
             if isinstance(value, float) and ("dropout" in name or "jitter" in name or name.endswith("_pdrop")):
                 setattr(part, name, 0.0)
-        if hasattr(part, "rescale_every"):
-            part.rescale_every = 0
+    return unscaled(config)
+
+
+def unscaled(config: Any) -> Any:
+    """Keep RWKV from halving weights on the way to an answer, for the range of float16: adapters it would not halve."""
+    if hasattr(config, "rescale_every"):
+        config.rescale_every = 0
     return config
 
 

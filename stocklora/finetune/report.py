@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stocklora.adapters.survey import LayerKind
-from stocklora.cli.console import print_table, say, warn
+from stocklora.adapters.survey import print_survey
+from stocklora.cli.console import say, warn
 from stocklora.dataset.prepare import Example, ForecastData
 from stocklora.finetune.optimization import HISTORY_COLUMNS, TrainingOutcome
 from stocklora.finetune.prepare import print_facts
@@ -78,18 +78,6 @@ def print_run_facts(
         warn(
             f"only {len(examples['train'])} training sequences: one step an epoch; --batch_size 1 learns more per epoch"
         )
-
-
-def print_survey(survey: Sequence[LayerKind]) -> None:
-    """Which kinds of layers are adapted, in which format their weights are, and which are not and why."""
-    if not survey:
-        return
-    total = sum(kind.parameters for kind in survey)
-    rows = [
-        [kind.name, kind.dtype, f"{kind.layers:,}", f"{100 * kind.parameters / total:.1f}%", kind.note or "adapted"]
-        for kind in survey
-    ]
-    print_table("Layers of the base model", ["", "weights in", "layers", "of all weights", "LoRA"], rows)
 
 
 def number_format(forecaster: Forecaster) -> str:

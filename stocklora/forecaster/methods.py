@@ -17,10 +17,11 @@ import lora
 from llm_model import StockForecaster, facts_of
 from lora import LoRAError
 from stocklora.adapters.layer import AdapterConfig, apply_lora, principal_factors
+from stocklora.adapters.peft_check import refusal
 from stocklora.adapters.probe import kind_of, lost_adapters
 from stocklora.base_models.loading import a_few_tokens, hidden_states
 from stocklora.base_models.split import inside_last_layers, split_form
-from stocklora.cli.console import UserError, listed, one_line
+from stocklora.cli.console import UserError, listed
 
 
 class Tuning:
@@ -118,8 +119,7 @@ class PeftLoRA(Tuning):
             try:
                 model.backbone = peft.get_peft_model(model.backbone, options)  # type: ignore[arg-type]
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                reason = one_line(str(error)).partition(". ")[0][:160]
-                raise LoRAError(f"PEFT cannot adapt these layers ({reason}); {own}") from None
+                raise LoRAError(f"PEFT cannot adapt these layers ({refusal(error)}); {own}") from None
         there = {name for name, _ in self._layers(model)}
         if others := sorted(there.symmetric_difference(names)):
             raise LoRAError(

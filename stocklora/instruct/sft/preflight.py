@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from stocklora.adapters.survey import HEAD, NO_LINEAR, print_survey
 from stocklora.base_models import memory as sizes
 from stocklora.base_models.memory import FLOAT_BYTES, Memory
 from stocklora.cli.console import print_table, say, warn
@@ -181,6 +182,7 @@ def print_preflight(prepared: Prepared, *, steps: int, sequences: int) -> dict[s
     _print_fact("tokens", f"answers end with {end}, padding {tokenizer.pad_token}")
     _print_steps(data, settings, steps, sequences)
     _print_token_counts(counts, data, settings)
+    print_survey(prepared.survey)
     _print_memory(memory, load, prepared.device)
     _warn_of_disk(settings, trainable)
     print_example(tokenizer, data.train[0])
@@ -188,6 +190,7 @@ def print_preflight(prepared: Prepared, *, steps: int, sequences: int) -> dict[s
         "parameters": total,
         "trainable": trainable,
         "adapted_layers": dict(modules),
+        "left_out": {kind.name: kind.note for kind in prepared.survey if kind.note not in ("", NO_LINEAR, HEAD)},
         "sequences": sequences,
         "expected_memory_mb": round(memory.total_mb),
         "tokens": {name: c.__dict__ | {"share_supervised": round(c.share, 4)} for name, c in counts.items()},

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class Prepared:
     Attributes:
         settings: those given, with ``max_length`` within the model's context.
         dtype: that a pass computes in. base_dtype: of the weights in the model's folder, None where it does not say.
+        survey: which kinds of layers are adapted, and which are not and why; none where every weight trains.
     """
 
     settings: SftSettings
@@ -34,6 +36,7 @@ class Prepared:
     dtype: Any
     base_dtype: Any
     device: Any
+    survey: Sequence[Any] = ()
 
 
 def find_model(path: Path) -> Path:
@@ -146,8 +149,9 @@ def prepare(settings: SftSettings) -> Prepared:
     import torch
     from transformers import AutoConfig, set_seed
 
-    from stocklora.base_models.loading import load_causal_model
+    from stocklora.base_models.loading import is_causal, load_causal_model
     from stocklora.instruct.rows.chat_template import fit_embeddings, prepare_tokenizer
+    from stocklora.instruct.sft.adapted import with_adapters
     from stocklora.instruct.sft.data import read_data
     from stocklora.runtime.machine import choose_device
 
@@ -174,14 +178,20 @@ def prepare(settings: SftSettings) -> Prepared:
         device=device,
         trust_remote_code=settings.trust_remote_code,
     )
+    if not is_causal(model.base_model):
+        raise UserError(
+            f"{settings.model_path} is no causal language model: it reads what follows a word too; choose one that "
+            f"generates text, such as Qwen3, Llama or GPT-2"
+        )
     if added := fit_embeddings(model, tokenizer):
         say(f"the model's embeddings got {added} more row(s), for the padding token {tokenizer.pad_token}")
     model.config.use_cache = False
+    survey: Sequence[Any] = ()
     if settings.method == "full":
         model.requires_grad_(True)
     else:
-        model = with_adapters(model, settings)
-    return Prepared(settings, model, tokenizer, data, dtype, getattr(config, "dtype", None), device)
+        model, survey = with_adapters(model, settings)
+    return Prepared(settings, model, tokenizer, data, dtype, getattr(config, "dtype", None), device, survey)
 
 
 def computing_dtype(settings: SftSettings, device: Any) -> Any:
@@ -198,37 +208,6 @@ def computing_dtype(settings: SftSettings, device: Any) -> Any:
     if settings.dtype == "auto" and device.type == "cuda" and dtype == torch.float32 and settings.method != "full":
         return torch.float16
     return dtype
-
-
-def with_adapters(model: Any, settings: SftSettings) -> Any:
-    """``model`` with PEFT's LoRA on the layers that ``settings`` names.
-
-    Raises:
-        UserError: a name that matches no linear layer (PEFT passes over it while another one matches), or the head.
-    """
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    from lora import LoRAError, find_targets
-
-    targets = settings.targets
-    try:
-        find_targets(model, targets or "all-linear")
-    except LoRAError as error:
-        raise UserError(f"--lora_target_modules: {error}") from None
-    if targets and "lm_head" in targets:
-        raise UserError("--lora_target_modules: lm_head, the output head, cannot be adapted; leave it out")
-    alpha: Any = int(settings.lora_alpha) if settings.lora_alpha.is_integer() else settings.lora_alpha
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=settings.lora_r,
-        lora_alpha=alpha,  # some readers of adapter_config.json want a whole number
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets or "all-linear",
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
-        bias="none",
-    )
-    return get_peft_model(model, config)
 
 
 def steps_of(settings: SftSettings, sequences: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 from collections import Counter
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from families import make_family
 from source_tree import RunScript
 
 from stocklora.cli.console import UserError
@@ -332,6 +334,27 @@ def test_a_target_that_matches_nothing_is_an_error_even_beside_one_that_does(tun
         tune(lora_target_modules=["q_proj", "v_prj"])
     with pytest.raises(UserError, match="lm_head"):
         tune(lora_target_modules=["lm_head", "q_proj"])
+
+
+def test_a_base_of_another_kind_is_tuned_where_it_can_be(tune: Tune, tmp_path: Path, capsys) -> None:
+    base = make_family("Mamba", tmp_path / "base")
+    assert tune(model_path=base, num_epochs=1, max_steps=2) == 0
+    page = capsys.readouterr().out
+    assert re.search(r"mixer\.in_proj +float32 +2 +[\d.]+% +adapted", page)
+    assert re.search(r"mixer\.dt_proj +float32 +2 +[\d.]+% +the model never calls it", page)
+    info = info_of(tmp_path / "out")["model"]
+    assert info["adapted_layers"] == {"in_proj": 2, "x_proj": 2}
+    assert info["left_out"].keys() == {f"backbone.layers.*.mixer.{name}" for name in ("dt_proj", "out_proj")}
+    assert {name.split(".mixer.")[1].split(".")[0] for name in weights(tmp_path / "out")} == {"in_proj", "x_proj"}
+
+
+@pytest.mark.parametrize("family", ["BERT", "T5"])
+def test_a_base_that_is_no_causal_language_model_is_one_line(tune: Tune, tmp_path: Path, family: str) -> None:
+    base = make_family(family, tmp_path / "base")
+    with pytest.raises(UserError, match="no causal language model.*; choose one that generates text") as caught:
+        tune(model_path=base)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_rows_stop_the_run_or_are_counted(
