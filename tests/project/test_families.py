@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from families import FAMILIES
-from family_runs import STEPS, Outcome, make_prices, run_family
+from family_runs import Outcome, make_prices, page, row_of, rows_on_page, run_family
 from source_tree import REPO_ROOT
 
 # One of each kind: a weight read directly, a router that is a linear layer, a model inside another, experts that PEFT
@@ -21,18 +21,24 @@ def tried(request, tmp_path_factory) -> tuple[str, Outcome]:
 def test_a_family_does_what_the_page_says(tried) -> None:
     name, outcome = tried
     assert not [text for text in outcome.steps.values() if text.startswith(("TRACEBACK", "WRONG"))], outcome
-    cells = [("yes" if outcome.worked(step) else "no") if step in outcome.steps else "-" for step in STEPS]
-    assert page_rows()[name][: len(STEPS)] == cells
+    assert rows_on_page(text_of_page())[name] == row_of(name, outcome)
 
 
 def test_every_family_is_on_the_page_and_none_breaks_off() -> None:
-    rows = page_rows()
+    rows = rows_on_page(text_of_page())
     assert rows.keys() == FAMILIES.keys()
     assert not [name for name, cells in rows.items() if "TRACEBACK" in cells[-1] or "WRONG" in cells[-1]]
 
 
-def page_rows() -> dict[str, list[str]]:
-    """Family -> its cells after the configuration."""
-    lines = (REPO_ROOT / "docs" / "base_models.md").read_text(encoding="utf-8").splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
-    return {row[0]: row[2:] for row in cells if row[0] in FAMILIES}
+def test_the_page_is_its_rows_as_the_bench_writes_them() -> None:
+    """Counts and text too; versions are those of the run that wrote it."""
+
+    def without_versions(text: str) -> list[str]:
+        return [line for line in text.splitlines() if "Versions: " not in line]
+
+    text = text_of_page()
+    assert without_versions(page(list(rows_on_page(text).values()))) == without_versions(text)
+
+
+def text_of_page() -> str:
+    return (REPO_ROOT / "docs" / "base_models.md").read_text(encoding="utf-8")
