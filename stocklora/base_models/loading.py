@@ -153,16 +153,20 @@ def unquantized_name(model_path: Path) -> str:
     return f"the unquantized {plain}" if plain != name else f"the unquantized model that {name} was made from"
 
 
-def unloadable(model_path: Path, part: str, error: Exception) -> UserError:
-    """Which part of a base model cannot be loaded, and why."""
+def unloadable(model_path: Path, part: str, error: Exception, layers: int | None = None) -> UserError:
+    """Which part of a base model cannot be loaded, and why; or its first ``layers`` layers, where those were asked."""
     hint = ""
     if "trust_remote_code" in str(error):
         hint = " (it brings Python code of its own: add --trust_remote_code if you trust its author)"
     what = str(error) if isinstance(error, UserError | OSError | ValueError) else f"{type(error).__name__}: {error}"
     if isinstance(error, pickle.UnpicklingError):  # torch advises to run what is in it
         what = "its .bin is damaged, or holds more than tensors, such as code, which is never run; use safetensors"
+    elif "ignore_mismatched_sizes" in what:  # which tells of a report that is not shown
+        what = "its weights have other shapes than its configuration says"
     elif "Unrecognized configuration class" in what:  # and then a list of all that there are
         what = "it is no causal language model; choose one that generates text, such as Qwen3, Llama or GPT-2"
+    if layers is not None and not hint and "cannot be used" not in what:
+        hint = f" (it may not go with --backbone_layers {layers}: give another number, or leave it out)"
     return UserError(f"cannot load the {part} of the base model in {model_path}: {one_line(what)[:300]}{hint}")
 
 
@@ -232,9 +236,14 @@ def first_layers(config: Any, layers: int | None) -> Any:
     for name, value in list(vars(part).items()):
         if isinstance(value, list) and name.endswith(("indices", "idxs", "layer_ids")):
             setattr(part, name, [item for item in value if item < layers])
-        elif isinstance(value, list) and len(value) == had:
+        elif isinstance(value, list) and len(value) == had and not _are_factors(name, value):
             setattr(part, name, value[:layers])
     return config
+
+
+def _are_factors(name: str, value: list[Any]) -> bool:
+    """Whether a list is one of limits or factors, which may be as many as layers by chance."""
+    return all(isinstance(item, float) for item in value) and "layer" not in name and "pattern" not in name
 
 
 def backbone_class(config: Any) -> Any:

@@ -104,7 +104,7 @@ def shape_of(settings: TrainLoraSettings, config: Any = None) -> ModelShape:
                 backbone_class(config).from_config(config, trust_remote_code=settings.trust_remote_code)
             )
     except UNLOADABLE as error:
-        raise unloadable(settings.model_path, "layers", error) from None
+        raise unloadable(settings.model_path, "layers", error, settings.backbone_layers) from None
     names = settings.target_modules
     try:
         targets = find_targets(model, "all-linear" if names == ["all-linear"] else names)

@@ -194,7 +194,7 @@ def build_forecaster(
     except torch.OutOfMemoryError:
         raise
     except UNLOADABLE as error:
-        raise unloadable(base.path, "weights", error) from None
+        raise unloadable(base.path, "weights", error, spec.backbone_layers) from None
     check_vocabulary(backbone, base)
     width = width_of_causal(backbone, base.path)
     table = torch.tensor(spec.table, dtype=torch.float64)

@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from tuned_models import built, content_of, spec_of, unsettled
 
 from llm_model import length_that_counts
-from stocklora.base_models.loading import BaseModel, hidden_states, load_causal_model, stored_quantization
+from stocklora.base_models.loading import (
+    BaseModel,
+    hidden_states,
+    load_backbone,
+    load_causal_model,
+    stored_quantization,
+)
 from stocklora.cli.console import UserError
 from stocklora.finetune.memory import shape_of
 from stocklora.finetune.settings import TrainLoraSettings
@@ -104,6 +111,35 @@ def test_code_in_a_base_of_ones_own_is_never_run(base, tmp_path) -> None:
             load()
         assert "weights_only" not in str(caught.value)  # torch's advice is to run it
     assert not (tmp_path / "ran").exists()
+
+
+NO_PLAIN_TRANSFORMERS = (
+    "Mamba", "Mamba 2", "Falcon H1", "Jamba", "Zamba 2", "RecurrentGemma", "LFM 2", "Qwen 3 Next", "Qwen 2 VL",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", NO_PLAIN_TRANSFORMERS)
+def test_the_first_layer_of_a_base_is_the_same_when_it_is_cut(family, tmp_path) -> None:
+    base = make_family(family, tmp_path / "m")
+    outputs: dict[int | None, Any] = {}
+    for layers in (None, 1):
+        backbone: Any = load_backbone(base, torch.float32, layers).eval()
+        stack = backbone.layers
+        assert len(stack) == (layers or len(stack))
+        stack[0].register_forward_hook(lambda *call, layers=layers: outputs.update({layers: call[2]}))
+        with torch.no_grad():
+            hidden_states(backbone, torch.arange(5, 25)[None])
+    torch.testing.assert_close(outputs[1], outputs[None])
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [("RWKV", "division by zero"), ("Gemma 3n (text)", "its weights have other shapes than its configuration says")],
+)
+def test_a_base_that_cannot_be_cut_says_what_to_change(family, words, tmp_path) -> None:
+    base = make_family(family, tmp_path / "m")
+    with pytest.raises(UserError, match=rf"{words} \(it may not go with --backbone_layers 1: give another number, or"):
+        built(replace(spec_of(base, "lora"), backbone_layers=1), base)
 
 
 # --------------------------------------------------------------------------------------------- code of a model's own
