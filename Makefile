@@ -8,15 +8,19 @@ DEV := .venv/.dev-installed
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Test workers share the cores: one torch thread each is faster than all of them fighting.
 WORKERS ?= 2
+FUZZ ?= 2000
+SOAK_S ?= 3600
 BENCHES := $(filter-out bench/__init__.py bench/harness.py,$(wildcard bench/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench wheel clean
+.PHONY: help venv demo test lint format bench wheel clean fuzz soak
 
 help:
 	@echo "make demo    install what is needed into .venv and make a real forecast from bundled prices"
 	@echo "make venv    only install into .venv"
 	@echo "make test    run all tests        (WORKERS=$(WORKERS))"
+	@echo "make fuzz    damaged files for every reader, drawn anew, $(FUZZ) each"
+	@echo "make soak    an hour of downloading, training, killing, resuming, forecasting and serving"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make format  let ruff mend what it can"
 	@echo "make bench   measure; results go to bench/results/"
@@ -51,6 +55,14 @@ demo: $(STABLE)
 test: $(STABLE) $(DEV)
 	@echo "==> pytest"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+
+fuzz: $(STABLE) $(DEV)
+	@echo "==> $(FUZZ) damaged files for each reader"
+	@OMP_NUM_THREADS=1 STOCKLORA_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/project/test_damaged_files.py
+
+soak: $(STABLE) $(DEV)
+	@echo "==> an hour of use"
+	@OMP_NUM_THREADS=1 STOCKLORA_SOAK=$(SOAK_S) $(BIN)/python -m pytest -q -s tests/project/test_endurance.py
 
 lint: $(STABLE) $(DEV)
 	@echo "==> ruff check"

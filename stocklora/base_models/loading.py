@@ -19,11 +19,9 @@ from stocklora.base_models.folders import check_model_folder, describe_model, re
 from stocklora.base_models.quantized import quantization_config, steady_quantized_layers
 from stocklora.cli.console import UserError, one_line
 
-# What transformers and a model's own code raise at a configuration that they cannot make a model of.
-UNLOADABLE = (
-    OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, IndexError,
-    ArithmeticError, AssertionError, NameError, SyntaxError, pickle.UnpicklingError,
-)  # fmt: skip
+# What transformers raises at a configuration that it cannot make a model of, tokenizers (from Rust) at a vocabulary, a
+# model's own code at anything: errors of many kinds, some of them plain exceptions.
+UNLOADABLE = Exception
 
 
 def load_causal_model(
@@ -53,7 +51,7 @@ def load_causal_model(
         if quantization == "none":
             raise UserError(f"cannot load {folder}: {one_line(str(error))[:300]}") from None
         raise UserError(f"{quantization} weights need bitsandbytes: pip install bitsandbytes ({error})") from None
-    except torch.OutOfMemoryError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except UNLOADABLE as error:  # a RuntimeError: weights of other shapes
         raise unloadable(folder, "weights", error) from None

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import math
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,8 @@ READ_LAST = ("reading prices", "more")  # sections of flags that several scripts
 # Packages that one command alone needs: module -> package.
 SERVER = {"fastapi": "fastapi", "uvicorn": "uvicorn"}
 SCORES = {"sacrebleu": "sacrebleu", "rouge_chinese": "rouge-chinese"}
+
+MOST_BRACKETS = 400  # in a YAML file of settings
 
 S = TypeVar("S")
 
@@ -207,6 +210,9 @@ def parse_yaml(text: str) -> Any:
     """YAML in which ``1e-4`` is a number (YAML 1.1 wants ``1.0e-4``) and a key stands once."""
     import yaml
 
+    if text.count("[") + text.count("{") > MOST_BRACKETS:
+        raise ValueError("more brackets than settings have")  # which would take the reader minutes
+
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             names = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
@@ -269,13 +275,22 @@ def coerced_item(item: Any, kind: Any, field: dataclasses.Field[Any], source: Pa
     # bool is a subclass of int: `epochs: true` must not pass for 1
     wrong_bool = isinstance(item, bool) and kind is not bool
     if isinstance(kind, type) and (wrong_bool or not isinstance(item, kind)):
-        raise UserError(f"{source}: setting '{field.name}' must be {kind.__name__}, got {item!r}")
+        raise UserError(f"{source}: setting '{field.name}' must be {kind.__name__}, got {shown(item)}")
     if isinstance(item, float) and not math.isfinite(item):
         raise UserError(f"{source}: setting '{field.name}' must be a finite number, got {item}")
     choices = field.metadata["choices"]
     if choices and item not in choices:
-        raise UserError(f"{source}: setting '{field.name}' must be one of {', '.join(map(str, choices))}, got {item!r}")
+        raise UserError(
+            f"{source}: setting '{field.name}' must be one of {', '.join(map(str, choices))}, got {shown(item)}"
+        )
     return item
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long: a few lines of YAML can stand for a list of gigabytes."""
+    cut = reprlib.Repr()
+    cut.maxlevel, cut.maxstring, cut.maxother = 2, 200, 200
+    return cut.repr(value)
 
 
 def finite_float(text: str) -> float:

@@ -78,6 +78,9 @@ CLOCK = re.compile(r"\d{1,2}:\d{2}(:\d{2})?|\d{6}")  # a time of day in a cell o
 EVENT_WORDS = re.compile(r"dividend|stock split|capital gain", re.IGNORECASE)
 
 
+LONGEST_NAME = 200  # characters of a column's name
+
+
 @dataclass(frozen=True)
 class Layout:
     """A file's cells under our names.
@@ -95,7 +98,12 @@ class Layout:
 
 
 def spelling(name: str) -> str:
-    """As ``SPELLINGS`` has it: ``<CLOSE>``, ``Close*``, ``4. close`` and ``Close (USD)`` are ``close``."""
+    """As ``SPELLINGS`` has it: ``<CLOSE>``, ``Close*``, ``4. close`` and ``Close (USD)`` are ``close``.
+
+    What is longer than any column's name is left alone: of a line of 100,000 brackets the pairs take hours to look for.
+    """
+    if len(name) > LONGEST_NAME:
+        return name
     name = re.sub(r"\(.*?\)|（.*?）|\[.*?\]", "", name.strip().lower())
     return re.sub(r"[\s_\-<>*.:/\"'%$#]", "", re.sub(r"^\d+\.\s", "", name))
 

@@ -233,8 +233,9 @@ def read_meta(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{side}: not a readable sidecar ({error}); delete it or download the prices again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{side}: not a sidecar (no mapping); delete it or download the prices again")
+    tickers = content.get("tickers") or [] if isinstance(content, dict) else None
+    if not isinstance(tickers, list) or not all(isinstance(name, str) for name in tickers):
+        raise UserError(f"{side}: not a sidecar (no mapping of facts); delete it or download the prices again")
     return content
 
 

@@ -297,11 +297,12 @@ def load_plain(path: Path, kind: str, newest: int, maker: str, advice: str = "")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is damaged or holds code, which is never run{advice}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # torch reports a broken file in many ways, an IndexError among them
         raise UserError(f"{path} cannot be read: {str(error)[:200]}{advice}") from None
-    if not isinstance(content, dict) or content.get("format") != kind:
+    version = content.get("format_version", 0) if isinstance(content, dict) else 0
+    if not isinstance(content, dict) or content.get("format") != kind or not isinstance(version, int):
         raise UserError(f"{path} was not written by {maker}{advice}")
-    if content.get("format_version", 0) > newest:
+    if version > newest:
         raise UserError(f"{path} was written by a newer version of this program; update it")
     return content
 

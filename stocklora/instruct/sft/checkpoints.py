@@ -56,7 +56,7 @@ def fault_of(folder: Path) -> str | None:
         for name, size in listed.items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 return f"{name} is missing or has another size than when it was written"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     return None
 
