@@ -5,6 +5,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STABLE := .venv/.stable-installed
 DEV := .venv/.dev-installed
+# Each file that is installed is one whose hash stands in a lock; the locks name all that is needed.
+LOCKED := --no-deps --require-hashes
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Test workers share the cores: one torch thread each is faster than all of them fighting.
 WORKERS ?= 2
@@ -37,15 +39,17 @@ $(BIN)/python:
 	@"$(PYTHON)" -m venv .venv || \
 		{ rm -rf .venv; echo "error: no venv module; on Debian or Ubuntu: apt install python3-venv" >&2; exit 2; }
 
-$(STABLE): requirements_stable.txt | $(BIN)/python
-	@echo "==> installing requirements_stable.txt into .venv (some minutes the first time)"
-	@$(PIP_INSTALL) -r requirements_stable.txt
+$(STABLE): requirements.lock requirements-cuda.lock | $(BIN)/python
+	@echo "==> installing requirements.lock into .venv (some minutes the first time)"
+	@$(PIP_INSTALL) $(LOCKED) -r requirements.lock
+	@if $(BIN)/python -c 'import importlib.metadata as m; exit("nvidia" not in str(m.requires("torch")))'; then \
+		echo "==> installing requirements-cuda.lock, which this build of torch needs"; \
+		$(PIP_INSTALL) $(LOCKED) -r requirements-cuda.lock; fi
 	@touch $@
 
-$(DEV): requirements-dev.txt requirements-peers.txt requirements_stable.txt | $(STABLE)
-	@echo "==> installing requirements-dev.txt into .venv"
-	@$(PIP_INSTALL) -r requirements_stable.txt -r requirements-dev.txt
-	@$(PIP_INSTALL) --no-deps -r requirements-peers.txt
+$(DEV): requirements-dev.lock | $(STABLE)
+	@echo "==> installing requirements-dev.lock into .venv"
+	@$(PIP_INSTALL) $(LOCKED) -r requirements-dev.lock
 	@touch $@
 
 demo: $(STABLE)
