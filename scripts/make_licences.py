@@ -15,8 +15,9 @@ LOCKS = {"requirements.lock": "the program", "requirements-dev.lock": "its tests
 TABLE = ROOT / "docs" / "licences.md"
 HEAD = """# Licences of what is installed
 
-Of every package that the locks name, as its own metadata has it; written by `scripts/make_licences.py`. stocklora itself is
-under [its own licence](../LICENSE). What `requirements-cuda.lock` names is NVIDIA's, under NVIDIA's licences (triton: MIT).
+Of every package that the locks name, as its own metadata has it; written by `scripts/make_licences.py`. stocklora
+itself is under [its own licence](../LICENSE). What `requirements-cuda.lock` names is NVIDIA's, under NVIDIA's licences
+(triton: MIT).
 """
 
 

@@ -7,7 +7,7 @@ requirements.lock       what the program needs, all of it: `make` installs exact
 requirements-cuda.lock  what torch's build for Linux on PyPI needs beside, gigabytes; its CPU build does without
 requirements-dev.lock   the tools behind `make test` and `make lint`, and the optional forecasters
 
-Versions that a lock has now stay, unless requirements_stable.txt or another list says otherwise; --upgrade takes the newest.
+Versions that a lock has now stay where the lists allow it; --upgrade takes the newest.
 """
 
 from __future__ import annotations

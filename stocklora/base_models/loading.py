@@ -117,13 +117,8 @@ class BaseModel:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
         quiet_transformers()
-        try:
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except UNLOADABLE as error:
-            raise unloadable(self.path, "tokenizer", error) from None
+        return load_tokenizer(self.path, self.trust_remote_code)
 
     @functools.cached_property
     def config(self) -> Any:
@@ -144,6 +139,23 @@ class BaseModel:
         return facts_of(self.config).context_tokens
 
 
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in ``folder``.
+
+    Raises:
+        UserError: there is none, or a damaged one.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except BaseException as error:
+        # Rust panics at some damaged vocabularies, which Python sees as no Exception.
+        if not isinstance(error, UNLOADABLE) and type(error).__name__ != "PanicException":
+            raise
+        raise unloadable(folder, "tokenizer", error) from None
+
+
 def unquantized_name(model_path: Path) -> str:
     """What messages call the model that a quantized one was made from."""
     name = str(describe_model(model_path)["name"])
@@ -151,7 +163,7 @@ def unquantized_name(model_path: Path) -> str:
     return f"the unquantized {plain}" if plain != name else f"the unquantized model that {name} was made from"
 
 
-def unloadable(model_path: Path, part: str, error: Exception, layers: int | None = None) -> UserError:
+def unloadable(model_path: Path, part: str, error: BaseException, layers: int | None = None) -> UserError:
     """Which part of a base model cannot be loaded, and why; or its first ``layers`` layers, where those were asked."""
     hint = ""
     if "trust_remote_code" in str(error):

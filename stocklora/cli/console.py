@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PROJECT = Path(__file__).resolve().parents[2]
 EXIT_USER_ERROR = 2
+LONGEST_ERROR = 2000  # characters: a damaged file's own content may be a message's longest part
 EXIT_INTERRUPTED = 130
 PROGRESS_FILE = "STOCKLORA_PROGRESS"  # environment variable: a file that is told what progress bars show
 TOLD_EVERY_S = 1.0
@@ -54,7 +55,8 @@ def run_script(body: Callable[[], int | None]) -> int:
         sys.stdout.flush()  # here, where a reader that went away is still understood
         return code
     except UserError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        said = one_line(str(error))
+        print(f"error: {said if len(said) <= LONGEST_ERROR else said[:LONGEST_ERROR] + ' ...'}", file=sys.stderr)
         return EXIT_USER_ERROR
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]

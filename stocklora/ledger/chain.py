@@ -181,5 +181,7 @@ def _errors() -> Iterator[None]:
         if "not a database" in str(error) or "malformed" in str(error):
             raise LedgerError("is not a ledger of forecasts, or is damaged; give another file with --ledger") from None
         raise LedgerError(f"cannot be opened or written ({error})") from None
+    except UnicodeDecodeError:
+        raise LedgerError("is damaged; go back to a copy that verifies, or give another file with --ledger") from None
     except OSError as error:
         raise LedgerError(f"cannot be opened or written ({error.strerror or error})") from None

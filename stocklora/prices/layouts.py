@@ -146,7 +146,9 @@ def _one_header(text: str, head: list[list[str]], separator: str, faults: Faults
     columns = _columns_of(head[place])
     assert columns is not None
     rows = list(_cells(text, separator))
-    first = next(i for i, (_, row) in enumerate(rows) if row == head[place])
+    first = next((i for i, (_, row) in enumerate(rows) if row == head[place]), None)
+    if first is None:  # a quotation mark before it that closes far below
+        return None
     notes = [f"{first} lines before the header left out"] if first else []
     if separator != ",":
         notes.append(f"{SEPARATORS[separator]} between the cells")

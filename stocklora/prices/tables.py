@@ -17,6 +17,7 @@ import difflib
 import gzip
 import hashlib
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -234,9 +235,14 @@ def read_meta(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{side}: not a readable sidecar ({error}); delete it or download the prices again") from None
     tickers = content.get("tickers") or [] if isinstance(content, dict) else None
-    if not isinstance(tickers, list) or not all(isinstance(name, str) for name in tickers):
+    if not isinstance(tickers, list) or not all(_is_text(name) for name in tickers):
         raise UserError(f"{side}: not a sidecar (no mapping of facts); delete it or download the prices again")
     return content
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a text that can be written again: JSON can hold half a surrogate pair."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def trusted_meta(path: Path) -> dict[str, Any] | None:

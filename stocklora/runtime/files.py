@@ -132,7 +132,7 @@ def _why_not_written(temporary: Path, error: Exception) -> str | None:
         return "the disk is full; free some space"
     if isinstance(error, OSError) and is_ours:
         return error.strerror or str(error)
-    if in_a_library and re.search("PytorchStreamWriter|inline_container|I/O error", str(error)):
+    if in_a_library and re.search("PytorchStreamWriter|inline_container|basic_ios|I/O error", str(error)):
         return "the system took no more bytes; look at the disk, its quota and the limit on file sizes (ulimit -f)"
     return None
 

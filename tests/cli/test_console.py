@@ -214,3 +214,11 @@ def test_progress_on_a_terminal_leaves_redirected_output_alone(repo_root: Path) 
     assert process.wait(timeout=30) == 0
     for text in (b"train [1/2]", b"2/2", b"2/?", b"/s", b"loss 0.5"):
         assert text in drawn
+
+
+def test_a_message_as_long_as_a_damaged_file_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise UserError("x" * 100_000)
+
+    assert run_script(fail) == 2
+    assert len(capsys.readouterr().err) < 2100

@@ -30,7 +30,7 @@ from lora import LoRAError
 from stocklora.adapters.files import export_peft, import_peft, load_lora, save_lora
 from stocklora.adapters.layer import AdapterConfig, apply_lora
 from stocklora.base_models.loading import BaseModel, load_causal_model
-from stocklora.cli.console import UserError, one_line
+from stocklora.cli.console import UserError
 from stocklora.cli.settings import checked_values, read_config
 from stocklora.finetune.resume import FORMAT, read_state
 from stocklora.finetune.settings import TrainLoraSettings
@@ -263,6 +263,10 @@ FOUND = [
     ("state", 11),
     ("sidecar", 10),  # tickers that are a mapping, or a number
     ("sidecar", 18),
+    ("prices", 444),  # a StopIteration in a generator
+    ("sidecar", 423),  # half a surrogate pair
+    ("ledger", 217),  # text that is no UTF-8
+    ("tokenizer", 561),  # a panic of Rust's
     ("base model's settings", 1),  # the strict dataclasses of huggingface_hub
     ("base model's settings", 3),
 ]
@@ -292,13 +296,11 @@ def bounded_memory() -> Iterator[None]:
 
 def check(door: Door, folder: Path, whole: bytes, seed: int) -> None:
     (folder / door.file).write_bytes(damaged(whole, seed, door.is_json))
-    refused = ""
     try:
         with bounded_memory(), contextlib.redirect_stderr(io.StringIO()):
             door.read(folder)
-    except (UserError, LoRAError) as error:
-        refused = one_line(str(error))
-    assert len(refused) < 2000, "no line that anybody reads"
+    except (UserError, LoRAError):
+        return
 
 
 @pytest.fixture(params=DOORS)

@@ -13,8 +13,10 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +33,15 @@ from lora import LoRAError
 from stocklora.adapters.files import export_peft, load_lora, read_peft, save_lora
 from stocklora.adapters.layer import AdapterConfig, apply_lora
 from stocklora.backtest.parts import part_path, write_part
+from stocklora.base_models.folders import made_whole
 from stocklora.cli.console import UserError
 from stocklora.finetune.resume import Checkpoints
 from stocklora.forecaster.predictions import write_predictions
 from stocklora.instruct.rows.formats import Message, Record
 from stocklora.instruct.rows.records import read_records, write_records
+from stocklora.ledger.chain import LedgerError, append, read_entries
 from stocklora.prices.tables import read_prices, write_prices
-from stocklora.runtime.files import read_text, write_json
+from stocklora.runtime.files import load_plain, read_text, replacing, write_json
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 
@@ -215,6 +219,33 @@ def read_backtest_part(folder: Path) -> int:
         return version_of([torch.as_tensor(content["ewma"])])
 
 
+def write_network(folder: Path, version: int) -> None:
+    with replacing(folder / "net.pth") as temporary:
+        torch.save({"format": "x", "format_version": 1, "weights": torch.full((9,), float(version))}, temporary)
+
+
+def read_network(folder: Path) -> int:
+    return version_of([load_plain(folder / "net.pth", "x", 1, "train.py")["weights"]])
+
+
+def draw_picture(folder: Path, version: int) -> None:
+    from matplotlib.figure import Figure
+
+    from stocklora.plots.style import save_figure
+
+    figure = Figure(figsize=(version, 1))
+    figure.subplots().plot([0, version])
+    save_figure(figure, folder / "curve.png")
+
+
+def read_picture(folder: Path) -> int:
+    from PIL import Image
+
+    with Image.open(folder / "curve.png") as image:
+        image.load()  # a PNG that is cut short is refused
+        return round(image.width / image.height)
+
+
 def row_of(version: int) -> Record:
     return Record((Message("user", "?"), Message("assistant", str(version))))
 
@@ -235,11 +266,87 @@ WRITERS: dict[str, Writer] = {
     ),
     "state of a run": Writer(save_state, read_state, survives=True),
     "part of a backtest": Writer(write_backtest_part, read_backtest_part),
+    "weights of the simple network": Writer(write_network, read_network),
+    "picture": Writer(draw_picture, read_picture),
     "instructions": Writer(
         lambda folder, version: write_records([row_of(version)] * 40, folder / "rows.jsonl"),
         lambda folder: int(read_records(folder / "rows.jsonl")[39].messages[1].content),
     ),
 }
+
+
+def write_folder(folder: Path, version: int) -> None:
+    """As base models and merged ones are written; ``made_whole`` takes no folder that is there."""
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    with made_whole(folder / "model") as unfinished:
+        for name in ("config.json", "model.safetensors"):
+            (unfinished / name).write_text(f"{version}" * 3000, encoding="utf-8")
+
+
+def read_whole_folder(folder: Path) -> int:
+    """0 where there is none, which is seen as none: another name."""
+    if not (folder / "model").exists():
+        return 0
+    texts = [path.read_text(encoding="utf-8") for path in (folder / "model").iterdir()]
+    assert [len(text) for text in texts] == [3000, 3000]
+    return version_of([torch.tensor([float(character) for text in texts for character in text])])
+
+
+def test_a_folder_of_a_model_is_whole_or_not_there(tmp_path: Path) -> None:
+    for errors in (ERRORS, [None]):
+        for at in range(1, MOST_CALLS):
+            shutil.rmtree(tmp_path / "model", ignore_errors=True)
+            status = attempt(lambda: write_folder(tmp_path, 2), tmp_path, at, errors[at % len(errors)])
+            if status == FEWER_CALLS:
+                break
+            assert status in {OK, REFUSED, -signal.SIGKILL}, f"call {at} ended with {status}"
+            assert read_whole_folder(tmp_path) == (2 if status == OK else 0), f"call {at}"
+            write_folder(tmp_path, 2)
+            assert content_of(tmp_path) == {"model", "model/config.json", "model/model.safetensors"}
+        assert at > 3
+    shutil.rmtree(tmp_path / "model")
+    for limit in (0, 40):
+        assert attempt(lambda: write_folder(tmp_path, 2), tmp_path, limit=limit) == REFUSED
+        assert content_of(tmp_path) == set()
+
+
+def append_entries(path: Path, count: int) -> None:
+    for number in range(count):
+        try:
+            append(path, [{"kind": "note", "number": number}])
+        except LedgerError as error:  # which its callers make a line of
+            raise UserError(str(error)) from None
+
+
+@pytest.mark.parametrize("limit", [0, 5000, 9000, 13_000])
+def test_a_ledger_whose_disk_is_full_verifies_and_goes_on(limit: int, tmp_path: Path) -> None:
+    path = tmp_path / "forecasts.db"
+    append_entries(path, 3)
+    status = attempt(lambda: append_entries(path, 40), tmp_path, limit=limit)
+    assert status in {OK, REFUSED}
+    before = len(read_entries(path))
+    assert before >= 3
+    append_entries(path, 1)
+    assert len(read_entries(path)) == before + 1
+
+
+def test_a_ledger_whose_writer_is_killed_verifies_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "forecasts.db"
+    append_entries(path, 1)
+    for pause in (0.0, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05):
+        child = os.fork()
+        if child == 0:
+            try:
+                append_entries(path, 100_000)
+            finally:
+                os._exit(1)
+        time.sleep(pause)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        before = len(read_entries(path))
+        append_entries(path, 1)
+        assert len(read_entries(path)) == before + 1
+    assert before > 1
 
 
 def content_of(folder: Path) -> set[str]:

@@ -88,14 +88,11 @@ def prepare_tokenizer(
     Raises:
         UserError: no tokenizer there, or one without a chat template.
     """
-    from transformers import AutoTokenizer
+    from stocklora.base_models.loading import load_tokenizer
 
     if not Path(folder).is_dir():
         raise UserError(f"no model folder {folder}; fetch one with download_model.py, or give --model_path FOLDER")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raises plain exceptions, from Rust
-        raise UserError(f"cannot load a tokenizer from {folder}: {one_line(str(error))[:300]}") from None
+    tokenizer = load_tokenizer(Path(folder), trust_remote_code)
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer in {folder} has no chat template: that is a base model; take its instruct or chat version, "

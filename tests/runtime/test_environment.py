@@ -1,0 +1,79 @@
+"""What a script meets outside its files: no home, no /tmp, no working folder, a clock that jumps, an early Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and folders as Unix has them")
+
+COMMAND = ("download.py", "--source", "sample", "--ticker", "AAPL", "--period", "1y")
+# Sends itself Ctrl-C at the n-th import, as a user would at any moment of the first second.
+STOPPED = """
+import os, runpy, signal, sys
+number, sys.argv = int(sys.argv[1]), sys.argv[2:]
+seen = 0
+def hook(event, arguments):
+    global seen
+    if event == "import" and (seen := seen + 1) == number:
+        os.kill(os.getpid(), signal.SIGINT)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+sys.addaudithook(hook)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_working_folder_that_is_gone_is_one_line(repo_root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    script, *arguments = COMMAND
+    stay = f"cd {folder} && rmdir {folder} && exec {sys.executable} {repo_root / script} {' '.join(arguments)}"
+    result = subprocess.run(["sh", "-c", stay], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "cannot write sample_test.csv" in result.stderr
+
+
+def test_neither_home_nor_tmp_is_needed(repo_root: Path, tmp_path: Path) -> None:
+    nowhere = {"HOME": "/proc/1/nowhere", "TMPDIR": "/proc/1/nowhere", "XDG_CACHE_HOME": "/proc/1/nowhere"}
+    script, *arguments = COMMAND
+    result = subprocess.run(
+        [sys.executable, str(repo_root / script), *arguments],
+        cwd=tmp_path, env={**os.environ, **nowhere}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "sample_test.csv").is_file()
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("number", [25, 100, 400, 700])
+def test_ctrl_c_while_importing_is_one_word_and_leaves_nothing(number: int, repo_root: Path, tmp_path: Path) -> None:
+    script, *arguments = COMMAND
+    command = [sys.executable, "-c", STOPPED, str(number), str(repo_root / script), *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode in (130, -signal.SIGINT), result.stderr
+    assert result.stderr == "interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clock_that_jumps_back_makes_no_entry_fresh(tmp_path: Path) -> None:
+    import datetime as dt
+
+    from price_tables import random_prices
+
+    from stocklora.prices.sources.fetch import PriceCache
+    from stocklora.prices.sources.request import Answer, Request
+
+    now, hour = dt.datetime(2026, 1, 5, 12, tzinfo=dt.UTC), dt.timedelta(hours=1)
+    cache, request = PriceCache(tmp_path), Request()
+    cache.put("yahoo", "AAPL", request, Answer(random_prices(30, seed=1), now, fresh_until=now + hour))
+    assert cache.get("yahoo", "AAPL", request, now) is not None
+    assert cache.get("yahoo", "AAPL", request, now - hour) is None
+    assert cache.get("yahoo", "AAPL", request, now + 1000 * hour) is None
+    shutil.rmtree(tmp_path)
