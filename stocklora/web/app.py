@@ -44,7 +44,6 @@ def make_app(workspace: Workspace, token: str, port: int) -> FastAPI:
     app.add_middleware(Guard, token=token, port=port)
     runs, prices = Runs(workspace), WatchedPrices(workspace)
     planner = app.state.planner = Planner(workspace)
-    app.state.prices = prices
     _answer_errors(app)
     _serve_page(app, workspace)
     _serve_runs(app, workspace, runs, planner)

@@ -8,6 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stocklora.base_models.download import DownloadModelSettings, model_folder
+from stocklora.base_models.folders import INCOMPLETE
+from stocklora.cli.settings import restored
 from stocklora.web.workspace import Workspace
 
 REPORT, METRICS = "report.html", "metrics.csv"
@@ -78,3 +81,9 @@ def _log(workspace: Workspace, folder: str) -> list[dict[str, float]]:
     except (OSError, KeyError, ValueError):
         return found
     return found
+
+
+def fetched_bytes(workspace: Workspace, values: dict[str, Any]) -> int:
+    """What has come so far of a base model that is being fetched."""
+    folder = workspace.root / model_folder(restored(values, DownloadModelSettings))
+    return sum(path.stat().st_size for path in folder.with_name(folder.name + INCOMPLETE).rglob("*") if path.is_file())

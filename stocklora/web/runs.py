@@ -22,7 +22,8 @@ from typing import Any
 
 from stocklora.cli.console import PROGRESS_FILE, UserError
 from stocklora.runtime.files import write_json
-from stocklora.web.scripts import argv_of, command_text, settings_of
+from stocklora.web.reports import fetched_bytes
+from stocklora.web.scripts import SCRIPTS, argv_of, command_text, settings_of
 from stocklora.web.workspace import RUNS, Workspace
 
 RUN_ID = re.compile(r"\d{8}-\d{6}-[a-z_]+-[0-9a-f]{6}")
@@ -94,8 +95,9 @@ class Runs:
 
         Returns:
             ``id``, ``script``, ``values``, ``command`` (to copy), ``started``, ``seconds``, ``code`` (None while it
-            runs), ``last`` (its log's last line), ``progress`` (the newest, or None), and ``state``: ``running``,
-            ``done``, ``failed``, ``stopped`` (as it was asked to) or ``lost`` (the machine or its runner died).
+            runs), ``last`` (its log's last line), ``progress`` (the newest, or None), ``resume`` (values that make its
+            script go on with it, None where it cannot), and ``state``: ``running``, ``done``, ``failed``, ``stopped``
+            (as it was asked to) or ``lost`` (the machine or its runner died).
         """
         folder = self._folder(name)
         command = _read(folder / "command.json")
@@ -111,12 +113,16 @@ class Runs:
             state = "running" if alive else "lost"
         else:
             state = "done" if code == 0 else "stopped" if asked else "failed"
-        last = _last_line(folder / "log")
+        last, progress = _last_line(folder / "log"), _last_json(folder / "progress.jsonl")
+        if state == "running" and progress is None and command["script"] == "download_model":
+            progress = {"bytes": fetched_bytes(self.workspace, command["values"])}
+        script = SCRIPTS.get(command["script"])
         return {
             "id": name, "script": command["script"], "values": command["values"], "started": command["started"],
             "command": command_text(command["argv"], Path(command["folder"])), "code": code, "state": state,
             "seconds": self._seconds(folder, started, ended, state), "last": last,
-            "stopping": asked and state == "running", "progress": _last_json(folder / "progress.jsonl"),
+            "stopping": asked and state == "running", "progress": progress,
+            "resume": None if script is None else script.resume,
         }  # fmt: skip
 
     def log(self, name: str, start: int) -> dict[str, Any]:

@@ -41,7 +41,6 @@ def serve_page(settings: WebSettings) -> None:
 
     @contextlib.asynccontextmanager
     async def announce(_: FastAPI) -> AsyncIterator[None]:
-        app.state.prices.refresh()  # read while the browser opens
         say(f"workspace: {workspace.root}")
         say(f"page: {address} (Ctrl-C ends the page; runs go on)")
         if settings.open and has_desktop():

@@ -81,9 +81,10 @@ export async function refreshRuns() {
     const found = await get("/api/runs");
     const changed = JSON.stringify(found) !== JSON.stringify(known);
     known = found;
+    document.dispatchEvent(new CustomEvent("answered"));
     if (changed) for (const listener of [...listeners]) listener(known);
-  } catch {
-    // said where something is asked for
+  } catch (error) {
+    if (error.message === "offline") document.dispatchEvent(new CustomEvent("offline"));
   }
   timer = setTimeout(refreshRuns, known.some((run) => run.state === "running") ? 1000 : 6000);
 }

@@ -110,11 +110,13 @@ async function begin() {
   main = frame();
   arrive();
   addEventListener("hashchange", () => arrive());
-  document.addEventListener("locked", () => {
-    const banner = document.querySelector(".banner");
-    banner.hidden = false;
-    fill(banner, t("locked"));
-  });
+  const banner = (key) => {
+    const line = document.querySelector(".banner");
+    line.hidden = !key;
+    fill(line, key ? t(key) : "");
+  };
+  for (const key of ["locked", "offline"]) document.addEventListener(key, () => banner(key));
+  document.addEventListener("answered", () => banner(null));
   refreshRuns();
   try {
     state = await get("/api/state");

@@ -84,10 +84,9 @@ export function shareChart(shares, label) {
   return chart;
 }
 
-/** The 80% range of each day ahead around the last close, on one scale. */
-export function rangeBar(low, middle, high, close, width = 92) {
-  const span = Math.max(Math.abs(high - close), Math.abs(close - low), 1e-9) * 1.12;
-  const x = (value) => width / 2 + ((value - close) / span) * (width / 2 - 2);
+/** An 80% range around the last close; `share` of the close on either side fill the width, and what is beyond is cut. */
+export function rangeBar(low, middle, high, close, share, width = 92) {
+  const x = (value) => width / 2 + Math.max(-1, Math.min(1, (value / close - 1) / share)) * (width / 2 - 2);
   return s(
     "svg",
     { width, height: 14, viewBox: `0 0 ${width} 14`, class: "range", "aria-hidden": "true" },

@@ -21,7 +21,7 @@ export function dataRoom(root, wanted) {
     if (!files.length) return fill(place, emptyState(t("noFiles"), t("noFilesText")));
     fill(place, h("div", { class: "scroller" }, h("table", { class: "grid-table" },
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, t("name")), h("th", { scope: "col" }, t("kind")), h("th", { scope: "col", class: "num" }, t("size")), h("th", { scope: "col" }, t("modified")))),
-      h("tbody", {}, files.map((file) => h("tr", {}, h("td", {}, h("a", { href: `#/data/${encodeURIComponent(file.name)}` }, file.name)), h("td", {}, t(file.kind === "prices" ? "prices" : "instructionRows")), h("td", { class: "num" }, bytes(file.bytes)), h("td", { class: "date" }, moment(file.modified))))))));
+      h("tbody", {}, files.map((file) => h("tr", {}, h("td", { class: "wrap" }, h("a", { href: `#/data/${encodeURIComponent(file.name)}` }, file.name)), h("td", { class: "kind" }, t(file.kind === "prices" ? "prices" : "instructionRows")), h("td", { class: "num" }, bytes(file.bytes)), h("td", { class: "date" }, moment(file.modified))))))));
   }
 
   async function loadFile() {

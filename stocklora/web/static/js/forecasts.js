@@ -30,6 +30,7 @@ export function forecastsRoom(root) {
   let watch = kept ?? { lines: [], arguments: [], errors: {}, reading: 0 };
   let record = keptRecord;
   let onlyAlerts = false;
+  let widest = 0.1; // share of the close that a range bar shows, one for the whole list
   let loaded = kept !== null;
   let gone = false;
   let forecaster = null;
@@ -67,7 +68,7 @@ export function forecastsRoom(root) {
       cell("close num", price(line.close)),
       cell(`change num ${line.change > 0 ? "up" : line.change < 0 ? "down" : ""}`, signed(line.change)),
       [0, 1, 2].map((at) => cell(`ahead num${old ? " old" : ""}`, cells[at] ? price(cells[at].P50) : "–")),
-      cell(`range num${old ? " old" : ""}`, last ? [rangeBar(last.P10, last.P50, last.P90, last.last_close), h("span", {}, `${price(last.P10)} – ${price(last.P90)}`)] : h("span", { class: "muted" }, t("noForecast"))),
+      cell(`range num${old ? " old" : ""}`, last ? [rangeBar(last.P10, last.P50, last.P90, last.last_close, widest), h("span", {}, `${price(last.P10)} – ${price(last.P90)}`)] : h("span", { class: "muted" }, t("noForecast"))),
       cell("hit num", hit ? [`${Math.round((100 * hit.inside) / hit.of)}%`, h("span", { class: "muted sub" }, ` ${hit.inside}/${hit.of}`)] : "–"),
     ];
   }
@@ -79,6 +80,15 @@ export function forecastsRoom(root) {
     fill(headings, [["name", t("ticker")], ["trend", t("trend")], ["close num", t("lastClose")], ["change num", t("change")], ...[1, 2, 3].map((at) => ["ahead num", t("dayAhead", at)]), ["range num", t("range80", most)], ["hit num", t("hitRate"), t("hitHint")]].map(([name, words, title]) => h("div", { class: `c ${name}`, title }, words)));
   }
 
+  /** Nine of ten ranges are shown whole. */
+  function scaleBars() {
+    const reach = watch.lines.filter((line) => line.forecast.length).map(({ forecast }) => {
+      const last = forecast[forecast.length - 1];
+      return Math.max(last.P90 / last.last_close - 1, 1 - last.P10 / last.last_close);
+    }).sort((one, other) => one - other);
+    if (reach.length) widest = 1.1 * reach[Math.ceil(0.9 * reach.length) - 1];
+  }
+
   function draw() {
     const words = filter.value.trim().toLowerCase();
     const alerted = watch.lines.filter((line) => record.tickers?.[line.ticker]?.alert);
@@ -88,6 +98,7 @@ export function forecastsRoom(root) {
     fill(notices,
       alerted.length ? h("div", { class: "notice warn", role: "status" }, icon("alert"), h("span", {}, h("b", {}, alerted.length === 1 ? t("alertOne") : t("alerts", alerted.length)), ": ", alerted.slice(0, 3).map((line) => line.ticker).join(", "), alerted.length > 3 ? " …" : ""), h("button", { type: "button", class: "quiet", onclick: () => { onlyAlerts = !onlyAlerts; draw(); } }, t(onlyAlerts ? "showAll" : "onlyAlerts"))) : null,
       Object.entries(watch.errors).map(([name, why]) => h("div", { class: "notice bad" }, h("span", {}, h("b", {}, name), ": ", why), h("button", { type: "button", class: "quiet", title: t("removeHint", name), onclick: () => removeFile(name) }, t("remove")))),
+      watch.lines.filter((line) => line.also_in).slice(0, 3).map((line) => h("div", { class: "notice" }, h("span", {}, t("twice", line.ticker, line.file, line.also_in)), h("button", { type: "button", class: "quiet", title: t("removeHint", line.also_in), onclick: () => removeFile(line.also_in) }, t("remove")))),
       newest && Date.now() - Date.parse(newest) > 12 * 86400e3 ? h("div", { class: "notice" }, t("oldPrices", newest)) : null);
     const counted = watch.lines.length === 1 ? t("tickerCount") : t("tickersCount", watch.lines.length.toLocaleString("en-US"));
     fill(summary, watch.reading ? t(watch.reading > 1 ? "reading" : "readingOne", watch.reading) : watch.lines.length ? (found.length === watch.lines.length ? counted : t("ofCount", found.length, counted)) : "");
@@ -127,6 +138,7 @@ export function forecastsRoom(root) {
       watch = await get("/api/watch");
       if (gone) return;
       kept = watch;
+      scaleBars();
       loaded = true;
       fill(problem);
       draw();
@@ -252,6 +264,7 @@ export function forecastsRoom(root) {
 
   const tools = h("div", { class: "tools end" }, filter, h("label", { class: "by" }, h("span", { class: "muted" }, t("by")), by), again, refreshed);
   fill(root, h("div", { class: "page list" }, h("header", { class: "bar-top" }, h("h1", {}, t("forecasts")), adding, h("button", { type: "button", class: "quiet", onclick: () => picker.click() }, t("chooseFile")), picker), tools, problem, notices, stripBox, listBox, summary, drop));
+  scaleBars();
   draw();
   load();
   get("/api/state").then((state) => gone || drawForecasters(state)).catch(() => {});

@@ -3,7 +3,7 @@
 import { get, post, refreshRuns, start, watchRuns } from "./api.js";
 import { lineChart } from "./charts.js";
 import { fill, h, icon } from "./dom.js";
-import { duration, moment, number } from "./format.js";
+import { bytes, duration, moment, number } from "./format.js";
 import { t } from "./strings.js";
 
 /** A command that can be copied. */
@@ -53,7 +53,7 @@ export function runStrip(id, { dismiss = null } = {}) {
   const stop = watchRuns((all) => {
     const run = all.find((one) => one.id === id);
     if (!run) return;
-    const words = run.state === "running" && run.progress?.total ? `${number(run.progress.done)} / ${number(run.progress.total)}` : run.last;
+    const words = run.state !== "running" ? run.last : run.progress?.total ? `${number(run.progress.done)} / ${number(run.progress.total)}` : run.progress?.bytes ? `${bytes(run.progress.bytes)} · ${run.last}` : run.last;
     element.className = `strip ${run.state}`;
     fill(
       element,
@@ -77,15 +77,13 @@ function stopButton(run) {
   }, icon("stop"), t(run.stopping ? "stopNow" : "stop"));
 }
 
-const RESUMES = { train_lora: { resume: true }, backtest: { resume: true }, fine_tune_qwen: { resume_from_checkpoint: "last" }, download_model: {} };
-
 function resumeButton(run) {
-  if (!(run.script in RESUMES) || run.state === "running" || run.state === "done") return null;
+  if (!run.resume || run.state === "running" || run.state === "done") return null;
   return h("button", {
     type: "button", class: "primary",
     onclick: async (event) => {
       event.target.disabled = true;
-      const again = await start(run.script, { ...run.values, ...RESUMES[run.script] });
+      const again = await start(run.script, { ...run.values, ...run.resume });
       location.hash = `#/run/${again.id}`;
     },
   }, t("resume"));
