@@ -174,8 +174,9 @@ class Start:
 
     def __init__(self, prices: Mapping[str, Any], settings: Any, base: Any) -> None:
         from stocklora.finetune.fit import prepare_data
+        from stocklora.finetune.prepare import split_prices
 
-        self.settings, self.prepared = settings, prepare_data(prices, settings, base)
+        self.settings, self.prepared = settings, prepare_data(split_prices(prices, settings), settings, base)
         data = self.prepared.data
         start = data.start(settings.scale)
         self.quantiles = {split: data.forecasts_of(start, split) for split in SCORED}

@@ -101,6 +101,7 @@ def measure_speed(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any
     from stocklora.cli.settings import restored
     from stocklora.finetune.fit import join_training_processes, prepare_data, prepare_run
     from stocklora.finetune.optimization import Optimization
+    from stocklora.finetune.prepare import split_prices
     from stocklora.finetune.settings import TrainLoraSettings
     from stocklora.forecaster.batches import predict
 
@@ -109,7 +110,9 @@ def measure_speed(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any
         settings = restored(flags | {"save_dir": str(scratch / side)}, TrainLoraSettings)
         base = BaseModel(settings.model_path)
         accelerator = join_training_processes(settings, alone=True)
-        prepared = prepare_run(prepare_data(a_year(), settings, base), settings, base, accelerator)
+        prepared = prepare_run(
+            prepare_data(split_prices(a_year(), settings), settings, base), settings, base, accelerator
+        )
         examples, model = prepared.prepared.examples, prepared.forecaster.model
         clock = Clock()
         for example in [*examples["train"], *examples["validation"]]:

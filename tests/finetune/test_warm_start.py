@@ -20,6 +20,7 @@ from stocklora.dataset.simulated import simulated_stock
 from stocklora.dataset.windows import pack
 from stocklora.finetune.fit import finetune, prepare_data, specification
 from stocklora.finetune.optimization import Optimization, standardize_head
+from stocklora.finetune.prepare import split_prices
 from stocklora.finetune.report import print_outcome, save_run
 from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.finetune.warm_start import check_days, fit_head, simulated_lessons, with_teacher
@@ -201,7 +202,7 @@ def test_a_teacher_of_other_days_is_refused(tiny_model, prices, tmp_path, earlie
 
 def lessons(prices: dict[str, Any], settings: TrainLoraSettings) -> tuple[Any, list[Any], Any]:
     """The prior's training examples for ``settings``, with a fresh forecaster from the EWMA start."""
-    prepared = prepare_data(prices, settings, BaseModel(settings.model_path))
+    prepared = prepare_data(split_prices(prices, settings), settings, BaseModel(settings.model_path))
     forecaster = built(specification(prepared, settings, BaseModel(settings.model_path)), settings.model_path)
     taught = with_teacher(prepared.examples["train"], prepared.data, settings, CPU)
     return prepared, taught, forecaster
