@@ -7,11 +7,12 @@
 The database is SQLite: `events` (flashes and calendar items) and `event_impacts` (event_id, ticker, window_min, ret).
 It is opened read-only. Without --db it is the bundled one, whose news are invented.
 
-60% of the rows are about news (sentiment with a reason, extraction as JSON, several windows compared), 20% are market
-analysis (priced in or not, wait-and-see, risk level), 20% read economic data (previous, consensus, actual). Answers
-are computed from the measured returns; digests and repeated news are left out; train, validation and test are cut by
-date. The same database, settings and --seed give the same file. Rows are alpaca JSON lines with their origin beside
-them: kind, share, event_id, ticker, windows, returns_bp, date, split, seed, and the label or fields to score by.
+60% of the rows are about news (sentiment with a reason, extraction as JSON, several windows compared, the sentiment of
+each as JSON), 20% are market analysis (priced in or not, wait-and-see, risk level), 20% read economic data (previous,
+consensus, actual). Answers are computed from the measured returns; digests and repeated news are left out; train,
+validation and test are cut by date. The same database, settings and --seed give the same file. Rows are alpaca JSON
+lines with their origin beside them: kind, share, event_id, ticker, windows, returns_bp, date, split, seed, and the
+label or fields to score by.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class QuickStartSettings:
         metavar="FOLDER",
     )
     epochs: int | None = setting(
-        None, "passes over the training days or rows (default: 6; with --fast 3; instructions: 3 and 1)", section="demo"
+        None, "passes over the training days or rows (default: 6; with --fast 3; instructions: 2 and 1)", section="demo"
     )
     seed: int = setting(42, "seed of everything random", section="demo")
     device: str = setting("auto", "where to compute", choices=DEVICES, section="demo")

@@ -182,6 +182,8 @@ def _form_of(request: ChatRequest) -> AnswerForm | None:
 
 def _tools_of(request: ChatRequest) -> list[dict[str, Any]]:
     """``tools``, checked: functions with a name each."""
+    if not request.tools and request.tool_choice not in (None, "none", "auto"):
+        raise APIError("tool_choice is for tools, and there are none; leave it out", param="tool_choice")
     for index, tool in enumerate(request.tools or []):
         function = tool.get("function")
         if tool.get("type", "function") != "function" or not isinstance(function, dict) or not function.get("name"):

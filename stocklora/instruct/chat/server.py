@@ -135,10 +135,11 @@ def make_app(
 
     @app.api_route("/v1/{rest:path}", methods=["GET", "POST", "PUT", "DELETE"])
     async def not_served(rest: str) -> None:
-        raise APIError(
-            f"/v1/{rest} is not served here; there are /v1/chat/completions and /v1/models", status=404,
-            code="unknown_url",
-        )  # fmt: skip
+        if rest == "chat/completions" or rest.partition("/")[0] == "models":  # asked in another way than it is answered
+            way = "POST" if rest == "chat/completions" else "GET"
+            raise APIError(f"/v1/{rest} is asked with {way}", status=405, code="method_not_allowed")
+        there = "there are /v1/chat/completions and /v1/models"
+        raise APIError(f"/v1/{rest} is not served here; {there}", status=404, code="unknown_url")
 
     _answer_errors(app)
     return app

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from stocklora.cli.console import UserError
-from stocklora.cli.settings import check_range, setting
+from stocklora.cli.settings import check_range, default_of, setting
 from stocklora.instruct.news import makers
-from stocklora.instruct.news.database import RETURN_UNITS, read_events
+from stocklora.instruct.news.database import RETURN_UNITS, Event, read_events
 from stocklora.instruct.news.questions import Maker, Row, Subject, subjects_of
 from stocklora.instruct.news.reactions import Thresholds
 from stocklora.instruct.news.texts import first_of_each
@@ -31,6 +31,7 @@ MAKERS: dict[str, dict[str, Maker]] = {
         "sentiment": makers.make_sentiment,
         "extraction": makers.make_extraction,
         "windows": makers.make_windows,
+        "window_sentiment": makers.make_window_sentiment,
     },
     MARKET: {
         "priced_in": makers.make_priced_in,
@@ -44,7 +45,8 @@ MAKERS: dict[str, dict[str, Maker]] = {
     },
 }
 KIND_WORDS = {
-    "sentiment": "情绪与理由", "extraction": "行情抽取（JSON）", "windows": "多窗口比较", "priced_in": "是否预期兑现",
+    "sentiment": "情绪与理由", "extraction": "行情抽取（JSON）", "windows": "多窗口比较",
+    "window_sentiment": "各窗口情绪（JSON）", "priced_in": "是否预期兑现",
     "watch": "观望信号", "risk": "短线风险等级", "indicator": "数据解读", "release_extraction": "数据抽取（JSON）",
     "change": "较前值变化",
 }  # fmt: skip
@@ -90,7 +92,9 @@ class InstructionSettings:
         160, "longer news are shown by their headline, or left out", section="texts", metavar="N"
     )
     short_answers: bool = setting(
-        False, "sentiment, priced-in, watch and risk labels without their reasons: for small models", section="texts"
+        False,
+        "labels of news and markets without their reasons, sentiment asked for in few words: for small models",
+        section="texts",
     )
     near_duplicate: float = setting(
         0.8, "news this alike (Jaccard similarity of 3 characters) are one", section="texts", metavar="SHARE"
@@ -142,6 +146,7 @@ def build_dataset(settings: InstructionSettings) -> Built:
     """
     settings.check()
     events, left_out = read_events(settings.db, settings.return_unit)
+    without = _without_reference(events, settings)
     limits = Thresholds(settings.neutral_band_bp, settings.medium_risk_bp, settings.high_risk_bp)
     asked = [
         subjects_of(event, limits, settings.reference_minutes, settings.max_characters, settings.short_answers)
@@ -155,7 +160,25 @@ def build_dataset(settings: InstructionSettings) -> Built:
             f"{settings.reference_minutes} minutes in event_impacts, or calendar items with previous and actual"
         )
     records.sort(key=lambda record: (record.meta["date"], record.meta["event_id"], record.meta["kind"]))
-    return Built(records, left_out, notes)
+    return Built(records, left_out, [*without, *notes])
+
+
+def _without_reference(events: Sequence[Event], settings: InstructionSettings) -> list[str]:
+    """A note where no return was measured over ``reference_minutes``, and so no sentiment can be asked for.
+
+    Raises:
+        UserError: so it is, and those minutes were asked for.
+    """
+    windows = sorted({window for event in events for moves in event.moves.values() for window, _ in moves})
+    if not windows or settings.reference_minutes in windows:
+        return []
+    minutes, there = settings.reference_minutes, ", ".join(map(str, windows))
+    if minutes != default_of(InstructionSettings.__dataclass_fields__["reference_minutes"]):
+        raise UserError(
+            f"--reference_minutes {minutes}: event_impacts has no return over that window; there are {there}"
+        )
+    lacks = f"event_impacts has no return over {minutes} minutes; it has {there} (--reference_minutes)"
+    return [f"no sentiment and no extraction: {lacks}"]
 
 
 def _without_repeats(

@@ -44,7 +44,28 @@ def make_sentiment(subject: Subject, rng: random.Random) -> Row | None:
     return for_label(
         subject, rng, (reference,), instruction, "情绪", label, reason,
         reason_name="理由", asks_for_reason=asks_for_reason,
+        short_instruction=rng.choice((
+            f"{ticker}的情绪？±{band}以内为中性。",
+            f"利好、利空还是中性？±{band}以内为中性。",
+            f"按{minutes}分钟涨跌幅判断情绪，±{band}以内为中性。",
+        )),
+        short_evidence=f"{moved}，",
     )  # fmt: skip
+
+
+def make_window_sentiment(subject: Subject, rng: random.Random) -> Row | None:
+    """情绪 of every window as JSON: several labels of one news item, each of its own return."""
+    moves = subject.moves
+    if len(moves) < 2 or subject.news is None:
+        return None
+    band = subject.band
+    fields = {f"{minutes}分钟": price.sentiment(bp, subject.limits) for minutes, bp in moves}
+    instruction = rng.choice((
+        f"用JSON写出各窗口的情绪，不超过±{band}为中性。",
+        f"各窗口对{subject.ticker}是利好、利空还是中性？±{band}以内（含）为中性，用JSON回答。",
+        f"按每个窗口的涨跌幅判断情绪，±{band}以内为中性，只输出JSON。",
+    ))  # fmt: skip
+    return about_reaction(subject, rng, moves, instruction, json.dumps(fields, ensure_ascii=False), fields=fields)
 
 
 def make_extraction(subject: Subject, rng: random.Random) -> Row | None:

@@ -87,10 +87,17 @@ def for_label(
     *,
     reason_name: str = "说明",
     asks_for_reason: str = "，再说明",
+    short_instruction: str | None = None,
+    short_evidence: str = "",
 ) -> Row:
-    """A question for the label of a reaction: it stands in the answer's first line, and below it the reason."""
+    """A question for the label of a reaction: it stands in the answer's first line, and below it the reason.
+
+    Where reasons are left out, ``short_instruction`` is asked in the place of ``instruction``, and ``short_evidence``
+    stands before the label: a small model judges a number better that it has just written.
+    """
     if subject.short:
-        instruction, output = f"{instruction}只写“{name}：”和标签，不写{reason_name}。", f"{name}：{label}"
+        instruction = short_instruction or f"{instruction}只写“{name}：”和标签，不写{reason_name}。"
+        output = f"{short_evidence}{name}：{label}"
     else:
         instruction += f"首行写“{name}：”{asks_for_reason}。"
         output = f"{name}：{label}\n{reason_name}：{reason}"

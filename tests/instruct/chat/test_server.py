@@ -162,6 +162,7 @@ def test_text_parts_and_the_developer_role_are_understood(server: Server) -> Non
         ({"response_format": {"type": "json_object"}, "stop": ["}"]}, "stop", "before it is whole"),
         ({"response_format": {"type": "json_object", "schema": 5}}, "response_format", "must be a JSON schema"),
         ({"messages": [{**ASKED[0], "prefix": True}]}, "messages[0].prefix", "not supported"),
+        ({"tool_choice": "required"}, "tool_choice", "there are none"),
         ({"logprobs": True}, "logprobs", "not supported"),
         ({"frequency_penalty": 1.0}, "frequency_penalty", "not supported"),
         ({"extra_body": {"min_p": 0.1}}, "min_p", "not supported"),
@@ -210,6 +211,8 @@ def test_foreign_hosts_and_broken_json_are_refused(server: Server) -> None:
         answer = httpx.post(f"{server.url}/{path}", json={"model": "first", "prompt": "x", "input": "x"})
         assert answer.status_code == 404
         assert f"/v1/{path} is not served here" in answer.json()["error"]["message"]
+    answer = httpx.get(address)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (405, "/v1/chat/completions is asked with POST")
     as_json = {"Content-Type": "application/json"}
     for content, headers, words in [
         (b'{"model"', as_json, "not valid JSON"),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import re
+import shutil
 import sqlite3
 import time
 from collections import Counter, defaultdict
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from source_tree import REPO_ROOT
 
 from stocklora.cli.console import UserError
+from stocklora.instruct.evaluation.scoring import predicted_label
 from stocklora.instruct.news import database as news_database
 from stocklora.instruct.news import releases
 from stocklora.instruct.news.database import Event, read_events, sample_database
@@ -89,6 +91,10 @@ def test_answers_on_reactions_say_what_the_numbers_say(moves: dict[int, int], se
         assert fields == rows["extraction"]["fields"]
         assert (fields["方向"], fields["幅度"]) == (words[15], sizes[15])
         assert fields["情绪"] == expected
+    assert ("window_sentiment" in rows) == (len(moves) > 1)
+    if len(moves) > 1:
+        labels = {f"{m}分钟": "中性" if abs(bp) <= 5 else "利好" if bp > 0 else "利空" for m, bp in moves.items()}
+        assert json.loads(str(rows["window_sentiment"]["output"])) == rows["window_sentiment"]["fields"] == labels
     assert rows["risk"]["label"] == ("低" if largest < 10 else "中" if largest < 30 else "高")
     assert rows["watch"]["label"] == ("观望" if largest <= 5 else "有反应")
 
@@ -393,10 +399,16 @@ def test_short_answers_are_the_labels_of_the_long_ones(built: list[Record]) -> N
             assert (one.prompt, one.answer) == (other.prompt, other.answer)
             continue
         labelled += 1
-        assert one.answer == other.answer.split("\n")[0]
+        assert one.answer.split("，")[-1] == other.answer.split("\n")[0]
+        assert ("，" in one.answer) == (one.meta["kind"] == "sentiment")
+        assert predicted_label(one.answer, [one.meta["label"]]) == one.meta["label"]
         assert one.meta["label"] == other.meta["label"]
-        assert "不写" in one.prompt[0].content
         assert "再说" not in one.prompt[0].content
+        if one.meta["kind"] == "sentiment":
+            assert len(one.prompt[0].content) < len(other.prompt[0].content) - 10
+            assert "±0.05%以内" in one.prompt[0].content
+        else:
+            assert "不写" in one.prompt[0].content
         assert one.meta["input"] == other.meta["input"]
     assert labelled > 80
 
@@ -621,16 +633,23 @@ def test_too_little_data_fills_up_or_stops() -> None:
         ({"neutral_band_bp": 40}, "must grow"),
         ({"near_duplicate": 0.0}, "--near_duplicate"),
         ({"output": Path("rows.csv")}, ".jsonl"),
-        ({"reference_minutes": 7}, None),
+        ({"reference_minutes": 7}, "no return over that window; there are 5, 15, 30, 60"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], says: str | None) -> None:
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], says: str) -> None:
     settings = InstructionSettings(**changes)  # type: ignore[arg-type]
-    if says is None:  # no such window: other kinds take over
-        assert "sentiment" not in {r.meta["kind"] for r in build_dataset(settings).records}
-        return
     with pytest.raises(UserError, match=re.escape(says)):
         build_dataset(settings)
+
+
+def test_a_database_without_the_usual_window_says_what_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "hours.db"
+    shutil.copy(sample_database(), path)
+    with sqlite3.connect(path) as connection:
+        connection.execute("DELETE FROM event_impacts WHERE window_min = 15")
+    made = build_dataset(InstructionSettings(db=path))  # other kinds take over
+    assert {"sentiment", "extraction"}.isdisjoint(r.meta["kind"] for r in made.records)
+    assert any("it has 5, 30, 60 (--reference_minutes)" in note for note in made.notes)
 
 
 def test_the_readme_counts_the_bundled_news() -> None:
