@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Flags of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", help="folder of a base model (default: SmolLM2-135M's shape, random weights)")
+    parser.add_argument("--layers", type=int, default=30, help="of SmolLM2's shape (default: %(default)s, all)")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens in a sequence (default: %(default)s)")
@@ -116,6 +117,7 @@ def worker(args: argparse.Namespace, variant: str, precision: str) -> Iterator[s
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", variant, "--precision", precision]
     command += ["--rank", str(args.rank), "--dropout", str(args.dropout), "--tokens", str(args.tokens)]
     command += ["--batch_size", str(args.batch_size), "--loss", args.loss, "--threads", str(args.threads)]
+    command += ["--layers", str(args.layers)]
     command += ["--model_path", args.model_path] if args.model_path else []
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
@@ -203,7 +205,7 @@ def build_model(args: argparse.Namespace, dtype: Any) -> Any:
         return auto.from_pretrained(args.model_path, dtype=dtype)
     config = transformers.LlamaConfig(
         hidden_size=576,
-        num_hidden_layers=30,
+        num_hidden_layers=args.layers,
         num_attention_heads=9,
         num_key_value_heads=3,
         intermediate_size=1536,

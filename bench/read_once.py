@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapt_layers", type=int, default=8, help="last layers that train (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs of each side (default: %(default)s)")
     parser.add_argument("--of_epochs", type=int, default=20, help="epochs of the run it stands for (%(default)s)")
+    parser.add_argument("--sequences", type=int, help="time only so many sequences of the year (default: all)")
     parser.add_argument("--speed", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--learning", action=argparse.BooleanOptionalAction, default=True)
@@ -98,6 +99,7 @@ def a_year(ticker: str = "AAPL") -> Any:
 def measure_speed(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Seconds of an epoch of either side, in turn, and of what is read once."""
     from stocklora.base_models.loading import BaseModel
+    from stocklora.cli.console import say
     from stocklora.cli.settings import restored
     from stocklora.finetune.fit import join_training_processes, prepare_data, prepare_run
     from stocklora.finetune.optimization import Optimization
@@ -113,12 +115,14 @@ def measure_speed(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any
         prepared = prepare_run(
             prepare_data(split_prices(a_year(), settings), settings, base), settings, base, accelerator
         )
-        examples, model = prepared.prepared.examples, prepared.forecaster.model
+        model = prepared.forecaster.model
+        examples = {split: part[: arguments.sequences] for split, part in prepared.prepared.examples.items()}
         clock = Clock()
         for example in [*examples["train"], *examples["validation"]]:
             if prepared.states is not None:
                 prepared.states.of(example)
         table[side] = {"read_once": clock.seconds(), "epochs": []}
+        say(f"read once, {side}: {table[side]['read_once'][1]:.1f} s of CPU")
         levels = prepared.prepared.data.levels
         steps = Optimization(model, examples["train"], levels, settings, accelerator, prepared.states)
         runs[side] = (steps, examples["validation"], prepared)
@@ -127,13 +131,15 @@ def measure_speed(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any
             clock = Clock()
             list(steps.epoch(number))
             predict(prepared.forecaster.model, validation, prepared.forecaster.device, states=prepared.states)
+            seconds = clock.seconds()
+            say(f"epoch {number}, {side}: {seconds[0]:.1f} s, {seconds[1]:.1f} s of CPU")
             if number:  # the first fetches memory from the system
-                table[side]["epochs"].append(clock.seconds())
+                table[side]["epochs"].append(seconds)
     for row in table.values():
         for index, kind in enumerate(("wall", "cpu")):
             row[f"epoch_{kind}_s"] = statistics.median(epoch[index] for epoch in row["epochs"])
             row[f"run_{kind}_s"] = row["read_once"][index] + arguments.of_epochs * row[f"epoch_{kind}_s"]
-    tokens = sum(len(example.encoded.input_ids) for example in runs["whole"][2].prepared.examples["train"])
+    tokens = sum(len(example.encoded.input_ids) for example in runs["whole"][0].training)
     ratios = {f"ratio_{kind}": table["whole"][f"run_{kind}_s"] / table["last"][f"run_{kind}_s"] for kind in
               ("wall", "cpu")}  # fmt: skip
     return {"tokens_an_epoch": tokens, "of_epochs": arguments.of_epochs, **table, **ratios}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lora
 from lora import DEFAULT_ADAPTER, LoRAConfig, LoRAError, LoRALayer
 from stocklora.adapters.biases import TrainsBias, bias_modules, check_biases, train_biases
+from stocklora.adapters.kernel import Product, SharedInput, frozen_linears, share_inputs
 from stocklora.base_models.quantized import dense_weight, prevent_cpu_repacking
 
 INITS = ("kaiming", "pissa")
@@ -89,6 +90,7 @@ class AdapterLayer(TrainsBias):
     lora_magnitude: nn.ParameterDict
     pissa_A: nn.ParameterDict
     pissa_B: nn.ParameterDict
+    shared: SharedInput | None = None  # with the layers that read the same input
 
     def shapes(self, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
         """As the base's, with the parts of the variants; ``config`` is an ``AdapterConfig`` or a plain one."""
@@ -123,11 +125,12 @@ class AdapterLayer(TrainsBias):
         name, config = self.active, self.configs[self.active]
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        if autocast or dtype == self.weight.dtype:
+            if self.shared is not None and (y := self.shared.output(self, x, dtype)) is not None:
+                return y
+            if (product := self.product()) is not None:
+                return frozen_linears(x, [product], dtype)[0]
         drops, dora = config.dropout > 0 and self.training, name in self.lora_magnitude
-        plain = not drops and not dora and (autocast or dtype == self.weight.dtype)
-        if plain and self._has_plain_frozen_base():
-            weight = self.weight.t() if self.transposed else self.weight  # (out, in)
-            return FrozenLinearLoRA.apply(x, weight, self.bias, *self.factors(name), config.scaling, dtype)
         # Quantized, hooked or trainable bases, dropout, DoRA, and torch.compile, which fuses better than we do.
         y, x = self.base(x), x.to(dtype)
         A, B = self.factors(name)
@@ -146,6 +149,22 @@ class AdapterLayer(TrainsBias):
         # The norm of V is taken as a constant in the backward pass, as in section 4.3 of DoRA's paper.
         stretch = self.lora_magnitude[name] / row_norms(self._tuned_weight()) - 1  # (out,)
         return y + update + stretch.to(y.dtype) * (wx + update)
+
+    def product(self) -> Product | None:
+        """What the fused step computes with; None where it does not, as base and adapter are now."""
+        name = self.active
+        config = None if self.disabled or self.merged else self.configs.get(name)
+        if config is None or (config.dropout > 0 and self.training) or name in self.lora_magnitude:
+            return None
+        if not self._has_plain_frozen_base():
+            return None
+        weight = self.weight.t() if self.transposed else self.weight  # (out, in)
+        return Product(weight, self.bias, *self.factors(name), config.scaling)
+
+    def version(self) -> tuple[Any, ...]:
+        """What the output for an input hangs on, besides the input."""
+        tensors = [self.weight, self.bias, *self.parts(self.active).values()]
+        return (self.active, *((id(part), part._version) for part in tensors if part is not None))
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """``(A, B)`` whose product is the whole update: at twice the rank for PiSSA, ``B A - B0 A0``."""
@@ -190,61 +209,6 @@ class AdapterLayer(TrainsBias):
         return (weight.t() if self.transposed else weight).to(self.weight.dtype).contiguous()
 
 
-class FrozenLinearLoRA(torch.autograd.Function):
-    """``y = x W' + bias + s (x A') B'`` for a frozen ``W``, with no wide temporary and no second copy of ``x``.
-
-    Written as separate operations, the update costs three tensors as wide as ``y`` (``B A x``, its scaled copy,
-    the sum) and under autocast keeps low-precision copies of ``W`` and ``x`` until the backward pass. Here the
-    update is added in place, the scale goes into the small ``B``, and what is kept is what exists anyway.
-
-    Shapes: x (..., in), weight (out, in), bias (out,) or None, A (rank, in), B (out, rank); returns (..., out)
-    in ``dtype``. For the gradient g of y: ``gx = g W + s (g B) A``, ``gA = s (g B)' x``, ``gB = s g' (x A')``, and
-    the sum over g's rows for the bias.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float,
-        dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (n, in)
-        # Made in its final shape: a view is what autograd would not let the model change in place.
-        y = rows.new_empty(*x.shape[:-1], weight.shape[0])
-        flat = y.view(-1, y.shape[-1])  # (n, out)
-        if bias is None:
-            torch.mm(rows, weight.to(dtype).t(), out=flat)
-        else:
-            torch.addmm(bias.to(dtype), rows, weight.to(dtype).t(), out=flat)
-        z = F.linear(rows, A.to(dtype))  # (n, rank)
-        flat.addmm_(z, B.to(dtype).t(), alpha=scaling)
-        ctx.save_for_backward(x, weight, A, B, z)
-        ctx.scaling = scaling
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, A, B, z = ctx.saved_tensors
-        dtype = grad.dtype
-        gx = gA = gB = g_bias = None
-        with torch.autocast(x.device.type, enabled=False):  # the casts below are all there should be
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (n, in)
-            g = grad.reshape(-1, grad.shape[-1])  # (n, out)
-            low_A = A.to(dtype)
-            if torch.is_grad_enabled():  # a second derivative is wanted: z must lead back to x and A
-                z = F.linear(rows, low_A)
-            gz = g @ (B.to(dtype) * ctx.scaling)  # (n, rank)
-            if ctx.needs_input_grad[0]:
-                gx = (g @ weight.to(dtype)).addmm_(gz, low_A).view(x.shape).to(x.dtype)
-            if ctx.needs_input_grad[2]:
-                g_bias = g.sum(0, dtype=torch.float32)
-            if ctx.needs_input_grad[3]:
-                gA = (gz.t() @ rows).to(A.dtype)
-            if ctx.needs_input_grad[4]:
-                # (z' g)' rather than g' z: the same numbers, and up to three times faster at a small rank.
-                gB = (z.t() @ g).t().to(B.dtype) * ctx.scaling
-        return gx, None, g_bias, gA, gB, None, None
-
-
 def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """``(A, B)`` such that ``scaling B A`` is the best approximation of ``weight`` (out, in) of that rank."""
     U, S, V = torch.linalg.svd(weight, full_matrices=False)
@@ -286,5 +250,6 @@ def attach(model: nn.Module, names: list[str], config: LoRAConfig, adapter: str,
     check_biases(model, which, names)
     prevent_cpu_repacking(model)
     lora.attach(model, names, config, adapter, initialize)
+    share_inputs(model, AdapterLayer)
     if which != "none":
         train_biases(model, bias_modules(model, which, names), config, adapter)
