@@ -541,6 +541,8 @@ def held_out_scores(days: Days, run: Any) -> dict[str, Any]:
         "loss_over_ewma": ratios,
         "share_of_har_gain": (1.0 - ratios["model"][0]) / (1.0 - ratios["har"][0]),
         "r2_of_prior_over_start": width_explained(forecasts["model"], prior_quantiles, start),
+        "r2_of_prior_over_start_by_har": width_explained(forecasts["har"], prior_quantiles, start),
+        "r2_of_har_over_start": width_explained(forecasts["model"], forecasts["har"], start),
         "r2_of_prior": width_explained(forecasts["model"], prior_quantiles, np.ones_like(start) * start[:1]),
         "average_weight": weight,
         "average_over_prior": [float(daily["average"].mean() / daily["prior"].mean()), *over_prior],
