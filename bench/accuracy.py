@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_path", type=Path, default=ROOT / "models" / "smollm2-135m")
     parser.add_argument("--backbone_layers", type=int, default=8, help="layers of the model (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the training days (default: %(default)s)")
-    parser.add_argument("--prompt", default="returns", choices=("returns", "ohlcv", "zscores"))
+    parser.add_argument("--prompt", default="returns", choices=("returns", "ohlcv", "zscores", "words"))
     parser.add_argument("--indicators", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--scale", default="auto", choices=("auto", "ewma", "har", "harx", "prior"))
     parser.add_argument("--prior", metavar="FILE", help="builtin, none or a file of scripts/make_prior.py (default: "

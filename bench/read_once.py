@@ -112,9 +112,8 @@ def measure_speed(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any
         settings = restored(flags | {"save_dir": str(scratch / side)}, TrainLoraSettings)
         base = BaseModel(settings.model_path)
         accelerator = join_training_processes(settings, alone=True)
-        prepared = prepare_run(
-            prepare_data(split_prices(a_year(), settings), settings, base), settings, base, accelerator
-        )
+        data = prepare_data(split_prices(a_year(), settings), settings, base)
+        prepared = prepare_run(data, settings, base, accelerator)
         model = prepared.forecaster.model
         examples = {split: part[: arguments.sequences] for split, part in prepared.prepared.examples.items()}
         clock = Clock()

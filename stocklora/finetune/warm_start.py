@@ -187,7 +187,7 @@ def fit_head(
     examples: Sequence[Example],
     device: torch.device,
     states: KeptStates | None = None,
-    targets: int = 10_000,
+    targets: int = 30_000,
 ) -> None:
     """Set the head to the ridge regression of the teacher's quantiles on the states as they are now.
 
