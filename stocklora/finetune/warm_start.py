@@ -25,6 +25,7 @@ from stocklora.forecaster.batches import KeptStates, collate
 from stocklora.forecaster.forecaster import Forecaster, assemble
 from stocklora.forecaster.methods import load_trained_state
 from stocklora.forecaster.weights import ForecasterSpec, WeightsFile, load_weights, other_setting
+from stocklora.runtime.distributed import is_sharded
 from stocklora.runtime.machine import choose_dtype
 
 RIDGES = tuple(10.0**power for power in range(-4, 3))
@@ -197,7 +198,7 @@ def fit_head(
     taught = [example for example in examples if example.teacher is not None and np.isfinite(example.teacher).all()]
     every = max(1, sum(len(example.scale) for example in taught) // targets)
     chosen = taught[::every]
-    if len(chosen) < LEAST_SEQUENCES:
+    if len(chosen) < LEAST_SEQUENCES or is_sharded(model):  # a shard of the head is no head to be set
         return
     was_training, head = model.training, model.head
     model.eval()
@@ -207,10 +208,12 @@ def fit_head(
         inputs = torch.cat([head.features(rows).double().cpu() for rows in hidden])
     model.train(was_training)
     location = model.location.double().cpu()[:, None]
-    wanted = torch.cat([
-        head.outputs_for((torch.from_numpy(example.teacher) - location) / torch.from_numpy(example.scale)[..., None])
+    apart = 1e-5 * torch.arange(head.levels)  # quantiles that are equal, of a price that hardly moves
+    scaled = [
+        (torch.from_numpy(example.teacher) - location) / torch.from_numpy(example.scale)[..., None] + apart
         for example in chosen
-    ]).flatten(1)  # (n, horizon * levels)  # fmt: skip
+    ]
+    wanted = torch.cat([head.outputs_for(each) for each in scaled]).flatten(1)  # (n, horizon * levels)
     fitted_on = sum(len(example.scale) for example in chosen[: -(-4 * len(chosen) // 5)])
     errors = {
         ridge: float((inputs[fitted_on:] @ weight.T + bias - wanted[fitted_on:]).square().mean())

@@ -248,6 +248,9 @@ def test_the_head_is_fitted_to_what_the_states_hold(tiny_model, prices, tmp_path
     model.head.load_state_dict(begun)
     fit_head(model, own[:4], CPU)  # too few to choose a ridge on: the head stays
     assert distance() == before
+    fit_head(model, [dataclasses.replace(each, teacher=np.zeros_like(each.teacher)) for each in own], CPU)
+    narrow = forecaster.quantiles(own, calibrated=False)  # quantiles that are all one number are no reason to fail
+    assert 0.0 < (narrow[..., -1] - narrow[..., 0]).max() < 1e-4
 
 
 def test_the_first_epochs_learn_from_the_teacher_alone(tiny_model, prices, tmp_path) -> None:
