@@ -148,7 +148,7 @@ def _serve_runs(app: FastAPI, workspace: Workspace, runs: Runs, planner: Planner
     @app.get("/api/runs/{name}/curve")
     def curve(name: str) -> dict[str, Any]:
         run = runs.describe(name)
-        finished = run["state"] == "done"
+        finished = run["state"] in ("done", "stopped")
         whole = reports.training_curve(workspace, run["script"], run["values"]) if finished else []
         return {"live": runs.losses(name), "whole": whole}
 

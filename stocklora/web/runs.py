@@ -112,7 +112,8 @@ class Runs:
         if code is None:
             state = "running" if alive else "lost"
         else:
-            state = "done" if code == 0 else "stopped" if asked else "failed"
+            # A training that was asked to stop saves its state and ends well.
+            state = "stopped" if asked else "done" if code == 0 else "failed"
         last, progress = _last_line(folder / "log"), _last_json(folder / "progress.jsonl")
         if state == "running" and progress is None and command["script"] == "download_model":
             progress = {"bytes": fetched_bytes(self.workspace, command["values"])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -222,3 +223,20 @@ def test_a_message_as_long_as_a_damaged_file_is_cut(capsys: pytest.CaptureFixtur
 
     assert run_script(fail) == 2
     assert len(capsys.readouterr().err) < 2100
+
+
+def test_progress_is_told_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "progress.jsonl"
+    monkeypatch.setenv("STOCKLORA_PROGRESS", str(path))
+    with progress("loss {task.fields[loss]}") as bar:
+        task = bar.add_task("train", total=1000, loss="-")
+        for step in range(1000):
+            bar.update(task, advance=1, loss=f"{1000 - step}")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) < 50  # a line a second at most, and the last
+    assert {name: lines[-1][name] for name in ("what", "done", "total", "loss")} == {
+        "what": "train", "done": 1000, "total": 1000, "loss": "1",
+    }  # fmt: skip
+    monkeypatch.setenv("STOCKLORA_PROGRESS", str(tmp_path))  # a folder takes no lines, and costs no run
+    with progress() as bar:
+        bar.update(bar.add_task("train", total=1), advance=1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from source_tree import REPO_ROOT
-from web_workspaces import HOSTILE, write_many, write_record, write_sample
+from web_workspaces import HOSTILE, end_runs, write_many, write_record, write_sample
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
@@ -40,6 +40,7 @@ def serving(workspace: Path, models: Path | None = None) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(timeout=20)
+        end_runs(workspace)
 
 
 @pytest.fixture(scope="module")

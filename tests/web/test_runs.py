@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from source_tree import REPO_ROOT
-from web_workspaces import write_sample
+from web_workspaces import end_runs, write_sample
 
 from stocklora.cli.console import UserError
+from stocklora.web.reports import training_curve
 from stocklora.web.runs import Runs
 from stocklora.web.workspace import Workspace
 
@@ -32,8 +35,10 @@ time.sleep(60)
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> Runs:
-    return Runs(Workspace(tmp_path, tmp_path))
+def runs(tmp_path: Path) -> Iterator[Runs]:
+    found = Runs(Workspace(tmp_path, tmp_path))
+    yield found
+    end_runs(tmp_path)
 
 
 def wait_for(found: Callable[[], bool], within_s: float = 30.0) -> None:
@@ -94,8 +99,6 @@ def test_a_killed_server_finds_its_run_again_and_stops_it(runs: Runs) -> None:
 
 def _has_default_interrupt(runs: Runs, name: str) -> bool:
     """Whether the script has come to its file: its main module is loaded and it waits."""
-    import json
-
     pid = json.loads((runs.folder / name / "process.json").read_text())["pid"]
     process = psutil.Process(pid)
     return process.status() == psutil.STATUS_SLEEPING and process.cpu_times().user > 0.2
@@ -103,8 +106,6 @@ def _has_default_interrupt(runs: Runs, name: str) -> bool:
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes with a name")
 def test_a_run_whose_processes_were_killed_is_lost_not_running(runs: Runs) -> None:
-    import json
-
     os.mkfifo(runs.workspace.root / "pipe.csv")
     name = runs.start("train", {"data": ["pipe.csv"]})["id"]
     told = runs.folder / name / "process.json"
@@ -121,3 +122,31 @@ def test_a_run_whose_processes_were_killed_is_lost_not_running(runs: Runs) -> No
 def test_a_run_that_is_none(runs: Runs, name: str) -> None:
     with pytest.raises(UserError, match="no run"):
         runs.describe(name)
+
+
+def test_a_training_is_stopped_and_resumed_to_the_end(runs: Runs, tiny_models: dict[str, Path]) -> None:
+    root = runs.workspace.root
+    write_sample(root, "AAPL")
+    shutil.copytree(tiny_models["shallow_qwen3"], root / "base")
+    values = {
+        "data": ["prices"], "model_path": "base", "epochs": 8, "patience": 8, "batch_size": 1,
+        "targets_per_sequence": 20, "device": "cpu",
+    }  # fmt: skip
+    name = runs.start("train_lora", values)["id"]
+    wait_for(lambda: runs.describe(name)["progress"] is not None, within_s=90)
+    progress = runs.describe(name)["progress"]
+    assert 0 < progress["done"] < progress["total"]
+    assert float(progress["loss"]) > 0
+    runs.stop(name)
+    stopped = ended(runs, name)
+    assert stopped["state"] == "stopped", runs.log(name, 0)["text"]
+    assert "state saved; to go on" in runs.log(name, 0)["text"]
+    again = runs.start(stopped["script"], {**stopped["values"], **stopped["resume"]})["id"]
+    wait_for(lambda: runs.describe(again)["state"] != "running", within_s=90)
+    assert runs.describe(again)["state"] == "done", runs.log(again, 0)["text"]
+    assert "resum" in runs.log(again, 0)["text"]
+    done = [line["done"] for line in runs.losses(again)]
+    assert done == sorted(done)
+    assert done[0] >= progress["done"]  # it went on, and did not begin again
+    curve = training_curve(runs.workspace, "train_lora", values)
+    assert [point["x"] for point in curve] == list(range(9))
