@@ -16,6 +16,8 @@ import pytest
 from source_tree import REPO_ROOT
 from web_workspaces import HOSTILE, end_runs, write_many, write_record, write_sample
 
+from stocklora.web.scripts import SCRIPTS, form_of
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
 
@@ -303,3 +305,12 @@ def test_a_page_of_an_earlier_server_says_so(open_page: Callable[..., Page], fur
     page.context.clear_cookies()
     page.locator("nav a[data-room=trust]").click()
     page.locator(".banner", has_text="Open the address that web.py printed last").wait_for()
+
+
+def test_every_section_of_a_form_has_a_name_in_chinese(
+    open_page: Callable[..., Page], furnished: tuple[str, Path]
+) -> None:
+    page = open_page(furnished[0], locale="zh-CN")
+    names = {section["name"] for script in SCRIPTS for section in form_of(script)["sections"]}
+    known = page.evaluate("import('/static/js/strings.js').then((s) => s.KEYS)")
+    assert {f"sec_{name}" for name in names} <= set(known)

@@ -51,8 +51,9 @@ export function assistantRoom(root) {
       return fill(place, h("div", { class: "empty" }, h("p", { class: "title" }, t("startServer")), h("p", {}, t("noBase")), h("div", { class: "actions" }, h("a", { class: "button primary", href: "#/data" }, t("toData")))));
     }
     const values = { serve: true, port: 0 };
-    if (state.adapters.length) values.lora_model = state.adapters.slice(0, 4);
-    else [values.base_model] = state.base_models;
+    // An adapter may name its base by a path of another folder.
+    if (state.adapters.length) values.lora_model = [state.adapters[0]];
+    if (!state.adapters.length || state.base_models.length === 1) [values.base_model] = state.base_models;
     const { element } = await startForm({
       script: "inference_lora", values, only: ["model", "answers"], hidden: ["serve", "port", "json_schema", "batch_size"], open: ["model"],
       suggest: { base_model: state.base_models, lora_model: state.adapters }, button: t("startServer"), start,

@@ -143,7 +143,7 @@ function fieldRow(field, value, suggested, { set, refuse }) {
         h("button", {
           type: "button", class: "chip",
           onclick: () => {
-            const items = input.value.split(/[,，]+/).map((item) => item.trim()).filter(Boolean);
+            const items = input.value.trim() ? input.value.split(/[,，]+/).map((item) => item.trim()).filter(Boolean) : [...(field.default ?? [])];
             input.value = (items.includes(text) ? items.filter((item) => item !== text) : [...items, text]).join(", ");
             take();
           },

@@ -157,6 +157,13 @@ const TABLE = {
   sec_closes: ["closes", "收盘价"],
   sec_answers: ["answers", "回答"],
   sec_leakage: ["leakage", "信息泄漏"],
+  "sec_reading prices": ["reading prices", "读取行情"],
+  "sec_fresh prices": ["fresh prices", "最新行情"],
+  "sec_walk forward": ["walk forward", "逐日前进"],
+  "sec_what to do": ["what to do", "做什么"],
+  sec_input: ["input", "输入"],
+  sec_check: ["check", "检查"],
+  sec_network: ["network", "网络"],
   sec_more: ["more", "更多"],
 
   // trust
