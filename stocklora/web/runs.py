@@ -23,7 +23,7 @@ from typing import Any
 from stocklora.cli.console import PROGRESS_FILE, UserError
 from stocklora.runtime.files import write_json
 from stocklora.web.reports import fetched_bytes
-from stocklora.web.scripts import SCRIPTS, argv_of, command_text, settings_of
+from stocklora.web.scripts import SCRIPTS, argv_of, command_text, script_file, settings_of
 from stocklora.web.workspace import RUNS, Workspace
 
 RUN_ID = re.compile(r"\d{8}-\d{6}-[a-z_]+-[0-9a-f]{6}")
@@ -100,15 +100,13 @@ class Runs:
             (as it was asked to) or ``lost`` (the machine or its runner died).
         """
         folder = self._folder(name)
-        command = _read(folder / "command.json")
-        if command is None:
-            raise UserError(f"run {name} has no command.json")
+        command = _command_of(folder)
         started = dt.datetime.fromisoformat(command["started"]).timestamp()
         ended, asked = _read(folder / "exit.json"), (folder / "stop").exists()
         alive = ended is None and self._is_alive(folder, started)
         if ended is None and not alive:
             ended = _read(folder / "exit.json")  # it may have ended between the two looks
-        code = None if ended is None else ended["code"]
+        code = None if ended is None else ended.get("code")
         if code is None:
             state = "running" if alive else "lost"
         else:
@@ -158,7 +156,8 @@ class Runs:
         """Ask a run to end, as Ctrl-C does: a training run saves its state. Asked again, it ends at once."""
         folder = self._folder(name)
         process = _read(folder / "process.json")
-        if process is not None and self.describe(name)["state"] == "running":
+        script = _command_of(folder)["script"]
+        if process is not None and self.describe(name)["state"] == "running" and _runs(process.get("pid"), script):
             again = (folder / "stop").exists()
             (folder / "stop").touch()
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -170,7 +169,7 @@ class Runs:
 
     def _seconds(self, folder: Path, started: float, ended: Mapping[str, Any] | None, state: str) -> float:
         """How long a run took, or takes; of a lost one until it last wrote something."""
-        end = time.time() if ended is None else float(ended["ended"])
+        end = time.time() if ended is None else float(ended.get("ended") or started)
         if state == "lost":
             end = max(path.stat().st_mtime for path in folder.iterdir())
         return round(max(0.0, end - started), 1)
@@ -187,15 +186,8 @@ class Runs:
         process = _read(folder / "process.json")
         if process is None:
             return time.time() - started < STARTING_S
-        import psutil
-
-        command = _read(folder / "command.json") or {"argv": ["", ""]}
-        for number, sign in ((process["runner"], str(folder)), (process["pid"], command["argv"][1])):
-            with contextlib.suppress(psutil.Error):
-                found = psutil.Process(number)
-                if found.status() != psutil.STATUS_ZOMBIE and sign in found.cmdline():
-                    return True
-        return False
+        script = _command_of(folder)["script"]
+        return _lives(process.get("runner"), str(folder)) or _runs(process.get("pid"), script)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -204,6 +196,40 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def _command_of(folder: Path) -> dict[str, Any]:
+    """What a run is; a workspace may come from elsewhere, so nothing is taken for granted.
+
+    Raises:
+        UserError: no run of this program.
+    """
+    command = _read(folder / "command.json") or {}
+    kinds = {"script": str, "values": dict, "argv": list, "folder": str, "started": str}
+    if not all(isinstance(command.get(name), kind) for name, kind in kinds.items()):
+        raise UserError(f"run {folder.name} has no command.json that this program wrote")
+    try:
+        dt.datetime.fromisoformat(command["started"])
+    except ValueError:
+        raise UserError(f"run {folder.name} does not say when it was started") from None
+    return {**command, "argv": [str(item) for item in command["argv"]]}
+
+
+def _runs(number: Any, script: str) -> bool:
+    """Whether the process of that number runs one of our scripts."""
+    return script in SCRIPTS and _lives(number, script_file(script))
+
+
+def _lives(number: Any, sign: str) -> bool:
+    """Whether there is a process of that number, with ``sign`` among its arguments."""
+    import psutil
+
+    if not isinstance(number, int):
+        return False
+    with contextlib.suppress(psutil.Error, ValueError, OverflowError):
+        found = psutil.Process(number)
+        return found.status() != psutil.STATUS_ZOMBIE and sign in found.cmdline()
+    return False
 
 
 def _tail(path: Path, size: int = 4096) -> list[bytes]:

@@ -161,7 +161,12 @@ def arguments_of(name: str, settings: Any) -> list[str]:
 
 def argv_of(name: str, settings: Any) -> list[str]:
     """The command: by the script's own file, since ``python -m`` would look for modules in the workspace first."""
-    return [sys.executable, str(PROJECT / f"{name}.py"), *arguments_of(name, settings)]
+    return [sys.executable, script_file(name), *arguments_of(name, settings)]
+
+
+def script_file(name: str) -> str:
+    """Where a script stands, in a checkout and installed."""
+    return str(PROJECT / f"{name}.py")
 
 
 def command_text(argv: list[str], folder: Path) -> str:

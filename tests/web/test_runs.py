@@ -150,3 +150,33 @@ def test_a_training_is_stopped_and_resumed_to_the_end(runs: Runs, tiny_models: d
     assert done[0] >= progress["done"]  # it went on, and did not begin again
     curve = training_curve(runs.workspace, "train_lora", values)
     assert [point["x"] for point in curve] == list(range(9))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"script": 3}', '{"script": "train", "values": {}, "argv": ["a"], "folder": "", "started": "x"}'],
+)
+def test_a_folder_that_is_no_run_is_passed_over(runs: Runs, content: str) -> None:
+    folder = runs.folder / "20260101-000000-train-abcdef"
+    folder.mkdir(parents=True)
+    (folder / "command.json").write_text(content)
+    assert runs.all() == []
+
+
+def test_a_foreign_process_is_neither_taken_for_a_run_nor_stopped(runs: Runs) -> None:
+    folder = runs.folder / "20260101-000000-train-abcdef"
+    folder.mkdir(parents=True)
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "train.py"])
+    command = {
+        "script": "train",
+        "values": {},
+        "argv": [sys.executable, "train.py"],
+        "folder": "/",
+        "started": "2026-01-01",
+    }
+    (folder / "command.json").write_text(json.dumps(command))
+    (folder / "process.json").write_text(json.dumps({"pid": other.pid, "runner": other.pid}))
+    assert runs.stop(folder.name)["state"] == "lost"
+    assert other.poll() is None
+    other.kill()
+    other.wait()
