@@ -158,6 +158,8 @@ def test_a_file_dropped_and_a_broken_one(open_page: Callable[..., Page], furnish
     }"""
     page.evaluate(dropped, "Date,Close\n2024-01-02,abc\n")
     page.locator(".problem", has_text="broken.csv").wait_for()
+    page.wait_for_timeout(700)
+    assert page.locator(".problem", has_text="broken.csv").is_visible()  # it stays
     assert not (root / "prices" / "broken.csv").exists()
 
 
@@ -256,9 +258,8 @@ def test_contrast_names_and_roles(open_page: Callable[..., Page], furnished: tup
     page = open_page(furnished[0], color_scheme=theme)
     for room in (*ROOMS, "forecasts/AAPL", "run/20260101-000000-train-abcdef"):
         page.goto(f"{furnished[0]}#/{room}")
-        page.wait_for_function(
-            "document.querySelector('main :is(h1, .title)') && !document.querySelector('main .muted.pad')"
-        )
+        page.locator("main :is(h1, .title)").first.wait_for()
+        page.locator("main .muted.pad").wait_for(state="detached")
         page.wait_for_timeout(400)
         assert page.evaluate("document.documentElement.dataset.theme") == theme
         found = Axe().run(page).response["violations"]

@@ -33,6 +33,7 @@ export function forecastsRoom(root) {
   let widest = 0.1; // share of the close that a range bar shows, one for the whole list
   let loaded = kept !== null;
   let gone = false;
+  let unreachable = false;
   let forecaster = null;
   const strips = new Set();
 
@@ -140,11 +141,13 @@ export function forecastsRoom(root) {
       kept = watch;
       scaleBars();
       loaded = true;
-      fill(problem);
+      if (unreachable) fill(problem); // what else is said there stays
+      unreachable = false;
       draw();
       if (watch.reading) setTimeout(() => gone || load(), 500);
       else loadRecord();
     } catch (error) {
+      unreachable = true;
       if (!gone) fill(problem, error.message === "offline" ? t("offline") : error.message);
     }
   }
