@@ -124,6 +124,7 @@ def test_a_run_that_is_none(runs: Runs, name: str) -> None:
         runs.describe(name)
 
 
+@pytest.mark.slow
 def test_a_training_is_stopped_and_resumed_to_the_end(runs: Runs, tiny_models: dict[str, Path]) -> None:
     root = runs.workspace.root
     write_sample(root, "AAPL")
