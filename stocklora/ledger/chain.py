@@ -110,7 +110,9 @@ def read_entries(path: Path) -> list[Entry]:
     entries: list[Entry] = []
     previous = START
     try:
-        with _errors(), contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as database:
+        # To write, too: a writer that was killed leaves a journal, which whoever opens next has to undo. A file that
+        # cannot be written is read all the same.
+        with _errors(), contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True)) as database:
             _check_ours(database)
             for number, text, digest in database.execute("SELECT number, content, hash FROM entries ORDER BY number"):
                 entries.append(_checked(number, text, digest, len(entries) + 1, previous))
