@@ -154,6 +154,8 @@ class SharedInput:
 
     def output(self, layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """What ``layer`` makes of ``x``, or None where it is to compute by itself."""
+        if torch.compiler.is_compiling():  # what is kept between calls is nothing that a graph can hold
+            return None
         if not self.layers or not torch.is_grad_enabled() or x.is_inference():
             return None
         if x is self._x and (found := self._found.pop(id(layer), None)) is not None:
