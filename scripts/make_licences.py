@@ -5,8 +5,10 @@ python scripts/make_licences.py
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -41,7 +43,8 @@ def names_in(lock: Path) -> list[str]:
     return re.findall(r"^([\w.-]+)==", lock.read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     lines = [HEAD]
     for lock, what in LOCKS.items():
         lines += [f"\n## Needed by {what}\n", "| package | licence |", "|---|---|"]

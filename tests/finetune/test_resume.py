@@ -558,7 +558,7 @@ def test_what_else_makes_another_run(capsys: pytest.CaptureFixture[str]) -> None
         check_identity(before, {**IDENTITY, "processes": 2})
     with pytest.raises(UserError, match="another base model"):
         check_identity(before, {**IDENTITY, "base_model": {"config_sha256": "3", "revision": None}})
-    with pytest.raises(UserError, match="--teacher is another file"):
+    with pytest.raises(UserError, match="--teacher is another one"):
         check_identity(before, {**IDENTITY, "teacher": "4"})
     check_identity(before, {**IDENTITY, "place": {**IDENTITY["place"], "device": "cuda", "compile": True}})
     assert "device cpu -> cuda, compile False -> True: the run goes on, but not to the last" in capsys.readouterr().err

@@ -212,7 +212,8 @@ def test_yaml_tags(tag: str, tmp_path: Path, owned: Path) -> None:
     assert not owned.exists()
 
 
-CODE = "import os\nos.mkdir({!r})\nfrom transformers import {} as Own\n"
+# A class of its own: transformers marks the class that such a file names, and one of its own would stay marked.
+CODE = "import os\nos.mkdir({!r})\nfrom transformers import {} as Base\n\nclass Own(Base):\n    pass\n"
 
 
 @pytest.mark.parametrize(

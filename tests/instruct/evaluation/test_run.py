@@ -111,7 +111,7 @@ def test_a_question_said_again_is_no_answer() -> None:
 def test_expected_answers_score_all_points_and_their_questions_none(in_folder: Path) -> None:
     rows = build_dataset(InstructionSettings(output=in_folder / "rows.jsonl", num_samples=200)).records
     labels = label_sets(rows)
-    assert len(labels) == 9
+    assert len(labels) == 10
     for row in rows:
         kind = labels[str(row.meta["kind"])]
         good = score(row, row.answer, "stop", kind)
