@@ -22,8 +22,10 @@ export function signed(share, digits = 2) {
   return `${sign}${number(Math.abs(rounded), digits)}%`;
 }
 
-/** A share of one as a percentage. */
+/** A share of one as a percentage; none that is not certain is called 0% or 100%. */
 export function percent(share, digits = 0) {
+  if (digits === 0 && share > 0 && share < 0.005) return "<1%";
+  if (digits === 0 && share < 1 && share >= 0.995) return ">99%";
   return Number.isFinite(share) ? `${number(100 * share, digits)}%` : "–";
 }
 
