@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import gzip
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 from stocklora.cli.console import UserError
 from stocklora.prices.csv_columns import PRICE_COLUMNS
 from stocklora.prices.tables import is_table, read_prices
-from stocklora.runtime.files import write_json
+from stocklora.runtime.files import json_of, write_json
 from stocklora.web.workspace import PRICES, REMOVED, STATE, Workspace
 
 SPARK_DAYS = 60
@@ -44,7 +43,7 @@ class WatchedPrices:
         self._lock, self._reading = threading.RLock(), threading.Lock()
         self._kept = workspace.root / STATE / "watch.json"
         try:
-            kept = json.loads(self._kept.read_text(encoding="utf-8"))
+            kept = json_of(self._kept.read_text(encoding="utf-8"))
             if kept.get("format") == FORMAT:
                 self._known = kept["files"]
         except (OSError, ValueError, KeyError, AttributeError):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import datetime as dt
-import json
 from pathlib import Path
 from typing import Any
 
 from stocklora.base_models.download import DownloadModelSettings, model_folder
 from stocklora.base_models.folders import INCOMPLETE
 from stocklora.cli.settings import restored
+from stocklora.runtime.files import json_of
 from stocklora.web.workspace import Workspace
 
 REPORT, METRICS = "report.html", "metrics.csv"
@@ -74,11 +74,11 @@ def _log(workspace: Workspace, folder: str) -> list[dict[str, float]]:
     found = []
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
+            entry = json_of(line)
             found.append({
                 "x": float(entry["step"]), "loss": entry.get("loss"), "validation": entry.get("eval_loss"),
             })  # fmt: skip
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError, TypeError, AttributeError):
         return found
     return found
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import json
 import os
 import re
 import secrets
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from stocklora.cli.console import PROGRESS_FILE, UserError
-from stocklora.runtime.files import write_json
+from stocklora.runtime.files import json_of, write_json
 from stocklora.web.reports import fetched_bytes
 from stocklora.web.scripts import SCRIPTS, argv_of, command_text, script_file, settings_of
 from stocklora.web.workspace import RUNS, Workspace
@@ -149,7 +148,7 @@ class Runs:
         found = []
         for line in [*lines[:-1:step], *lines[-1:]]:
             with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
+                found.append(json_of(line))
         return found
 
     def stop(self, name: str) -> dict[str, Any]:
@@ -192,7 +191,7 @@ class Runs:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_of(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
@@ -250,5 +249,5 @@ def _last_line(path: Path) -> str:
 def _last_json(path: Path) -> Any:
     for line in reversed(_tail(path)):
         with contextlib.suppress(ValueError):
-            return json.loads(line)
+            return json_of(line)
     return None

@@ -155,8 +155,12 @@ def test_a_training_is_stopped_and_resumed_to_the_end(runs: Runs, tiny_models: d
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"script": 3}', '{"script": "train", "values": {}, "argv": ["a"], "folder": "", "started": "x"}'],
-)
+    [
+        "", "[]", "{}", '{"script": 3}',
+        '{"script": "train", "values": {}, "argv": ["a"], "folder": "", "started": "x"}', "[" * 100_000,
+    ],
+    ids=["empty", "list", "nothing", "number", "no run", "a pit of brackets"],
+)  # fmt: skip
 def test_a_folder_that_is_no_run_is_passed_over(runs: Runs, content: str) -> None:
     folder = runs.folder / "20260101-000000-train-abcdef"
     folder.mkdir(parents=True)
