@@ -41,7 +41,7 @@ from stocklora.instruct.rows.formats import Message, Record
 from stocklora.instruct.rows.records import read_records, write_records
 from stocklora.ledger.chain import LedgerError, append, read_entries
 from stocklora.prices.tables import read_prices, write_prices
-from stocklora.runtime.files import load_plain, read_text, replacing, write_json
+from stocklora.runtime.files import load_plain, read_text, replacing, write_json, write_text
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 
@@ -268,6 +268,10 @@ WRITERS: dict[str, Writer] = {
     "part of a backtest": Writer(write_backtest_part, read_backtest_part),
     "weights of the simple network": Writer(write_network, read_network),
     "picture": Writer(draw_picture, read_picture),
+    "page of a report": Writer(  # what ``write_report`` ends with
+        lambda folder, version: write_text(folder / "report.html", f"{version}\n" * 9_000),
+        lambda folder: int(set((folder / "report.html").read_text().split()).pop()),
+    ),
     "instructions": Writer(
         lambda folder, version: write_records([row_of(version)] * 40, folder / "rows.jsonl"),
         lambda folder: int(read_records(folder / "rows.jsonl")[39].messages[1].content),
