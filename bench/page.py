@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     from stocklora.cli.console import UserError, say
 
+    if arguments.tickers < 1:
+        raise UserError(f"--tickers must be at least 1, got {arguments.tickers}")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         say("no Chromium here, nothing measured; on Debian: apt install chromium")
