@@ -103,11 +103,15 @@ class Checkpoints:
         return path
 
     def load(self) -> dict[str, Any] | None:
-        """The newest state that is whole; each one that is not is named and passed over. None if there is none at all.
+        """The newest state that is whole; each one that is not is named and passed over.
+
+        None if none was ever finished: a run that was killed before has nothing that starting anew could lose.
 
         Raises:
-            UserError: all are damaged, or the run had other data or settings.
+            UserError: all that were finished are damaged, or the run had other data or settings.
         """
+        if not self._manifests():
+            return None
         reasons = []
         for number in sorted(set(self._numbers("*")), reverse=True):
             path = self._path(number)

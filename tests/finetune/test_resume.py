@@ -420,7 +420,13 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(
     assert step_of(Checkpoints(three.folder, IDENTITY).load()) == 20
 
 
-@pytest.mark.parametrize("reason", DAMAGE)
+def test_a_run_killed_before_its_first_state_was_finished_begins_anew(three: Checkpoints) -> None:
+    for manifest in three.folder.glob("*.json"):
+        manifest.unlink()
+    assert three.load() is None
+
+
+@pytest.mark.parametrize("reason", [reason for reason in DAMAGE if reason != "not finished"])
 def test_where_every_state_is_damaged_nothing_is_pretended(three: Checkpoints, reason: str) -> None:
     for path in list(three.folder.glob("*.pt")):
         DAMAGE[reason](path)

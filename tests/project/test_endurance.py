@@ -106,12 +106,12 @@ def _train(call_script: RunScript, model: Path, folder: Path, draw: random.Rando
         with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             patience = time.monotonic() + 120
             last = folder / "checkpoints" / "last"
-            while process.poll() is None and not any(last.glob("*.json")) and time.monotonic() < patience:
-                time.sleep(0.01)  # until there is a state to go on from
+            while process.poll() is None and not any(last.glob("*state-*")) and time.monotonic() < patience:
+                time.sleep(0.01)  # until a state is there, or begun
             time.sleep(draw.random() * 0.2)
             process.kill()
         kills += 1
-        resume = ("--resume",) if any(last.glob("*.json")) else ()
+        resume = ("--resume",)
     result = call_script(*TRAIN, "--model_path", model, *resume, cwd=folder)
     assert result.returncode == 0, result.stderr
     return kills
