@@ -3,6 +3,8 @@
 ``FrozenLinears`` is one layer, or several that read the same input: queries, keys and values; gate and up. Those share
 the products with A, which are stacked, and have one gradient of their input where each had its own, to be added up.
 ``SharedInput`` finds out at the first of such layers, since a model calls them one after the other.
+
+Where no such step is possible (quantized bases, torch.compile) ``thin_linear`` makes an adapter's two products.
 """
 
 from __future__ import annotations
@@ -12,7 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Into how many parts the rows of a gradient's sum are cut, by kind of device. A, B and z are thin, so that tens of
+# thousands of rows are summed into few numbers: as one product that is work for few of a graphics card's processors,
+# as a batch of products work for all. A power of two, which goes into the lengths that batches are padded on to.
+ROW_PARTS = {"cuda": 32}
 
 
 @dataclass(frozen=True)
@@ -96,16 +104,49 @@ class FrozenLinears(torch.autograd.Function):
                     gx.addmm_(flat[index], weights[index].to(dtype))
                 gx = gx.addmm_(gz.t(), A).view(x.shape).to(x.dtype)
             if any(needs[2 * count : 3 * count]):
-                parts = _split(gz @ rows, [As[index] for index in used])
+                parts = _split(sum_over_rows(gz, rows), [As[index] for index in used])
                 for index, part in zip(used, parts, strict=True):
                     results[2 * count + index] = part.to(As[index].dtype)
             for index in used:
                 if needs[count + index]:
                     results[count + index] = flat[index].sum(0, dtype=torch.float32)
                 if needs[3 * count + index]:
-                    gB = (own[index] @ flat[index]).t()
+                    gB = sum_over_rows(own[index], flat[index]).t()
                     results[3 * count + index] = gB.to(Bs[index].dtype) * ctx.scalings[index]
         return (gx, None, None, *results)
+
+
+class ThinLinear(torch.autograd.Function):
+    """``x W'``, (..., in) (out, in) -> (..., out), for a W that has few rows or few columns and is trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        gx = grad @ weight if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return gx, None
+        flat, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])  # (n, out), (n, in)
+        return gx, sum_over_rows(flat.t(), rows).to(weight.dtype)
+
+
+def thin_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``F.linear`` without bias, for a thin ``weight``."""
+    result: Tensor = ThinLinear.apply(x, weight) if x.device.type in ROW_PARTS else F.linear(x, weight)
+    return result
+
+
+def sum_over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """``left right``, (a, n) (n, b) -> (a, b); in parts as ``ROW_PARTS`` says, which are added in float32 or more."""
+    parts = ROW_PARTS.get(left.device.type, 1)
+    if parts == 1 or left.shape[1] % parts:
+        return left @ right
+    by_part = left.unflatten(1, (parts, -1)).transpose(0, 1) @ right.unflatten(0, (parts, -1))  # (parts, a, b)
+    return by_part.sum(0, dtype=torch.promote_types(by_part.dtype, torch.float32))
 
 
 def _in_four(tensors: Sequence[Any]) -> tuple[Any, Any, Any, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lora
 from lora import DEFAULT_ADAPTER, LoRAConfig, LoRAError, LoRALayer
 from stocklora.adapters.biases import TrainsBias, bias_modules, check_biases, train_biases
-from stocklora.adapters.kernel import Product, SharedInput, frozen_linears, share_inputs
+from stocklora.adapters.kernel import Product, SharedInput, frozen_linears, share_inputs, thin_linear
 from stocklora.base_models.quantized import dense_weight, prevent_cpu_repacking
 
 INITS = ("kaiming", "pissa")
@@ -149,6 +149,11 @@ class AdapterLayer(TrainsBias):
         # The norm of V is taken as a constant in the backward pass, as in section 4.3 of DoRA's paper.
         stretch = self.lora_magnitude[name] / row_norms(self._tuned_weight()) - 1  # (out,)
         return y + update + stretch.to(y.dtype) * (wx + update)
+
+    def update(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """As ``lora.py``'s, with gradients that keep a graphics card busy."""
+        z = thin_linear(x, A.to(x.dtype)) * self.configs[self.active].scaling  # (..., in) (in, rank) -> (..., rank)
+        return thin_linear(z, B.to(x.dtype))  # (..., rank) (rank, out) -> (..., out)
 
     def product(self) -> Product | None:
         """What the fused step computes with; None where it does not, as base and adapter are now."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from llm_model import StockForecaster, blocks_of, distance_sum, pinball_sum
+from llm_model import TOKENS_STEP, StockForecaster, blocks_of, distance_sum, pinball_sum
 from stocklora.cli.console import UserError
 from stocklora.dataset.prepare import Example
 from stocklora.finetune.settings import TrainLoraSettings
@@ -106,7 +106,7 @@ def accumulate_gradients(
         The mean loss over this process's share, in units of the scale.
     """
     device = accelerator.device
-    loss_sum = 0.0
+    losses = []
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
@@ -117,8 +117,9 @@ def accumulate_gradients(
                 loss = loss + distill_weight * distance_sum(quantiles, batch.teacher, batch.scale, batch.mask)
             # Processes average their gradients, and we want their sum over the step's targets.
             accelerator.backward(loss * accelerator.num_processes / total_targets)
-            loss_sum += float(loss.detach())
-    return loss_sum * accelerator.num_processes / total_targets
+            losses.append(loss.detach())
+    # Read once: a graphics card would stand still at each number that is asked for.
+    return sum(torch.stack(losses).tolist()) * accelerator.num_processes / total_targets
 
 
 class NotFiniteError(Exception):
@@ -274,11 +275,14 @@ class Optimization:
 
 
 @contextlib.contextmanager
-def compiled(model: StockForecaster) -> Iterator[None]:
+def compiled(model: StockForecaster, *, dynamic: bool = True) -> Iterator[None]:
     """Inside the block training passes run as torch.compile makes them; the weights and their names stay.
 
     The backbone's repeated blocks are compiled, not the whole: they share their code, which is then compiled once and
     not once a layer. Passes without gradient, of which there are few, run as they are: they would be compiled again.
+
+    Args:
+        dynamic: one code for all lengths, in place of one for each.
 
     Raises:
         UserError: it cannot be compiled on this machine.
@@ -288,7 +292,7 @@ def compiled(model: StockForecaster) -> Iterator[None]:
     blocks = stack if len({type(block) for block in stack}) == 1 else [backbone]
     before = [vars(block).get("forward") for block in blocks]  # another library may have put its own there
     for block in blocks:
-        _compile_for_training(block)
+        _compile_for_training(block, dynamic)
     try:
         _try_compiled(model)
         yield
@@ -307,7 +311,7 @@ def _try_compiled(model: StockForecaster) -> None:
     """
     backbone = model.backbone
     device, was_training = next(backbone.parameters()).device, backbone.training
-    tokens = torch.ones(2, 24, dtype=torch.long, device=device)
+    tokens = torch.ones(2, TOKENS_STEP, dtype=torch.long, device=device)  # a length that batches have
     try:
         with (
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
@@ -326,10 +330,10 @@ def _try_compiled(model: StockForecaster) -> None:
         backbone.train(was_training)
 
 
-def _compile_for_training(block: nn.Module) -> None:
+def _compile_for_training(block: nn.Module, dynamic: bool) -> None:
     """Put a forward pass in front of the class's own; ``nn.Module.compile`` knows no way back, and no exception."""
     as_written = block.forward
-    as_compiled = torch.compile(as_written, dynamic=True)
+    as_compiled = torch.compile(as_written, dynamic=dynamic)
     trains = any(parameter.requires_grad for parameter in block.parameters())
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -88,6 +88,36 @@ def test_a_second_derivative_goes_through() -> None:
     assert torch.autograd.gradgradcheck(both, inputs)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_sums_over_rows_in_parts_are_the_same_gradients(family, monkeypatch) -> None:
+    """Of the fused step, of each layer's own, and where there is none because somebody listens at the base."""
+    model = adapted(family)
+    want = gradients(model)
+    monkeypatch.setitem(kernel.ROW_PARTS, "cpu", 4)  # of 24 tokens
+    hooked = copy.deepcopy(model)
+    for layer in lora_layers(hooked).values():
+        layer.base.register_forward_hook(lambda *_: None)
+    for one in (model, alone(model), hooked):
+        torch.testing.assert_close(gradients(one), want, rtol=1e-5, atol=1e-5)
+    want = gradients(model.double())
+    monkeypatch.undo()
+    torch.testing.assert_close(gradients(model), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [8, 6])  # the second does not go into parts
+def test_a_thin_product_in_parts_has_first_and_second_derivatives(rows, monkeypatch) -> None:
+    monkeypatch.setitem(kernel.ROW_PARTS, "cpu", 4)
+    x = torch.randn(2, rows // 2, 5, dtype=torch.double, requires_grad=True)
+    A, B = (torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((2, 5), (3, 2)))
+
+    def update(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return kernel.thin_linear(kernel.thin_linear(x, A), B)
+
+    torch.testing.assert_close(update(x, A, B), x @ A.t() @ B.t())
+    assert torch.autograd.gradcheck(update, (x, A, B))
+    assert torch.autograd.gradgradcheck(update, (x, A, B))
+
+
 class Crossed(nn.Module):
     """Queries of one input, keys and values of another."""
 

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from chat_models import user
+from lora_models import make_model, randomize
 from price_tables import random_prices
 from sft_folders import info_of, instruction_rows
 from tuned_models import VARIANTS, built, content_of, spec_of, unsettled
 
-from lora import LoRAConfig, apply_lora
+from lora import LoRAConfig, apply_lora, lora_parameters
+from stocklora.adapters import layer
 from stocklora.cli.console import UserError
 from stocklora.finetune.fit import finetune
 from stocklora.finetune.report import save_run
@@ -64,6 +66,23 @@ def test_a_lora_layer_gives_the_cpus_outputs_and_gradients(variant: str) -> None
     assert len(results[0]) > 4
     for here, there in zip(*results, strict=True):
         torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_adapters_of_a_model_get_the_cpus_gradients(autocast: bool) -> None:
+    """Their sums over rows are made in parts on a card, in one there."""
+    model = make_model("qwen3", head=False)
+    layer.apply_lora(model, layer.AdapterConfig(rank=3))
+    randomize(model)
+    ids = torch.arange(256).reshape(4, 64) % 61
+    results = []
+    for device in (CPU, CARD):
+        model.to(device).zero_grad()
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+            hidden = model(input_ids=ids.to(device), use_cache=False)[0]
+        hidden.float().square().mean().backward()
+        results.append(torch.cat([parameter.grad.cpu().flatten() for parameter in lora_parameters(model)]))
+    assert float((results[1] - results[0]).norm() / results[0].norm()) < (0.05 if autocast else 1e-4)
 
 
 @pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
