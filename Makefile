@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 WORKERS ?= 2
 FUZZ ?= 2000
 SOAK_S ?= 3600
-BENCHES := $(filter-out bench/__init__.py bench/harness.py,$(wildcard bench/*.py))
+BENCHES := $(filter-out bench/__init__.py bench/harness.py bench/gpu_ladder.py,$(wildcard bench/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint format bench wheel clean fuzz soak

@@ -2,7 +2,8 @@
 
     python bench/gpu.py                      # some minutes on one GPU, writes bench/results/gpu.json
     python bench/gpu.py --methods lora-packed qlora-2gib
-    python bench/gpu.py --tiny --device cpu  # two small layers, to try the script where there is no GPU
+    python bench/gpu.py --ladder             # levers on a step of packed LoRA, bench/gpu_ladder.py; 8 minutes at most
+    python bench/gpu.py --tiny --device cpu  # two small layers, to try the script where there is no GPU; --ladder too
 
 Nothing is downloaded: the model is built from its configuration, with a tokenizer that splits digits as Qwen's does,
 and the prices are the bundled ones. Each row is one run of what ``train_lora.py`` runs, in a process of its own
@@ -12,19 +13,25 @@ and the prices are the bundled ones. Each row is one run of what ``train_lora.py
 measured here where it is not known. Counted are the operations that the method needs: 2 a weight and token forward,
 2 for the gradient of what a layer read, 2 for that of its weight where that trains, and half of a square of attention.
 What is computed twice (``--gradient_checkpointing``) or beside it (norms, unpacking of 4 bits) counts as nothing.
+
+``assistant-7b`` is ``scripts/qlora/train_qlora.py`` on a model of DeepSeek-7B's shape, allowed 16 GiB of the card; its
+tokens are those of answers.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import json
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, run_benchmark
+from harness import RESULTS, ROOT, error_of, run_benchmark
 
 QWEN3_0_6B = {
     "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
@@ -33,6 +40,12 @@ QWEN3_0_6B = {
 }  # fmt: skip
 TINY = QWEN3_0_6B | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
                      "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
+DEEPSEEK_7B = {
+    "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 30,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+TINY_7B = DEEPSEEK_7B | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                         "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
 # Dense bf16 peaks from the makers' data sheets, TFLOP/s; the first name found in the card's counts.
 PEAKS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "A10G": 70.0,
          "RTX 4090": 165.0, "RTX 3090": 71.0}  # fmt: skip
@@ -53,15 +66,23 @@ METHODS: dict[str, dict[str, Any]] = {
     "qlora-2gib": PACKED | QLORA,
     "250-days": {"method": "lora", "epochs": 20, "patience": 20, "batch_size": 4},
 }
-PEAK_TARGET, SECONDS_TARGET, MEMORY_TARGET_MB = 0.40, 15.0, 2 * 2**30 / 1e6
+ASSISTANT = "assistant-7b"
+ASSISTANT_BYTES, ASSISTANT_STEPS = 16 * 2**30, 8
+PEAK_TARGET, SECONDS_TARGET, MEMORY_TARGET_MB = 0.35, 15.0, 2 * 2**30 / 1e6
+LADDER_MINUTES = 8.0
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, ASSISTANT), default=[*METHODS, ASSISTANT])
+    parser.add_argument("--ladder", action="store_true", help="one row a lever, in place of the methods")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="with --ladder: these alone, after the plain one")
+    parser.add_argument(
+        "--minutes", type=float, help=f"begin no row that would end later (default: {LADDER_MINUTES:g} with --ladder)"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--tiny", action="store_true", help="a model of two small layers, and fewer days")
-    parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json")
+    parser.add_argument("--output", type=Path, help="default: bench/results/gpu.json, or gpu_ladder.json")
     return parser
 
 
@@ -70,67 +91,141 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import torch
+    from stocklora.cli.console import UserError, say
+    from stocklora.runtime.machine import choose_device
 
-    from bench.methods import SPLIT, bundled_days, measure
-    from stocklora.cli.console import UserError, print_table, say
-    from stocklora.finetune.memory import shape_of
-    from stocklora.finetune.settings import TrainLoraSettings
-    from stocklora.prices.sources.fetch import sample_prices
-    from stocklora.prices.tables import write_prices
-    from stocklora.runtime.files import write_json
-    from stocklora.runtime.machine import choose_device, machine_facts
-
+    started = time.perf_counter()
     device = choose_device(arguments.device)
     if device.type != "cuda" and not arguments.tiny:
         raise UserError("bench/gpu.py: no CUDA device here; --tiny --device cpu tries the script without one")
-    started = time.perf_counter()
+    minutes = arguments.minutes or (LADDER_MINUTES if arguments.ladder else math.inf)
+
+    def out_of_time(expected_s: float) -> bool:
+        return time.perf_counter() - started + expected_s > 60 * minutes
+
+    output = arguments.output or RESULTS / ("gpu_ladder.json" if arguments.ladder else "gpu.json")
+    with tempfile.TemporaryDirectory() as scratch:
+        (run_ladder if arguments.ladder else run_methods)(arguments, device, Path(scratch), output, out_of_time)
+    say(f"took {time.perf_counter() - started:,.0f} s; saved: {output}")
+    return 0
+
+
+def run_methods(
+    arguments: argparse.Namespace, device: Any, scratch: Path, output: Path, out_of_time: Callable[[float], bool]
+) -> None:
+    """Each method as a training run of its own."""
+    from bench.methods import measure
+    from stocklora.cli.console import print_table, say
+    from stocklora.prices.sources.fetch import sample_prices
+    from stocklora.prices.tables import write_prices
+
     peak = card_peak(device)
     judged = device.type == "cuda" and not arguments.tiny
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        model = Path(scratch) / "Qwen3-0.6B"
-        make_model(model, TINY if arguments.tiny else QWEN3_0_6B)
-        shape = shape_of(TrainLoraSettings(model_path=model))
-        years = bundled_days(Path(scratch), *((TICKERS[:1],) if arguments.tiny else (TICKERS, FIRST)))
-        last_year = Path(scratch) / "last_year.csv"
-        write_prices(sample_prices("AAPL", "1y")[0], last_year, {"source": "sample"})
-        for name in arguments.methods:
-            settings = METHODS[name] | {"model_path": str(model), "device": device.type}
-            if name == "250-days":
-                settings["data"] = [str(last_year)]
-            else:
-                settings |= {"data": [str(years)], **SPLIT}
+    model, shared, operations = base_and_days(arguments.tiny, scratch)
+    last_year = scratch / "last_year.csv"
+    write_prices(sample_prices("AAPL", "1y")[0], last_year, {"source": "sample"})
+    rows: list[dict[str, Any]] = []
+    longest_s = 0.0
+    for name in arguments.methods:
+        began = time.perf_counter()
+        row: dict[str, Any] = {"name": name}
+        rows.append(row)
+        if out_of_time(longest_s):
+            row["error"] = "not measured: no time left"
+        else:
             say(f"{name} ...")
-            began = time.perf_counter()
             try:
-                found = measure(settings, Path(scratch))
+                if name == ASSISTANT:
+                    row |= measure_assistant(scratch, device, arguments.tiny)
+                else:
+                    data = {"data": [str(last_year)]} if name == "250-days" else shared
+                    row |= measure(METHODS[name] | data | {"model_path": str(model), "device": device.type}, scratch)
             except RuntimeError as error:  # the other rows are worth having all the same
                 say(str(error))
-                found = {"error": str(error).splitlines()[-1]}
-            row = {"name": name, **found, "process_s": time.perf_counter() - began}
-            if "error" not in row:
-                trains_weights = settings["method"] == "full"
-                # With ``head`` the base reads each sequence once in a run: its share says nothing.
-                if settings["method"] != "head":
-                    operations = operations_a_token(shape, model_width(model), row["longest_tokens"], trains_weights)
-                    row["tflops"] = operations * row["tokens_per_s"] / 1e12
-                    row["of_peak"] = row["tflops"] / peak["tflops"]
-            rows.append(row)
-            # After each row: a machine may be taken away before the last.
-            facts = {"machine": machine_facts(), "peak": peak, "torch_cuda": torch.version.cuda}
-            facts |= {
-                "seconds": time.perf_counter() - started,
-                "rows": rows,
-                "targets": targets_met(rows) if judged else {},
-            }
-            write_json(arguments.output, facts)
+                row["error"] = str(error).splitlines()[-1]
+        row["process_s"] = time.perf_counter() - began
+        longest_s = max(longest_s, row["process_s"])
+        # With ``head`` the base reads each sequence once in a run: its share says nothing.
+        if "error" not in row and name not in ("head", ASSISTANT):
+            trains_weights = METHODS[name]["method"] == "full"
+            row["tflops"] = operations(row["longest_tokens"], trains_weights) * row["tokens_per_s"] / 1e12
+            row["of_peak"] = row["tflops"] / peak["tflops"]
+        save(output, peak, {"rows": rows, "targets": targets_met(rows) if judged else {}})
     header = ("method", "trainable", "step s", "tokens/s", "of peak", "peak MB", "training s")
     print_table(f"{peak['card']}, bf16 peak {peak['tflops']:,.1f} TFLOP/s", header, [cells(row) for row in rows])
     for name, (value, target, met) in (targets_met(rows) if judged else {}).items():
         say(f"{name}: {value} (target: {target}): {'met' if met else 'not met'}")
-    say(f"took {time.perf_counter() - started:,.0f} s; saved: {arguments.output}")
-    return 0
+
+
+def run_ladder(
+    arguments: argparse.Namespace, device: Any, scratch: Path, output: Path, out_of_time: Callable[[float], bool]
+) -> None:
+    """Levers on one training step, each beside what was best before it."""
+    from bench.gpu_ladder import LADDER, ladder
+    from stocklora.cli.console import UserError, print_table, say
+
+    unknown = [name for name in arguments.rows or () if name not in LADDER]
+    if unknown:
+        raise UserError(f"--rows: no row is called {unknown[0]}; there are: {', '.join(LADDER)}")
+    names = [name for name in LADDER if name in ("plain", *(arguments.rows or LADDER))]
+    peak = card_peak(device)
+    model, shared, operations = base_and_days(arguments.tiny, scratch)
+    settings = METHODS["lora-packed"] | shared
+    settings |= {"model_path": str(model), "device": device.type, "save_dir": str(scratch / "run")}
+    rows: list[dict[str, Any]] = []
+
+    def finished(found: list[dict[str, Any]], longest_tokens: int) -> None:
+        rows[:] = found
+        row = rows[-1]
+        if "error" in row:
+            say(f"{row['name']}: {row['error']}")
+        else:
+            row["tflops"] = operations(longest_tokens, False) * row["tokens_per_s"] / 1e12
+            row["of_peak"] = row["tflops"] / peak["tflops"]
+            say(f"{row['name']}: {row['step_s']:.3f} s, {row['of_peak']:.1%} of peak")
+        save(output, peak, {"rows": rows})
+
+    ladder(settings, device, names, arguments.tiny, out_of_time, finished)
+    header = ("row", "step s", "of best before", "kept", "tokens/s", "of peak", "peak MB", "gradients differ")
+    title = f"{peak['card']}, bf16 peak {peak['tflops']:,.1f} TFLOP/s; each row beside what was kept before it"
+    print_table(title, header, [ladder_cells(row) for row in rows])
+
+
+def base_and_days(tiny: bool, scratch: Path) -> tuple[Path, dict[str, Any], Callable[[int, bool], float]]:
+    """A base model's folder, settings of the prices to train on, and ``operations_a_token`` of that model."""
+    from transformers import Qwen3Config
+
+    from bench.methods import SPLIT, bundled_days
+    from stocklora.finetune.memory import shape_of
+    from stocklora.finetune.settings import TrainLoraSettings
+
+    model = scratch / "Qwen3-0.6B"
+    # No padding token: its embedding would be zero, the first token's too, and a norm of zeros makes the gradients a
+    # hundred times larger with every layer.
+    make_model(model, Qwen3Config(**(TINY if tiny else QWEN3_0_6B), bos_token_id=0, eos_token_id=0, pad_token_id=None))
+    days = bundled_days(scratch, *((TICKERS[:1],) if tiny else (TICKERS, FIRST)))
+    shape = shape_of(TrainLoraSettings(model_path=model))
+    return model, {"data": [str(days)], **SPLIT}, functools.partial(operations_a_token, shape, model_width(model))
+
+
+def save(output: Path, peak: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    """After each row: a machine may be taken away before the last."""
+    import torch
+
+    from stocklora.runtime.files import write_json
+    from stocklora.runtime.machine import machine_facts
+
+    write_json(output, {"machine": machine_facts(), "peak": peak, "torch_cuda": torch.version.cuda, **content})
+
+
+def ladder_cells(row: Mapping[str, Any]) -> list[str]:
+    """A row of the ladder's table, or the reason why there is none."""
+    if "error" in row:
+        return [row["name"], "failed, see above", *[""] * 6]
+    return [
+        row["name"], f"{row['step_s']:.3f}", f"{row['of_best_before']:.3f}", "yes" if row["kept"] else "no",
+        f"{row['tokens_per_s']:,.0f}", f"{row['of_peak']:.1%}", f"{row['peak_mb']:,.0f}", f"{row['differs']:.1e}",
+    ]  # fmt: skip
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -159,6 +254,9 @@ def targets_met(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str, 
         found["QLoRA of a 0.6B model"] = (
             f"{row['peak_mb']:,.0f} MB", f"{MEMORY_TARGET_MB:,.0f} MB", row["peak_mb"] <= MEMORY_TARGET_MB,
         )  # fmt: skip
+    if row := by_name.get(ASSISTANT):
+        limit_mb = ASSISTANT_BYTES / 1e6
+        found["QLoRA of a 7B model"] = (f"{row['peak_mb']:,.0f} MB", f"{limit_mb:,.0f} MB", row["peak_mb"] <= limit_mb)
     return found
 
 
@@ -192,7 +290,7 @@ def card_peak(device: Any) -> dict[str, Any]:
     b = torch.randn(side, side, device=device, dtype=torch.bfloat16)
     best = 0.0
     for _ in range(3):
-        rounds = 20
+        rounds = 20 if device.type == "cuda" else 2
         a @ b
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -207,11 +305,11 @@ def card_peak(device: Any) -> dict[str, Any]:
     return {"card": card, "tflops": known or best, "from": "data sheet" if known else "measured", "measured": best}
 
 
-def make_model(folder: Path, shape: Mapping[str, Any]) -> None:
+def make_model(folder: Path, config: Any, device: str = "cpu") -> None:
     """A base model folder with random weights, and a tokenizer with digits, and the blank before a sign, as Qwen's."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     special = "<|endoftext|>"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -222,12 +320,52 @@ def make_model(folder: Path, shape: Mapping[str, Any]) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special, pad_token=special, bos_token=special)
+    fast.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     torch.manual_seed(0)
-    # No padding token in the configuration: its embedding would be zero, the first token's too, and a norm of zeros
-    # makes the gradients a hundred times larger with every layer.
-    config = Qwen3Config(**shape, bos_token_id=0, eos_token_id=0, pad_token_id=None)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    with torch.device(device):  # billions of random numbers take a processor minutes
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
     fast.save_pretrained(folder)
+
+
+def measure_assistant(scratch: Path, device: Any, tiny: bool) -> dict[str, Any]:
+    """A few steps of ``train_qlora.py`` in a process of its own, which may have no more than ``ASSISTANT_BYTES``."""
+    import torch
+    from transformers import LlamaConfig
+
+    model, rows, output = (scratch / name for name in ("deepseek-llm-7b", "rows.jsonl", "assistant"))
+    make_model(model, LlamaConfig(**(TINY_7B if tiny else DEEPSEEK_7B), bos_token_id=0, eos_token_id=0), device.type)
+    # As long as rows are allowed to be: each character is a token here.
+    rows.write_text("".join(
+        json.dumps({"instruction": f"Say {number} times what a close is.", "output": f"{number} closes. " * 30}) + "\n"
+        for number in range(100, 164)
+    ))  # fmt: skip
+    limit = ""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        share = ASSISTANT_BYTES / torch.cuda.get_device_properties(device).total_memory
+        limit = f"import torch; torch.cuda.set_per_process_memory_fraction({share!r}); "
+    script = ROOT / "scripts" / "qlora" / "train_qlora.py"
+    flags = ["--model_path", str(model), "--data_path", str(rows), "--output_dir", str(output)]
+    flags += ["--batch_size", "2", "--max_length", "256", "--device", device.type, "--max_steps", str(ASSISTANT_STEPS)]
+    flags += ["--eval_steps", str(ASSISTANT_STEPS), "--logging_steps", "1"]
+    code = f"{limit}import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], None, '__main__')"
+    if error := error_of([sys.executable, "-c", code, str(script), *flags], ASSISTANT, cwd=ROOT):
+        return error
+    info = json.loads((output / "training_info.json").read_text(encoding="utf-8"))
+    log = [json.loads(line) for line in (output / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    times = [entry["seconds"] for entry in log if "loss" in entry]
+    step_s = (times[-1] - times[1]) / (len(times) - 2)
+    counts = info["model"]["tokens"]["train"]
+    return {
+        "trainable": info["model"]["trainable"], "step_s": step_s, "peak_mb": info["peak_memory_mb"],
+        "announced_mb": info["model"]["expected_memory_mb"], "training_s": info["seconds"],
+        "tokens_per_s": 2 * counts["supervised"] / counts["rows"] / step_s,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
