@@ -95,6 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
     from stocklora.runtime.machine import choose_device
 
     started = time.perf_counter()
+    if arguments.rows and not arguments.ladder:
+        raise UserError("bench/gpu.py: --rows are those of --ladder, which is missing")
     device = choose_device(arguments.device)
     if device.type != "cuda" and not arguments.tiny:
         raise UserError("bench/gpu.py: no CUDA device here; --tiny --device cpu tries the script without one")
@@ -221,7 +223,7 @@ def save(output: Path, peak: Mapping[str, Any], content: Mapping[str, Any]) -> N
 def ladder_cells(row: Mapping[str, Any]) -> list[str]:
     """A row of the ladder's table, or the reason why there is none."""
     if "error" in row:
-        return [row["name"], "failed, see above", *[""] * 6]
+        return [row["name"], "none, see above", *[""] * 6]
     return [
         row["name"], f"{row['step_s']:.3f}", f"{row['of_best_before']:.3f}", "yes" if row["kept"] else "no",
         f"{row['tokens_per_s']:,.0f}", f"{row['of_peak']:.1%}", f"{row['peak_mb']:,.0f}", f"{row['differs']:.1e}",

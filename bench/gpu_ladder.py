@@ -46,8 +46,9 @@ class Levers:
         attention: "" as torch chooses; "cudnn", "flash"; "FA3", "FA4" where those packages are installed.
         asks_for_packing: whether each pass asks the card if positions begin anew within a row; here they never do.
         one_length: whether all batches are padded on to the longest sequence, instead of to a multiple of 64.
-        fusion: by torch.compile: "" nothing; "pieces": norms, rotary positions, SwiGLU; "blocks": ``--compile``;
-            "blocks, static": that without dynamic lengths.
+        fusion: by torch.compile, for any length or for the one length: "" nothing; "blocks": ``--compile``, where each
+            layer makes its products by itself, whatever ``shares`` and ``one_product`` say; "around products": that
+            with adapted layers left out, so that theirs is the fused step; "pieces": norms, rotary positions, SwiGLU.
     """
 
     row_parts: int = 1
@@ -59,10 +60,10 @@ class Levers:
     fusion: str = ""
 
 
-# In the order of their likely worth. ``blocks`` compile each layer's products for themselves: what the fused step has
-# (``shares``, ``one_product``) does nothing there.
+# In the order of their likely worth, those that have to be compiled last.
 LADDER: dict[str, dict[str, Any]] = {
     "plain": {},
+    "plain-again": {},  # what differs here is noise
     "16-row-parts": {"row_parts": 16},
     "32-row-parts": {"row_parts": 32},
     "64-row-parts": {"row_parts": 64},
@@ -74,9 +75,11 @@ LADDER: dict[str, dict[str, Any]] = {
     "attention-FA4": {"attention": "FA4"},
     "not-asking": {"asks_for_packing": False},
     "one-length": {"one_length": True},
+    "compiled-around-products": {"fusion": "around products", "one_length": False},
+    "compiled-around-products-static": {"fusion": "around products", "one_length": True},
+    "compiled-blocks": {"fusion": "blocks", "one_length": False},
+    "compiled-blocks-static": {"fusion": "blocks", "one_length": True},
     "compiled-pieces": {"fusion": "pieces"},
-    "compiled-blocks": {"fusion": "blocks"},
-    "compiled-blocks-static": {"fusion": "blocks, static", "one_length": True},
 }
 
 
@@ -109,9 +112,12 @@ def pulled(levers: Levers, model: Any, longest: int) -> Iterator[None]:
         if levers.one_length:  # in steps of 8, which a matrix unit reads at once
             stack.enter_context(patch.object(llm_model, "TOKENS_STEP", -(-longest // 8) * 8))
         if levers.fusion == "pieces":
-            stack.enter_context(compiled_pieces(model.backbone))
+            stack.enter_context(compiled_pieces(model.backbone, dynamic=not levers.one_length))
         elif levers.fusion:
-            stack.enter_context(compiled(model, dynamic=levers.fusion == "blocks"))
+            if levers.fusion == "around products":
+                left_out = torch.compiler.disable(AdapterLayer.forward)
+                stack.enter_context(patch.object(AdapterLayer, "forward", left_out))
+            stack.enter_context(compiled(model, dynamic=not levers.one_length))
         yield
 
 
@@ -178,10 +184,10 @@ def _widened(weights: Any, As: Any, Bs: Any, scalings: Sequence[float], dtype: t
 
 
 @contextlib.contextmanager
-def compiled_pieces(backbone: Any) -> Iterator[None]:
+def compiled_pieces(backbone: Any, dynamic: bool) -> Iterator[None]:
     """What stands between the products of a Llama-like model as torch.compile makes it; the products stay our own."""
 
-    gated = torch.compile(lambda act, gate, up: act(gate) * up, dynamic=True)
+    gated = torch.compile(lambda act, gate, up: act(gate) * up, dynamic=dynamic)
 
     def mlp(self: Any, x: Tensor) -> Tensor:
         return self.down_proj(gated(self.act_fn, self.gate_proj(x), self.up_proj(x)))
@@ -191,10 +197,10 @@ def compiled_pieces(backbone: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for kind in kinds:
             if kind.__name__.endswith("RMSNorm"):
-                stack.enter_context(patch.object(kind, "forward", torch.compile(kind.forward, dynamic=True)))
+                stack.enter_context(patch.object(kind, "forward", torch.compile(kind.forward, dynamic=dynamic)))
             elif kind.__name__.endswith("MLP"):
                 stack.enter_context(patch.object(kind, "forward", mlp))
-        rotated = torch.compile(family.apply_rotary_pos_emb, dynamic=True)
+        rotated = torch.compile(family.apply_rotary_pos_emb, dynamic=dynamic)
         stack.enter_context(patch.object(family, "apply_rotary_pos_emb", rotated))
         yield
 
