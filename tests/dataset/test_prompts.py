@@ -244,19 +244,19 @@ def test_a_words_line_is_sizes_in_volatilities_known_the_day_before():
             (gap, 0.03, 10, True), (np.sqrt(max(garman_klass, 0)) / unit, 0.03, 10, False), (move, 0.03, 10, True),
             (day["Volume"] / usual[row - 1], 0.1, 10, False), (unit, 0.002, 0.2, False),
         ]  # fmt: skip
-        for letter, (size, first, last, signed) in zip(lines[row].split(), sizes, strict=True):
-            stands_for = first * (last / first) ** ((ord(letter.lower()) - ord("a")) / 25)
+        for word, (size, first, last, signed) in zip(lines[row].split(), sizes, strict=True):
+            stands_for = first * (last / first) ** ((ord(word[-1]) - ord("a")) / 25)
             step = (last / first) ** (0.5 / 25) * (1 + 1e-9)
             assert stands_for / step <= np.clip(abs(size), first, last) <= stands_for * step
-            assert letter.isupper() == (signed and size > 0)
+            assert word[:-1] == ("" if not signed else "+" if size > 0 else "-")
 
 
 def test_a_words_line_by_hand():
     lines = letter_lines(table([[100, 101, 99, 100, 1000], [100, 100, 100, 100, 0], [100, 109, 100, 109, 1000]]))
-    assert lines[1].split()[:4] == ["a", "a", "a", "a"]  # nothing moved, nothing was traded
-    assert lines[2].split()[2].isupper()
+    assert lines[1].split()[:4] == ["-a", "a", "-a", "a"]  # nothing moved, nothing was traded
+    assert lines[2].split()[2].startswith("+")
     falling = letter_lines(table([[100, 101, 99, 100, 1000], [100, 100, 91, 91, 1000]]))
-    assert falling[1].split()[2].islower()
+    assert falling[1].split()[2].startswith("-")
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -371,7 +371,7 @@ def test_a_tokenizer_that_cannot_write_the_ticker_is_told_so():
 
 
 def test_unknown_formats_and_indicators_are_errors(tokenizer):
-    with pytest.raises(ValueError, match="prompt must be one of returns, ohlcv, zscores, words, got 'prices'"):
+    with pytest.raises(ValueError, match="prompt must be one of words, returns, ohlcv, zscores, got 'prices'"):
         DayEncoder(tokenizer, "prices")
     with pytest.raises(ValueError, match="unknown indicator 'vwap'"):
         DayEncoder(tokenizer, "returns", ["vwap"]).encode({"X": random_prices(60)}, pack("X", range(30, 50), 30, 20))
@@ -387,7 +387,7 @@ def test_targets_fit_themselves_to_budget_context_and_data():
 
 
 def test_a_window_beyond_the_context_is_an_error_that_names_the_flags():
-    with pytest.raises(UserError, match="--window_size or use --prompt returns"):
+    with pytest.raises(UserError, match="--window_size or use --prompt words"):
         fit_targets_per_sequence(45.0, 30, 1024, 1400, 100)
 
 

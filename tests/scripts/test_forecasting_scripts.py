@@ -210,7 +210,7 @@ def test_a_sequence_beyond_the_context_is_an_error_not_a_cut(call_script, tiny_m
     options = ["--data", sample_csv, "--model_path", tiny_models["gpt2"], "--targets_per_sequence", 100]
     assert "lower --targets_per_sequence" in error_line(call_script("train_lora.py", *options, cwd=tmp_path))
     options = ["--data", sample_csv, "--model_path", tiny_models["gpt2"], "--prompt", "ohlcv"]
-    assert "lower --window_size or use --prompt returns" in error_line(
+    assert "lower --window_size or use --prompt words" in error_line(
         call_script("train_lora.py", *options, cwd=tmp_path)
     )
 
@@ -290,6 +290,7 @@ def test_quick_start_tells_the_whole_story(call_script, tiny_model, tmp_path):
     assert result.returncode == 0, result.stderr
     for step in range(1, 6):
         assert f"[{step}/5]" in result.stdout
+    assert "read from the text  R² " in result.stdout
     made = {path.name for path in (tmp_path / "demo").iterdir()}
     assert made == {"sample_test.csv", "sample_test.csv.meta.json", "checkpoints", "predictions.csv", "forecast.png",
                     "backtest.png"}  # fmt: skip
