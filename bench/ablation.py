@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--validation_from", default="2022-07-01", help="(default: %(default)s)")
     parser.add_argument("--test_from", default="2023-01-03", help="(default: %(default)s)")
     parser.add_argument("--model_path", type=Path, default=ROOT / "models" / "smollm2-135m")
+    parser.add_argument("--prompt", default="returns", choices=("returns", "ohlcv", "zscores", "words"))
     parser.add_argument("--layers", type=int, default=4, help="the base model's first (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the training days (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="how many runs a row (default: %(default)s)")
@@ -87,8 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
     bench = Bench(base, {name: Start(tested, settings[name], base) for name in STARTS}, arguments.work_dir)
     shown = {"model": arguments.model_path.name, "days": bench.starts["prior"].prepared.facts} | {
         name: getattr(arguments, name)
-        for name in ("tickers", "first_day", "layers", "epochs", "seeds", "max_tokens_per_sequence", "batch_size",
-                     "learning_rate", "head_learning_rate")
+        for name in ("tickers", "first_day", "prompt", "layers", "epochs", "seeds", "max_tokens_per_sequence",
+                     "batch_size", "learning_rate", "head_learning_rate")
     }  # fmt: skip
     scored: dict[tuple[str, str], dict[str, Any]] = {}
     runs: dict[tuple[str, str], list[Any]] = {(start, row): [] for start in STARTS for row in arguments.rows}
@@ -152,6 +153,7 @@ def settings_of(arguments: argparse.Namespace, prior: Path) -> dict[str, Any]:
         raise UserError(f"--seeds must be at least 1, got {arguments.seeds}")
     shared = {
         "model_path": arguments.model_path, "backbone_layers": arguments.layers, "prior": str(prior),
+        "prompt": arguments.prompt,
         "validation_from": arguments.validation_from, "test_from": arguments.test_from,
         "max_tokens_per_sequence": arguments.max_tokens_per_sequence, "batch_size": arguments.batch_size,
         "epochs": arguments.epochs, "patience": max(1, arguments.epochs), "required_gain": 0.0,

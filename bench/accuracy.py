@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -136,27 +136,42 @@ def made_prior(name: str, prices: Mapping[str, Any], arguments: argparse.Namespa
     import pandas as pd
 
     from stocklora.cli.console import say
-    from stocklora.finetune.settings import TrainLoraSettings
-    from stocklora.prices.sources.fetch import bundled_prices
-    from stocklora.volatility.prior import fit_prior
 
-    markets = DEVELOPMENT / "markets"
-    if not markets.is_dir():
-        say(f"{name}: no prior, since no prices to make one of lie at {markets}")
+    teachers = prior_teachers(arguments)
+    if teachers is None:
         return "none"
-    pool = arguments.pool or POOL_FILE
-    teachers = {"bundled": bundled_prices(), **markets_in([markets, *([pool] if pool.is_file() else [])])}
-    others = {market: {ticker: frame for ticker, frame in tables.items() if ticker not in prices}
-              for market, tables in teachers.items()}  # fmt: skip
-    if BENCHMARKS[name]["prior_is_later"]:
-        last = max(frame.index[-1] for frame in prices.values())
-        prior = fit_prior(others, None, TrainLoraSettings.horizon, start=last + pd.Timedelta(days=1))
-    else:
-        prior = fit_prior(others, pd.Timestamp(BENCHMARKS[name]["dates"][0]), TrainLoraSettings.horizon)
+    last = max(frame.index[-1] for frame in prices.values())
+    prior = prior_of_others(name, teachers, prices, pd.Timestamp(BENCHMARKS[name]["dates"][0]), last)
     path = Path(arguments.save_dir / name / "prior.json")
     prior.save(path)
     say(f"{name}: a prior of {prior}")
     return str(path)
+
+
+def prior_teachers(arguments: argparse.Namespace) -> dict[str, Mapping[str, Any]] | None:
+    """Market -> tables that a prior is made from; None, after a line, where the development prices are not there."""
+    from stocklora.cli.console import say
+    from stocklora.prices.sources.fetch import bundled_prices
+
+    markets, pool = DEVELOPMENT / "markets", arguments.pool or POOL_FILE
+    if not markets.is_dir():
+        say(f"no prior, since no prices to make one of lie at {markets}")
+        return None
+    return {"bundled": bundled_prices(), **markets_in([markets, *([pool] if pool.is_file() else [])])}
+
+
+def prior_of_others(name: str, teachers: Mapping[str, Any], tested: Collection[str], before: Any, last: Any) -> Any:
+    """A prior of tickers that are not ``tested``: of days before ``before``, or for *four* of days after ``last``."""
+    import pandas as pd
+
+    from stocklora.finetune.settings import TrainLoraSettings
+    from stocklora.volatility.prior import fit_prior
+
+    others = {market: {ticker: frame for ticker, frame in tables.items() if ticker not in tested}
+              for market, tables in teachers.items()}  # fmt: skip
+    if BENCHMARKS[name]["prior_is_later"]:
+        return fit_prior(others, None, TrainLoraSettings.horizon, start=last + pd.Timedelta(days=1))
+    return fit_prior(others, before, TrainLoraSettings.horizon)
 
 
 def settings_of(arguments: argparse.Namespace, name: str, dates: tuple[str, str], prior: str) -> Any:
@@ -257,7 +272,8 @@ YEARS = {
 def elsewhere(arguments: argparse.Namespace) -> int:
     """Random tickers and years of both files: the start, chosen and calibrated as train_lora.py does it.
 
-    Each draw trains on all days before its validation part and is tested on at most 400 days after that.
+    Each draw trains on all days before its validation part and is tested on at most 400 days after that. Its prior, as
+    that of the benchmark its prices come from, knows none of its tickers and none of its validation or test days.
     """
     import numpy as np
     import pandas as pd
@@ -266,6 +282,7 @@ def elsewhere(arguments: argparse.Namespace) -> int:
     from stocklora.dataset.prepare import prepare
     from stocklora.metrics.calibration import fit_calibration
 
+    teachers = None if arguments.prior == "none" else prior_teachers(arguments)
     found_prices = {name: prices_of(name, arguments) for name in YEARS}
     files = {name: prices for name, prices in found_prices.items() if prices is not None}
     draw = np.random.default_rng(arguments.seed)
@@ -281,7 +298,8 @@ def elsewhere(arguments: argparse.Namespace) -> int:
         chosen = {ticker: prices[ticker][prices[ticker].index < end] for ticker in names}
         chosen = {ticker: frame for ticker, frame in chosen.items() if (frame.index < validation_from).sum() > 150}
         try:
-            data = prepare(chosen, 30, 3, validation_from=validation_from, test_from=test_from)
+            prior = teachers and prior_of_others(name, teachers, names, pd.Timestamp(validation_from), end)
+            data = prepare(chosen, 30, 3, validation_from=validation_from, test_from=test_from, prior=prior)
         except (UserError, ValueError):  # not listed yet, or nothing left to test on
             continue
         returns = data.returns_of("validation")
