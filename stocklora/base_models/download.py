@@ -32,7 +32,7 @@ from stocklora.base_models.hubs import AGAIN, STATE_NAME, fetch_from_huggingface
 from stocklora.base_models.pickled import UnusableWeights, convert_bins
 from stocklora.cli.console import UserError, warn
 from stocklora.cli.settings import setting
-from stocklora.runtime.files import sha256_of, write_json
+from stocklora.runtime.files import sha256_of, sync, write_json
 from stocklora.runtime.machine import versions_of
 
 LIBRARIES = ("stocklora", "transformers", "huggingface_hub", "modelscope", "gguf")
@@ -136,11 +136,13 @@ def build(folder: Path, settings: DownloadModelSettings) -> None:
         "versions": {name: version for name, version in versions_of(*LIBRARIES).items() if version is not None},
     }
     write_json(incomplete / MANIFEST_NAME, manifest)
+    sync(incomplete, files=True)  # the bytes before the name, even when the power goes
     old = folder.with_name(folder.name + ".old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     incomplete.rename(folder)
+    sync(folder.parent)
     # These go last: killed anywhere above, the next run goes on instead of starting anew.
     for path in (*replaced, Path(STATE_NAME)):
         (folder / path.name).unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from stocklora.base_models.foreign_code import check_names_no_code
 from stocklora.cli.console import UserError
-from stocklora.runtime.files import json_of, write_errors
+from stocklora.runtime.files import json_of, sync, why_not_written, write_errors
 
 MANIFEST_NAME = "stocklora_source.json"
 INCOMPLETE = ".incomplete"
@@ -268,13 +268,14 @@ def made_whole(folder: Path) -> Iterator[Path]:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             yield unfinished
+            sync(unfinished, files=True)  # the bytes before the name, even when the power goes
             if folder.is_dir():
                 folder.rmdir()  # an empty one, as was checked
             unfinished.rename(folder)
+            sync(folder.parent)
     except Exception as error:
-        # safetensors says it with an error of its own
-        if "No space left" in str(error) and not isinstance(error, UserError):
-            raise UserError(f"cannot write {folder}: the disk is full; free some space") from None
-        raise
+        if (reason := why_not_written(unfinished.parent, error)) is None:
+            raise
+        raise UserError(f"cannot write {folder}: {reason}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -60,7 +60,7 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             yield temporary
         except Exception as error:
-            if (reason := _why_not_written(temporary, error)) is None:
+            if (reason := why_not_written(temporary, error)) is None:
                 raise
             raise UserError(f"cannot write {path}: {reason}") from error
         with write_errors(path):
@@ -72,7 +72,7 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(stream.fileno())  # the bytes before the name, even when the power goes
             temporary.chmod(_mode_for(target))
             os.replace(temporary, target)
-            _sync_folder(target.parent)
+            sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -101,8 +101,14 @@ def _remove_left_over(folder: Path) -> None:
                 (folder / name).unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Put a folder's new names on the disk, where the system lets a folder be opened."""
+def sync(folder: Path, *, files: bool = False) -> None:
+    """Put a folder's names on the disk, where the system lets a folder be opened; before them its ``files``."""
+    for path in sorted(folder.iterdir()) if files else ():
+        if path.is_dir():
+            sync(path, files=True)
+        else:
+            with path.open("rb+") as stream:
+                os.fsync(stream.fileno())
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -120,19 +126,22 @@ def write_errors(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _why_not_written(temporary: Path, error: Exception) -> str | None:
+def why_not_written(place: Path, error: Exception) -> str | None:
     """What the system had against a write, in words; None for an error that has nothing to do with it.
 
-    torch and safetensors do not say with an OSError that a write failed.
+    torch, safetensors and tokenizers do not say with an OSError that a write failed.
+
+    Args:
+        place: the file that was written, or a folder in which all was.
     """
     is_full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
-    is_ours = isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary))
+    is_ours = isinstance(error, OSError) and error.errno and str(error.filename or place).startswith(str(place))
     in_a_library = not isinstance(error, (OSError, UserError))
-    if is_full or (in_a_library and shutil.disk_usage(temporary.parent).free < 1_000_000):
+    if is_full or (in_a_library and shutil.disk_usage(place if place.is_dir() else place.parent).free < 1_000_000):
         return "the disk is full; free some space"
     if isinstance(error, OSError) and is_ours:
         return error.strerror or str(error)
-    if in_a_library and re.search("PytorchStreamWriter|inline_container|basic_ios|I/O error", str(error)):
+    if in_a_library and re.search(r"PytorchStreamWriter|inline_container|basic_ios|I/O error|\(os error", str(error)):
         return "the system took no more bytes; look at the disk, its quota and the limit on file sizes (ulimit -f)"
     return None
 

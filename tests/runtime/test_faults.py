@@ -1,23 +1,19 @@
 """Every writer under faults: each call that touches the disk fails in turn, or the process is killed there.
 
 Afterwards the old file or the new one is there, whole, with nothing stray beside it, and the same write goes through.
-A process of its own runs each attempt. Its calls are counted and broken by an audit hook (PEP 578), which sees every
-``open``, ``rename`` and ``mkdir`` of Python's own; ``fsync`` is replaced; writes fail at a limit on file sizes, which
-binds libraries in C++ too.
+How calls are broken stands in ``tests/fixtures/faults.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
 import os
 import shutil
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +22,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from faults import (
+    ERRORS,
+    MOST_CALLS,
+    content_of,
+    copied_at_each_call,
+    failing,
+    in_a_child,
+    is_written,
+    killed,
+    most_bytes,
+)
 from price_tables import random_prices
 from torch import nn
 
-from lora import LoRAError
 from stocklora.adapters.files import export_peft, load_lora, read_peft, save_lora
 from stocklora.adapters.layer import AdapterConfig, apply_lora
 from stocklora.backtest.parts import part_path, write_part
@@ -44,84 +50,6 @@ from stocklora.prices.tables import read_prices, write_prices
 from stocklora.runtime.files import load_plain, read_text, replacing, write_json, write_text
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-
-ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
-COUNTED = {"open", "os.rename", "os.mkdir", "os.chmod", "os.fsync"}
-OK, REFUSED, CRASHED, FEWER_CALLS = 0, 3, 4, 9
-MOST_CALLS = 60
-
-
-@dataclass
-class Fault:
-    """What goes wrong in this process.
-
-    Attributes:
-        folder: calls on paths outside it are left alone.
-        at: the number of the call that fails, from 1; 0 for none.
-        error: its ``errno``; None where the process is killed instead.
-        calls: counted so far.
-    """
-
-    folder: str = ""
-    at: int = 0
-    error: int | None = None
-    calls: int = 0
-
-    def meet(self, event: str, path: Any) -> None:
-        """Count a call, and fail if it is the one."""
-        if not self.at or event not in COUNTED or not str(path).startswith(self.folder):
-            return
-        self.calls += 1
-        if self.calls == self.at:
-            if self.error is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            assert self.error is not None
-            raise OSError(self.error, os.strerror(self.error), str(path))
-
-
-FAULT = Fault()
-
-
-def install() -> None:
-    """In a child alone: an audit hook cannot be taken away."""
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in COUNTED and arguments and not isinstance(arguments[0], int):  # a number is a file that is open
-            path = arguments[0]
-            FAULT.meet(event, path.decode() if isinstance(path, bytes) else path)
-
-    sys.addaudithook(hook)
-    real = os.fsync
-
-    def fsync(handle: int) -> None:
-        FAULT.meet("os.fsync", FAULT.folder)
-        real(handle)
-
-    os.fsync = fsync
-
-
-def attempt(write: Callable[[], None], folder: Path, at: int = 0, error: int | None = None, limit: int = -1) -> int:
-    """Write in a child: its exit status, negative where a signal ended it."""
-    child = os.fork()
-    if child == 0:
-        status = CRASHED
-        try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                install()
-                if limit >= 0:
-                    import resource
-
-                    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-                FAULT.folder, FAULT.at, FAULT.error = str(folder), at, error
-                write()
-            status = OK if FAULT.calls >= at else FEWER_CALLS
-        except (UserError, LoRAError) as refused:
-            status = REFUSED if "\n" not in str(refused) else CRASHED
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
 
 # ------------------------------------------------------------------------------------------------------ writers
 
@@ -233,9 +161,7 @@ def draw_picture(folder: Path, version: int) -> None:
 
     from stocklora.plots.style import save_figure
 
-    figure = Figure(figsize=(version, 1))
-    figure.subplots().plot([0, version])
-    save_figure(figure, folder / "curve.png")
+    save_figure(Figure(figsize=(version, 1)), folder / "curve.png")
 
 
 def read_picture(folder: Path) -> int:
@@ -296,22 +222,123 @@ def read_whole_folder(folder: Path) -> int:
     return version_of([torch.tensor([float(character) for text in texts for character in text])])
 
 
-def test_a_folder_of_a_model_is_whole_or_not_there(tmp_path: Path) -> None:
-    for errors in (ERRORS, [None]):
+@pytest.fixture(params=WRITERS)
+def writer(request: pytest.FixtureRequest) -> Writer:
+    return WRITERS[request.param]
+
+
+def test_a_call_that_fails(writer: Writer, tmp_path: Path) -> None:
+    def every_call() -> None:
+        writer.write(tmp_path, 1)
+        before, refused = content_of(tmp_path), 0
         for at in range(1, MOST_CALLS):
-            shutil.rmtree(tmp_path / "model", ignore_errors=True)
-            status = attempt(lambda: write_folder(tmp_path, 2), tmp_path, at, errors[at % len(errors)])
-            if status == FEWER_CALLS:
+            for error in ERRORS:
+                with failing(tmp_path, at, error) as calls:
+                    written = is_written(lambda: writer.write(tmp_path, 2))
+                if calls.number < at:
+                    break
+                assert written or not writer.survives, f"call {at}"
+                refused += not written
+                assert writer.read(tmp_path) in ({1, 2} if written or writer.files > 1 else {1}), f"call {at}"
+                if not writer.survives:  # whose files have a number of their own each time
+                    assert content_of(tmp_path) == before, f"call {at}"
+                writer.write(tmp_path, 1)
+            if calls.number < at:
                 break
-            assert status in {OK, REFUSED, -signal.SIGKILL}, f"call {at} ended with {status}"
-            assert read_whole_folder(tmp_path) == (2 if status == OK else 0), f"call {at}"
-            write_folder(tmp_path, 2)
-            assert content_of(tmp_path) == {"model", "model/config.json", "model/model.safetensors"}
-        assert at > 3
-    shutil.rmtree(tmp_path / "model")
-    for limit in (0, 40):
-        assert attempt(lambda: write_folder(tmp_path, 2), tmp_path, limit=limit) == REFUSED
-        assert content_of(tmp_path) == set()
+        assert calls.number < at, "too many calls"
+        assert refused >= 9 or writer.survives
+        writer.write(tmp_path, 2)
+        assert writer.read(tmp_path) == 2
+
+    assert in_a_child(every_call) == 0
+
+
+def test_a_process_killed_at_any_call(writer: Writer, tmp_path: Path) -> None:
+    states, folder, whole = tmp_path / "states", tmp_path / "folder", tmp_path / "whole"
+    writer.write(whole, 1)
+
+    def write(watching: Callable[[], Any]) -> None:
+        writer.write(folder, 1)
+        with watching():
+            writer.write(folder, 2)
+
+    assert in_a_child(lambda: write(lambda: copied_at_each_call(folder, states))) == 0
+    left = sorted(states.iterdir())
+    assert in_a_child(lambda: write(lambda: killed(folder, len(left) // 2))) == -signal.SIGKILL
+    for state in [*left, folder]:
+        assert writer.read(state) in {1, 2}, state.name
+        writer.write(state, 1)  # by a process of its own, as a user who starts the command again
+        assert writer.read(state) == 1
+        if not writer.survives:
+            assert content_of(state) == content_of(whole), f"call {state.name}: something is left over"
+    assert len(left) >= 3
+    writer.write(folder, 2)
+    assert writer.read(folder) == 2
+
+
+def test_a_disk_that_is_full_amid_the_bytes(writer: Writer, tmp_path: Path) -> None:
+    def full() -> None:
+        writer.write(tmp_path, 1)
+        before = content_of(tmp_path)
+        for limit in (0, 40):
+            with most_bytes(limit):
+                assert is_written(lambda: writer.write(tmp_path, 2)) == writer.survives
+            assert writer.read(tmp_path) == 1
+            assert content_of(tmp_path) == before
+        writer.write(tmp_path, 2)
+        assert writer.read(tmp_path) == 2
+
+    assert in_a_child(full) == 0
+
+
+def test_two_that_write_at_once_do_not_tear_it(writer: Writer, tmp_path: Path) -> None:
+    writer.write(tmp_path, 1)
+    children = []
+    for version in (1, 2):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                with contextlib.redirect_stderr(io.StringIO()):
+                    for _ in range(10):
+                        writer.write(tmp_path, version)
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    assert writer.read(tmp_path) in {1, 2}
+
+
+def test_a_folder_of_a_model_is_whole_or_not_there(tmp_path: Path) -> None:
+    whole = {"model", "model/config.json", "model/model.safetensors"}
+    folder, states = tmp_path / "folder", tmp_path / "states"
+    folder.mkdir()
+
+    def every_call() -> None:
+        for at in range(1, MOST_CALLS):
+            with failing(folder, at, ERRORS[at % len(ERRORS)]) as calls:
+                written = is_written(lambda: write_folder(folder, 2))
+            if calls.number < at:
+                break
+            assert read_whole_folder(folder) == (2 if written else 0), f"call {at}"
+            write_folder(folder, 2)
+            assert content_of(folder) == whole
+            shutil.rmtree(folder / "model")
+        assert 5 < at < MOST_CALLS - 1
+        shutil.rmtree(folder / "model")
+        for limit in (0, 40):
+            with most_bytes(limit):
+                assert not is_written(lambda: write_folder(folder, 2))
+            assert content_of(folder) == set()
+        with copied_at_each_call(folder, states):
+            write_folder(folder, 2)
+
+    assert in_a_child(every_call) == 0
+    for state in states.iterdir():
+        assert read_whole_folder(state) in {0, 2}
+        write_folder(state, 2)
+        assert content_of(state) == whole
 
 
 def append_entries(path: Path, count: int) -> None:
@@ -326,8 +353,12 @@ def append_entries(path: Path, count: int) -> None:
 def test_a_ledger_whose_disk_is_full_verifies_and_goes_on(limit: int, tmp_path: Path) -> None:
     path = tmp_path / "forecasts.db"
     append_entries(path, 3)
-    status = attempt(lambda: append_entries(path, 40), tmp_path, limit=limit)
-    assert status in {OK, REFUSED}
+
+    def fill() -> None:
+        with most_bytes(limit):
+            is_written(lambda: append_entries(path, 40))
+
+    assert in_a_child(fill) == 0
     before = len(read_entries(path))
     assert before >= 3
     append_entries(path, 1)
@@ -351,92 +382,3 @@ def test_a_ledger_whose_writer_is_killed_verifies_and_goes_on(tmp_path: Path) ->
         append_entries(path, 1)
         assert len(read_entries(path)) == before + 1
     assert before > 1
-
-
-def content_of(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
-
-
-@pytest.fixture(params=WRITERS)
-def writer(request: pytest.FixtureRequest) -> Writer:
-    return WRITERS[request.param]
-
-
-def places(writer: Writer, folder: Path, errors: Sequence[int | None]) -> Iterator[tuple[int, int]]:
-    """Break the first, the second, ... call of a write of version 2; the number of the call, and how it ended.
-
-    Args:
-        errors: taken in turn.
-    """
-    for at in range(1, MOST_CALLS):
-        status = attempt(lambda: writer.write(folder, 2), folder, at, errors[at % len(errors)])
-        if status == FEWER_CALLS:
-            return
-        yield at, status
-    raise AssertionError(f"more than {MOST_CALLS} calls")
-
-
-def test_a_call_that_fails(writer: Writer, tmp_path: Path) -> None:
-    writer.write(tmp_path, 1)
-    before, refused = content_of(tmp_path), 0
-    for at, status in places(writer, tmp_path, ERRORS):
-        assert status in ({OK} if writer.survives else {OK, REFUSED}), f"call {at} ended with {status}"
-        refused += status == REFUSED
-        assert writer.read(tmp_path) in ({1} if status == REFUSED and writer.files == 1 else {1, 2}), f"call {at}"
-        if not writer.survives:  # whose files have a number of their own each time
-            assert content_of(tmp_path) == before, f"call {at}"
-        writer.write(tmp_path, 1)
-    assert refused >= 3 or writer.survives
-    writer.write(tmp_path, 2)
-    assert writer.read(tmp_path) == 2
-
-
-def test_a_process_killed_at_any_call(writer: Writer, tmp_path: Path) -> None:
-    def again(version: int) -> None:
-        """By a process of its own, as a user who starts the command again."""
-        assert attempt(lambda: writer.write(tmp_path, version), tmp_path) == OK
-
-    again(1)
-    before, killed = content_of(tmp_path), 0
-    for at, status in places(writer, tmp_path, [None]):
-        assert status == -signal.SIGKILL, f"call {at} ended with {status}"
-        killed += 1
-        assert writer.read(tmp_path) in {1, 2}, f"call {at}"
-        again(1)
-        assert writer.read(tmp_path) == 1
-        if not writer.survives:
-            assert content_of(tmp_path) == before, f"call {at}: something is left over"
-    assert killed >= 3
-    again(2)
-    assert writer.read(tmp_path) == 2
-
-
-@pytest.mark.parametrize("limit", [0, 40])
-def test_a_disk_that_is_full_amid_the_bytes(limit: int, writer: Writer, tmp_path: Path) -> None:
-    writer.write(tmp_path, 1)
-    before = content_of(tmp_path)
-    status = attempt(lambda: writer.write(tmp_path, 2), tmp_path, limit=limit)
-    assert status == (OK if writer.survives else REFUSED)
-    assert writer.read(tmp_path) == 1
-    assert content_of(tmp_path) == before
-    writer.write(tmp_path, 2)
-    assert writer.read(tmp_path) == 2
-
-
-def test_two_that_write_at_once_do_not_tear_it(writer: Writer, tmp_path: Path) -> None:
-    writer.write(tmp_path, 1)
-    children = []
-    for version in (1, 2):
-        child = os.fork()
-        if child == 0:
-            status = CRASHED
-            try:
-                with contextlib.redirect_stderr(io.StringIO()):
-                    for _ in range(10):
-                        writer.write(tmp_path, version)
-                status = OK
-            finally:
-                os._exit(status)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [OK, OK]
-    assert writer.read(tmp_path) in {1, 2}
