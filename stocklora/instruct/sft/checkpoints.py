@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 
 from stocklora.base_models.foreign_code import check_names_no_code
 from stocklora.cli.console import UserError, say, warn
-from stocklora.runtime.files import json_of
+from stocklora.runtime.files import json_of, sha256_of, sync, write_json
 
 MANIFEST = "stocklora_checkpoint.json"  # written last
 RUN_NAME = "training_settings.json"
@@ -25,9 +26,39 @@ FREE = {
 SHAPE = ("method", "lora_r", "lora_target_modules", "use_dora")
 
 
-def contents(folder: Path) -> dict[str, int]:
-    """Size in bytes of every file in ``folder``, by name."""
-    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+def seal(folder: Path) -> None:
+    """Put a checkpoint's files on the disk and, last, their list: half a checkpoint is seen as half a checkpoint.
+
+    Raises:
+        OSError, UserError: they cannot be written.
+    """
+    settings = folder.parent / RUN_NAME
+    if settings.is_file():  # a checkpoint that is copied away still says how it was made
+        shutil.copyfile(settings, folder / RUN_NAME)
+    sync(folder, files=True)
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    sizes, digests = ({path.name: of(path) for path in files} for of in (lambda path: path.stat().st_size, sha256_of))
+    write_json(folder / MANIFEST, {"step": _step(folder), "files": sizes, "sha256": digests})
+    sync(folder.parent)
+
+
+def unseal(folder: Path) -> None:
+    """Take the list away, before what it vouches for changes."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def let_go(output_dir: Path, most: int, best: str | None) -> None:
+    """Remove what is more than ``most`` checkpoints, the oldest first; the newest stays, and the ``best``.
+
+    What a killed run left half written or half removed goes as well; not what only cannot be read at the moment.
+    """
+    whole = checkpoints_in(output_dir)
+    spare = [path for path in whole[:-1] if best is None or path.resolve() != Path(best).resolve()]
+    halves = [path for path in _all_checkpoints(output_dir) if not (path / MANIFEST).exists()]
+    for path in [*halves, *spare[: max(0, len(whole) - most)]]:
+        with contextlib.suppress(OSError):  # what cannot be taken away must not end a run
+            unseal(path)
+            shutil.rmtree(path)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -61,6 +92,18 @@ def fault_of(folder: Path) -> str | None:
     return None
 
 
+def damage_of(folder: Path) -> str | None:
+    """As ``fault_of``, every byte read."""
+    if (fault := fault_of(folder)) is not None:
+        return fault
+    try:
+        # those that were written before checksums were have sizes alone
+        digests = json_of((folder / MANIFEST).read_text(encoding="utf-8")).get("sha256", {})
+        return next((f"{name} is damaged" for name in digests if sha256_of(folder / name) != digests[name]), None)
+    except (OSError, ValueError, TypeError) as error:
+        return f"it cannot be read ({error})"
+
+
 def find_checkpoint(given: str | None, output_dir: Path) -> Path | None:
     """The checkpoint that ``--resume_from_checkpoint`` means.
 
@@ -70,20 +113,21 @@ def find_checkpoint(given: str | None, output_dir: Path) -> Path | None:
     if given is None:
         return None
     if given in ("last", "auto", "true", "True"):
-        whole = checkpoints_in(output_dir)
-        if not whole:
-            raise UserError(
-                f"--resume_from_checkpoint {given}: no whole checkpoint in {output_dir}; leave the flag out to "
-                "begin anew"
-            )
-        check_names_no_code(whole[-1])
-        return whole[-1]
+        for found in reversed(_all_checkpoints(output_dir)):
+            if (fault := damage_of(found)) is None:
+                check_names_no_code(found)
+                return found
+            warn(f"{found} is passed over: {fault}")
+        raise UserError(
+            f"--resume_from_checkpoint {given}: no whole checkpoint in {output_dir}; leave the flag out to begin anew"
+        )
     folder = Path(given)
-    others = checkpoints_in(folder if folder.is_dir() and not _step(folder) else folder.absolute().parent)
+    around = checkpoints_in(folder if folder.is_dir() and not _step(folder) else folder.absolute().parent)
+    others = [path for path in around if path.resolve() != folder.resolve()]
     hint = f"; there is {others[-1]}" if others else f"; {folder.parent} holds no other: leave the flag out"
     if not folder.is_dir():
         raise UserError(f"--resume_from_checkpoint: no folder {folder}{hint}")
-    fault = fault_of(folder)
+    fault = damage_of(folder)
     if fault is not None:
         raise UserError(f"--resume_from_checkpoint {folder}: {fault}{hint}")
     check_names_no_code(folder)
@@ -91,12 +135,12 @@ def find_checkpoint(given: str | None, output_dir: Path) -> Path | None:
 
 
 def check_room(output_dir: Path) -> None:
-    """Refuse a folder with checkpoints of a run that has not finished: they may be worth hours.
+    """Refuse a folder with whole checkpoints of a run that has not finished: they may be worth hours.
 
     Raises:
         UserError: it has some.
     """
-    if not _all_checkpoints(output_dir):
+    if not checkpoints_in(output_dir):
         return
     try:
         finished = json_of((output_dir / RUN_NAME).read_text(encoding="utf-8")).get("finished") is True
@@ -120,6 +164,7 @@ def make_room(output_dir: Path, checkpoint: Path | None) -> None:
         if step is not None and (_step(path) or 0) > step:
             if checkpoint is not None:
                 say(f"removing {path}, which is later than {checkpoint}")
+            unseal(path)
             shutil.rmtree(path)
 
 

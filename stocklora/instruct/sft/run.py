@@ -41,7 +41,7 @@ from stocklora.instruct.sft.setup import (
     steps_of,
     tracker_advice,
 )
-from stocklora.runtime.files import write_json
+from stocklora.runtime.files import sync, why_not_written, write_json
 
 LOCK_NAME = ".training.lock"
 INFO_NAME = "training_info.json"
@@ -145,13 +145,12 @@ def advice_on_failures(output_dir: Path) -> Iterator[None]:
                 "the memory is full; try --batch_size 1, --gradient_checkpointing, --use_qlora, a smaller --max_length "
                 "or a smaller model"
             ) from None
-        if "No space left" in text or "enforce fail at inline_container" in text:  # torch.save says it the second way
-            raise UserError(
-                f"the disk of {output_dir} is full; free some space or give another --output_dir, and go on with "
-                f"--resume_from_checkpoint last"
-            ) from error
         if type(error).__module__.startswith("wandb."):  # no network, a key that is no longer good
             raise UserError(tracker_advice(error)) from None
+        if (reason := why_not_written(output_dir, error)) is not None:
+            raise UserError(
+                f"cannot write into {output_dir}: {reason}; then go on with --resume_from_checkpoint last"
+            ) from error
         raise
 
 
@@ -205,6 +204,7 @@ def _trainer_of(prepared: Prepared, train_set: Any, held_out: Any, steps: int, *
         processing_class=prepared.tokenizer,
         callbacks=callbacks(prepared.settings, judged),
     )
+    trainer.most_checkpoints = max(2, prepared.settings.save_total_limit)
     for unwanted in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(unwanted)
     for parameter in prepared.model.parameters():
@@ -311,7 +311,8 @@ def _report(settings: Any, info: Mapping[str, Any]) -> None:
 def save_model(prepared: Prepared, model: Any, folder: Path) -> None:
     """Write adapter or model, and the tokenizer, into ``folder``; what other methods left there goes.
 
-    Everything is written aside and then moved in, so that a stop leaves no mixture of two runs.
+    Everything is written aside and then moved in. What says that a model lies there goes first and comes last, so that
+    a stop leaves the old one, the new one, or none, which the run that goes on writes; and never a mixture of two.
     """
     from stocklora.instruct.rows.chat_template import end_token_ids
 
@@ -322,17 +323,21 @@ def save_model(prepared: Prepared, model: Any, folder: Path) -> None:
             model.to(prepared.base_dtype)
         model.generation_config.eos_token_id = sorted(end_token_ids(prepared.tokenizer))
         model.config.use_cache = True
+    for left in folder.glob(".saving-*"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         model.save_pretrained(str(aside))
         prepared.tokenizer.save_pretrained(str(aside))
         (aside / "README.md").unlink(missing_ok=True)  # PEFT's form with nothing filled in; ours is training_info.json
-        for name in ADAPTER_FILES if full else MODEL_FILES:
+        sync(aside, files=True)
+        for name in (INFO_NAME, ADAPTER_FILES[0], MODEL_FILES[0], *(ADAPTER_FILES if full else MODEL_FILES)):
             (folder / name).unlink(missing_ok=True)
-        if full:
-            for shard in folder.glob("model-*.safetensors"):
-                shard.unlink()
-        for path in sorted(aside.iterdir()):
+        for shard in folder.glob("model-*.safetensors"):
+            shard.unlink()
+        sync(folder)
+        for path in sorted(aside.iterdir(), key=lambda path: path.name in (ADAPTER_FILES[0], MODEL_FILES[0])):
             os.replace(path, folder / path.name)
+        sync(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -255,7 +255,7 @@ def arguments_of(prepared: Prepared, steps: int, *, judged: bool, resumed: bool)
         eval_packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},  # our tokens and labels, as they are
         eval_on_start=judged and not resumed,
-        save_total_limit=max(2, settings.save_total_limit),  # with 1 the library deletes the newest at the end
+        save_total_limit=None,  # AnswerTrainer lets go of older ones
         restore_callback_states_from_checkpoint=True,
         logging_steps=settings.logging_steps,
         logging_first_step=True,

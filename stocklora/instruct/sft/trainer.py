@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +17,10 @@ from trl import SFTTrainer
 
 from stocklora.cli.console import progress, say, warn
 from stocklora.instruct.rows.chat_template import IGNORED
-from stocklora.instruct.sft.checkpoints import MANIFEST, RUN_NAME, contents
+from stocklora.instruct.sft.checkpoints import damage_of, let_go, seal, unseal
 from stocklora.instruct.sft.preflight import MOST_SCORES
 from stocklora.instruct.sft.settings import SftSettings
-from stocklora.runtime.files import as_json_types, write_json, write_text
+from stocklora.runtime.files import as_json_types, write_text
 from stocklora.runtime.interrupt import Interruption
 
 LOG_NAME = "training_log.jsonl"
@@ -29,7 +28,7 @@ LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accurac
 
 
 class AnswerTrainer(SFTTrainer):
-    """``SFTTrainer`` with two differences.
+    """``SFTTrainer`` with three differences.
 
     Its evaluation loss is the mean over supervised tokens. The library averages batches, so that its number depends on
     how rows fall into batches, and a batch of short answers weighs as much as one of long ones.
@@ -37,7 +36,14 @@ class AnswerTrainer(SFTTrainer):
     On a CPU the output head scores supervised positions alone. The library does so where it has a Triton kernel, and
     elsewhere scores every position, questions and padding too; with a vocabulary of 49,152 that took a quarter of a
     step.
+
+    A checkpoint is whole or not believed: see ``checkpoints.seal``.
+
+    Attributes:
+        most_checkpoints: that are kept. The library would remove an older one before the new one is sealed.
     """
+
+    most_checkpoints = 2
 
     def compute_loss(
         self,
@@ -103,6 +109,15 @@ class AnswerTrainer(SFTTrainer):
         loss = float(sums[0] / sums[1].clamp(min=1))
         metrics = {f"{metric_key_prefix}_loss": loss}
         return EvalLoopOutput(None, None, metrics, int(sums[2]))  # type: ignore[arg-type]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Sealed last; older ones go after that, by their steps and not by a clock that may have jumped."""
+        output_dir = Path(str(self.args.output_dir))
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        unseal(folder)
+        super()._save_checkpoint(model, trial)
+        seal(folder)
+        let_go(output_dir, self.most_checkpoints, self.state.best_model_checkpoint)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the run describes itself in training_info.json."""
@@ -175,18 +190,6 @@ class StopGently(Interruption, TrainerCallback):
             control.should_evaluate = control.should_save = False
 
 
-class SealCheckpoints(TrainerCallback):
-    """Writes a checkpoint's list of contents last, so that half a checkpoint is seen as half a checkpoint."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if folder.is_dir():
-            settings = Path(args.output_dir) / RUN_NAME
-            if settings.is_file():  # a checkpoint that is copied away still says how it was made
-                shutil.copyfile(settings, folder / RUN_NAME)
-            write_json(folder / MANIFEST, {"step": state.global_step, "files": contents(folder)})
-
-
 class Patience(EarlyStoppingCallback):
     """Early stopping that does not count the judgement before the first step."""
 
@@ -199,19 +202,19 @@ class KeepBest(TrainerCallback):
     """Finds the best checkpoint again after a folder was moved; where it is gone, the next judgement is the best."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.best_metric is None or state.best_model_checkpoint is not None:
+        if state.best_metric is None:
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
-        if folder.is_dir():
-            state.best_model_checkpoint = str(folder)
-        else:
-            warn(f"the best checkpoint of the run, {folder}, is gone; the best from here on is kept")
+        here = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        places = [here if state.best_model_checkpoint is None else Path(state.best_model_checkpoint), here]
+        state.best_model_checkpoint = next((str(place) for place in places if damage_of(place) is None), None)
+        if state.best_model_checkpoint is None:
+            warn(f"the best checkpoint of the run, {here}, is not whole any more; the best from here on is kept")
             state.best_metric = state.best_global_step = None
 
 
 def callbacks(settings: SftSettings, judged: bool) -> list[TrainerCallback]:
     """What a run does beside training; ``judged`` where there are validation rows."""
-    result: list[TrainerCallback] = [SealCheckpoints()]
+    result: list[TrainerCallback] = []
     if judged:
         result.append(KeepBest())
         if settings.early_stopping_patience:
