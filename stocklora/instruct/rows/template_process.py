@@ -1,22 +1,29 @@
 """Chat templates rendered where they can do no harm: in a process of their own, with limits on time, memory and files.
 
 A chat template is a program that comes with a model. Jinja's sandbox, in which transformers renders it, keeps it from
-Python's inside, but not from an endless loop or a text of gigabytes. So one small process is forked before the model is
-loaded, and renders all templates of this program. It may open no file, write none, and grow by ``MOST_MEMORY_BYTES``;
-the program waits ``MOST_SECONDS`` for a rendering and takes ``MOST_CHARACTERS`` of it. A process that does not answer
-is killed, and the next rendering begins another one.
+Python's inside, but not from an endless loop or a text of gigabytes. So one small process renders all templates of
+this program. It may open no file, import nothing, and grow by ``MOST_MEMORY_BYTES``; the program waits ``MOST_SECONDS``
+for a rendering and takes ``MOST_CHARACTERS`` of it. A process that does not answer is killed, and the next rendering
+begins another one.
 
-Where processes cannot be forked (Windows) templates are rendered in the program itself, in the sandbox alone.
+It is forked before the model is loaded. Where processes cannot be forked (Windows) Python starts it anew. What passes
+between the two is text, so that a template which got out of the sandbox has nothing to send that would run. An audit
+hook (PEP 578) keeps files shut on every system; where the system has limits of its own, they hold as well, and where it
+has none on memory, the program looks at the process's size while it waits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
-import multiprocessing.connection
+import json
+import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +32,16 @@ from stocklora.cli.console import UserError, one_line
 MOST_SECONDS = 20.0  # a rendering takes a millisecond; a machine that swaps takes longer
 MOST_CHARACTERS = 32_000_000
 MOST_MEMORY_BYTES = 1 << 30  # beyond what the process was born with
+START_SECONDS = 300.0  # to import transformers from a slow disk
+LOOK_SECONDS = 0.02  # between two looks at a process's size
+FORKED = hasattr(os, "fork")
 
 REFUSED, FAILED, TOO_LARGE, RENDERED = range(4)
+LIMITED, UNLIMITED = b"limited", b"unlimited"  # whether the system holds the process to its memory
+# Audit events that no template has a need for; the first names ``open`` alone.
+SHUT = (
+    "open", "import", "os.", "shutil.", "subprocess.", "socket.", "ctypes.", "mmap.", "winreg.", "_winapi.", "fcntl.",
+)  # fmt: skip
 # What Python imports only when it is first used, which is too late in a process that may open no file.
 WARM_UP = (
     r"{{ '\u4e2d\n' }}{{ 'a b'|wordwrap(1)|urlencode|pprint|random }}{{ 'x.com'|urlize|striptags }}{{ lipsum(n=1) }}"
@@ -41,48 +56,75 @@ class _Renderer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._process, self._owner = 0, 0
+        self._owner, self._most_bytes = 0, 0
+        self._process: Any = None
         self._connection: Any = None
 
     def ask(self, request: tuple[Any, ...]) -> tuple[int, str]:
         """What ``_render`` says of ``request``."""
+        asked = json.dumps(request).encode()
         with self._lock:
             if self._owner != os.getpid():  # a process forked from this one must not speak over the same pipe
                 self._begin()
             try:
-                self._connection.send(request)
-                if not self._connection.poll(MOST_SECONDS):
+                self._connection.send_bytes(asked)
+                if (reason := self._kept_waiting()) is not None:
                     self._end()
-                    return TOO_LARGE, f"it was not done after {MOST_SECONDS:.0f} seconds"
-                status, text = self._connection.recv()
-                return status, text
-            except (EOFError, OSError):
+                    return TOO_LARGE, reason
+                answer = self._connection.recv_bytes(4 * MOST_CHARACTERS + 1)
+                return answer[0], answer[1:].decode("utf-8", "surrogatepass")
+            except (EOFError, OSError, ValueError, IndexError):
                 self._end()
                 return TOO_LARGE, "it brought its process down"
             except BaseException:  # Ctrl-C: its answer is not to be taken for the next one's
                 self._end()
                 raise
 
-    def _begin(self) -> None:
-        # Imported before the fork, since a process that may open no file can import nothing.
-        from transformers.utils import chat_template_utils  # noqa: F401
+    def _kept_waiting(self) -> str | None:
+        """Wait for the answer; what the process took too much of, None where the answer is there."""
+        end = time.monotonic() + MOST_SECONDS
+        while not self._connection.poll(LOOK_SECONDS if self._most_bytes else MOST_SECONDS):
+            if time.monotonic() >= end:
+                return f"it was not done after {MOST_SECONDS:.0f} seconds"
+            if self._most_bytes and _size_of(self._process.pid) > self._most_bytes:
+                return "it asks for more memory than there is for it"
+        return None
 
-        self._connection, theirs = multiprocessing.connection.Pipe()
-        process = os.fork()
-        if process == 0:
-            try:
-                _serve(theirs)
-            finally:
-                os._exit(0)
+    def _begin(self) -> None:
+        if FORKED:
+            # Imported before the fork, since a process that may open no file can import nothing.
+            from transformers.utils import chat_template_utils  # noqa: F401
+        context: Any = multiprocessing.get_context("fork" if FORKED else "spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, FORKED), daemon=True)
+        self._process.start()
         theirs.close()
-        self._process, self._owner = process, os.getpid()
+        self._owner = os.getpid()
+        try:
+            limited = self._connection.poll(START_SECONDS) and self._connection.recv_bytes(100)
+        except (EOFError, OSError):
+            limited = b""
+        if limited not in (LIMITED, UNLIMITED):
+            self._end()
+            raise UserError(f"the process that renders chat templates did not start ({sys.executable})")
+        self._most_bytes = 0 if limited == LIMITED else _size_of(self._process.pid) + MOST_MEMORY_BYTES
 
     def _end(self) -> None:
         self._connection.close()
         self._owner = 0
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(self._process, signal.SIGKILL)
-            os.waitpid(self._process, 0)
+        with contextlib.suppress(OSError):
+            self._process.kill()
+            self._process.join()
+
+
+def _size_of(process: int) -> int:
+    """Bytes of memory that a process has; 0 of one that is gone, which the pipe to it tells."""
+    import psutil
+
+    try:
+        return int(psutil.Process(process).memory_info().rss)
+    except psutil.Error:
+        return 0
 
 
 _renderer = _Renderer()
@@ -107,7 +149,7 @@ def render_template(
     from jinja2 import TemplateError
 
     request = (template, conversation, tools, invite, values)
-    status, text = _renderer.ask(request) if hasattr(os, "fork") else _render(*request)
+    status, text = _renderer.ask(request)
     if status == RENDERED:
         return text
     if status == REFUSED:
@@ -150,38 +192,52 @@ def _render(
         return FAILED, f"{type(error).__name__}: {error}"
 
 
-def _serve(connection: Any) -> None:
-    """Render until the program at the other end is gone."""
+def _serve(connection: Any, forked: bool) -> None:
+    """Render until the program at the other end is gone.
+
+    Args:
+        forked: from the program, on a system that can; otherwise nothing of the system's own is relied on.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, which goes, and then this process does
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    kept = connection.fileno()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(nowhere, stream)
-    os.closerange(3, kept)
-    os.closerange(kept + 1, 65536)  # sockets and pipes whose other ends would wait for this process
+    if forked:
+        os.closerange(3, connection.fileno())
+        os.closerange(connection.fileno() + 1, 65536)  # sockets and pipes whose other ends would wait for this process
     for template in WARM_UP:
         _render(template, [{"role": "user", "content": "x"}], None, True, {})
-    _limit()
+    limited = _limit() if forked else False
     gc.freeze()  # what the program had is not walked over
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    sys.addaudithook(_keep_shut)
+    connection.send_bytes(LIMITED if limited else UNLIMITED)
     while True:
-        request = connection.recv()
-        signal.setitimer(signal.ITIMER_REAL, 1.5 * MOST_SECONDS)  # an endless loop outlives no program that was killed
-        answer = _render(*request)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.send(answer)
+        request = json.loads(connection.recv_bytes())
+        # an endless loop outlives no program that was killed, and this clock waits for no lock of Python's
+        faulthandler.dump_traceback_later(1.5 * MOST_SECONDS, exit=True, file=2)
+        status, text = _render(*request)
+        faulthandler.cancel_dump_traceback_later()
+        connection.send_bytes(bytes([status]) + text.encode("utf-8", "surrogatepass"))
 
 
-def _limit() -> None:
+def _keep_shut(event: str, arguments: tuple[Any, ...]) -> None:
+    if event.startswith(SHUT):
+        raise PermissionError("a chat template opens nothing")
+
+
+def _limit() -> bool:
+    """Limits by the system on memory and files; whether it knows any on memory."""
     import resource
-    import time
 
     time.localtime()  # which reads the time zone's file
-    with open("/proc/self/statm" if os.path.exists("/proc/self/statm") else os.devnull, encoding="ascii") as stream:
-        pages = (stream.read().split() or ["0"])[0]
-    if int(pages):
-        size = int(pages) * resource.getpagesize() + MOST_MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+    try:
+        with open("/proc/self/statm", encoding="ascii") as stream:
+            size = int(stream.read().split()[0]) * resource.getpagesize() + MOST_MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    except OSError:  # macOS, which has the limit and does not keep to it
+        return False
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+    return True

@@ -18,7 +18,7 @@ from stocklora.instruct.rows.chat_template import prepare_tokenizer, prompt_ids
 from stocklora.instruct.rows.formats import Message
 from stocklora.instruct.rows.template_process import render_template
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="templates are rendered in a forked process")
+forked = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 
 TURNS = [{"role": "user", "content": "x", "name": None}]
 
@@ -30,6 +30,30 @@ def render(template: str, **values: Any) -> str:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_process, "MOST_SECONDS", 1.0)
+
+
+def test_where_processes_cannot_be_forked_the_limits_hold_too(monkeypatch: pytest.MonkeyPatch, in_folder: Path) -> None:
+    """As on Windows: a process that is begun anew, and no limit by the system."""
+    monkeypatch.setattr(template_process, "FORKED", False)
+    monkeypatch.setattr(template_process, "_renderer", template_process._Renderer())
+    assert (
+        render("{{ bos }}{{ messages[0].content }}中\ud800{{ strftime_now('%d') | length }}", bos="<s>")
+        == "<s>x中\ud8002"
+    )
+    with pytest.raises(TemplateError, match="no systems here"):
+        render("{{ raise_exception('no systems here') }}")
+    with pytest.raises(UserError, match="cannot be rendered"):
+        render("{{ cycler.__init__.__globals__.os.mkdir('owned') }}")
+    with pytest.raises(UserError, match="writes 40,000,000 characters"):
+        render("{{ 'x' * 40000000 }}")
+    monkeypatch.setattr(template_process._renderer, "_most_bytes", template_process._renderer._most_bytes - (3 << 28))
+    with pytest.raises(UserError, match="more memory than there is for it"):
+        render("{{ 'x' * 8000000000 }}")
+    assert render("ok") == "ok"  # by another process
+    monkeypatch.setattr(template_process, "MOST_SECONDS", 1.0)
+    with pytest.raises(UserError, match="not done after 1 seconds"):
+        render("{{ (10 ** 10) ** (10 ** 9) }}")
+    assert os.listdir() == []
 
 
 def test_it_writes_what_transformers_does(tiny_model: Path) -> None:
@@ -100,7 +124,14 @@ def test_a_refusal_is_the_templates_own() -> None:
         render("{{ raise_exception('no systems here') }}")
 
 
-def test_who_gets_out_of_the_sandbox_opens_no_file_and_writes_none(in_folder: Path, monkeypatch: Any) -> None:
+@forked
+@pytest.mark.parametrize(("hook", "said"), [(True, "opens nothing"), (False, "Too many open files")])
+def test_who_gets_out_of_the_sandbox_opens_no_file_and_writes_none(
+    hook: bool, said: str, in_folder: Path, monkeypatch: Any
+) -> None:
+    """By the hook, which is there on every system, and by the system's own limits where it has them."""
+    if not hook:
+        monkeypatch.setattr(template_process, "SHUT", ())
     monkeypatch.setattr(template_process, "_renderer", template_process._Renderer())
     monkeypatch.setattr(template_process, "WARM_UP", ())
 
@@ -112,16 +143,16 @@ def test_who_gets_out_of_the_sandbox_opens_no_file_and_writes_none(in_folder: Pa
         return template_process.RENDERED, "written"
 
     monkeypatch.setattr(template_process, "_render", escaped)
-    assert "Too many open files" in render("")
+    assert said in render("")
     assert os.listdir() == []
 
 
+@forked
 def test_a_process_that_was_killed_is_begun_anew_and_a_forked_program_has_its_own(monkeypatch: Any) -> None:
     renderer = template_process._Renderer()
     monkeypatch.setattr(template_process, "_renderer", renderer)
     assert render("1") == "1"
-    first = renderer._process
-    os.kill(first, signal.SIGKILL)
+    os.kill(renderer._process.pid, signal.SIGKILL)
     with pytest.raises(UserError, match="brought its process down"):
         render("2")
     assert render("3") == "3"
@@ -136,6 +167,7 @@ def test_a_process_that_was_killed_is_begun_anew_and_a_forked_program_has_its_ow
     assert render("5") == "5"
 
 
+@forked
 def test_it_goes_when_its_program_is_killed(monkeypatch: Any) -> None:
     reader, writer = os.pipe()
     child = os.fork()
@@ -143,7 +175,7 @@ def test_it_goes_when_its_program_is_killed(monkeypatch: Any) -> None:
         try:
             renderer = template_process._Renderer()
             renderer.ask(("x", TURNS, None, True, {}))
-            os.write(writer, str(renderer._process).encode())
+            os.write(writer, str(renderer._process.pid).encode())
             signal.pause()
         finally:
             os._exit(1)
