@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stocklora.cli import EXIT_INTERRUPTED, leave_at_once_if_asked_again
+
 if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 PROJECT = Path(__file__).resolve().parents[2]
 EXIT_USER_ERROR = 2
 LONGEST_ERROR = 2000  # characters: a damaged file's own content may be a message's longest part
-EXIT_INTERRUPTED = 130
 PROGRESS_FILE = "STOCKLORA_PROGRESS"  # environment variable: a file that is told what progress bars show
 TOLD_EVERY_S = 1.0
 EXIT_BROKEN_PIPE = 141  # what a shell reports for any tool whose reader went away
@@ -38,10 +39,20 @@ class UserError(Exception):
 def run_script(body: Callable[[], int | None]) -> int:
     """Run a script's body and turn how it ends into an exit code.
 
-    A ``UserError`` becomes one line on stderr and exit code 2; Ctrl-C becomes 130; a reader of our
-    stdout that went away (``... | head``) 141. A package that is not installed, most often since the environment
-    is not active, is a line as well. Any other exception is a fault of ours and keeps its traceback.
+    A ``UserError`` becomes one line on stderr and exit code 2; Ctrl-C becomes 130, a second one at any moment of the
+    answer to the first as well; a reader of our stdout that went away (``... | head``) 141. A package that is not
+    installed, most often since the environment is not active, is a line as well. Any other exception is a fault of
+    ours and keeps its traceback.
     """
+    try:
+        return _run(body)
+    except KeyboardInterrupt:
+        leave_at_once_if_asked_again()
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(body: Callable[[], int | None]) -> int:
     collect_garbage_seldom()
     # Hub and tokenizer libraries write their own bars and warnings; ours are enough.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -65,9 +76,6 @@ def run_script(body: Callable[[], int | None]) -> int:
         advice = "activate the environment (. .venv/bin/activate), or: pip install -r requirements_stable.txt"
         print(f"error: {sys.executable} has no package {package}; {advice}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
     except BrokenPipeError:
         if not _stdout_is_broken():
             raise  # some other pipe: a fault, not an impatient reader

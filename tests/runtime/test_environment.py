@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,31 @@ def hook(event, arguments):
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 sys.addaudithook(hook)
 runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+# Once more while the word is written, or when Python waits for a thread at its end.
+AGAIN = """
+import sys, threading, time
+when = sys.argv.pop(1)
+def ask():
+    os.kill(os.getpid(), signal.SIGINT)
+class Answer:
+    def write(self, text):
+        sys.__stderr__.write(text)
+        if "interrupted" in text:
+            ask()
+    def flush(self):
+        sys.__stderr__.flush()
+def late():
+    while threading.main_thread().is_alive():
+        time.sleep(0.01)
+    ask()
+    time.sleep(60)
+if when == "end":
+    threading.Thread(target=late).start()
+else:
+    sys.stderr = Answer()
 """
 
 
@@ -62,6 +89,16 @@ def test_ctrl_c_while_importing_is_one_word_and_leaves_nothing(number: int, repo
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("number", "when"), [(100, "end"), (700, "word"), (700, "end")])
+def test_ctrl_c_amid_the_answer_to_ctrl_c_is_quiet(number: int, when: str, repo_root: Path, tmp_path: Path) -> None:
+    script, *arguments = COMMAND
+    command = [sys.executable, "-c", AGAIN + STOPPED, when, str(number), str(repo_root / script), *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=50, check=False)
+    assert result.returncode == 130, result.stderr
+    assert result.stderr.strip() in ("", "interrupted")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_clock_that_jumps_back_makes_no_entry_fresh(tmp_path: Path) -> None:
     import datetime as dt
 
@@ -77,3 +114,35 @@ def test_a_clock_that_jumps_back_makes_no_entry_fresh(tmp_path: Path) -> None:
     assert cache.get("yahoo", "AAPL", request, now - hour) is None
     assert cache.get("yahoo", "AAPL", request, now + 1000 * hour) is None
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("years", [-10, 10])
+def test_a_clock_that_jumps_while_a_download_waits_changes_no_wait(years: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on the wall, that is: each wait is as long as it was going to be, by the clock that never jumps."""
+    import random
+    import time
+    from types import SimpleNamespace
+
+    from stocklora.prices.sources import fetch
+    from stocklora.prices.sources.request import Request, SourceError
+
+    steady, wall, asked = [100.0], [time.time()], []
+
+    def sleep(seconds: float) -> None:
+        assert 0 < seconds <= 0.5
+        steady[0] += seconds
+        wall[0] += seconds + years * 365 * 86400
+
+    def once(ticker: str, request: Request) -> Any:
+        asked.append(steady[0])
+        if len(asked) < 3:
+            raise SourceError("rate", "429", 7.0 * len(asked))
+        return "answer"
+
+    monkeypatch.setattr(fetch.time, "sleep", sleep)
+    monkeypatch.setattr(fetch.time, "monotonic", lambda: steady[0])
+    monkeypatch.setattr(fetch.time, "time", lambda: wall[0])
+    monkeypatch.setattr(random, "uniform", lambda low, high: low)
+    patience = fetch.Patience(retries=4, wait_s=1.0)
+    assert patience.fetch(SimpleNamespace(fetch=once), "AAPL", Request()) == "answer"  # type: ignore[arg-type]
+    assert [round(later - earlier, 6) for earlier, later in itertools.pairwise(asked)] == [7.0, 14.0]
