@@ -100,6 +100,11 @@ class DayEncoder:
         """
         if markets is None and "market" in self.indicators:
             markets = markets_of(prices)
+        spans: dict[str, range] = {}  # the days that a ticker's sequences read: none else is tokenized
+        for sequence in sequences:
+            known = spans.get(sequence.ticker, sequence.days)
+            first, stop = min(known.start, sequence.first_day), max(known.stop, sequence.days.stop)
+            spans[sequence.ticker] = range(first, stop)
         cached: dict[str, list[list[int]]] = {}
         tails: dict[str, list[str]] = {}
         encoded = []
@@ -110,9 +115,11 @@ class DayEncoder:
             if self.prompt == "ohlcv":  # rebased to the sequence: every line is the sequence's own
                 lines = self._tokenize(_joined(ohlcv_lines(frame, days), tails[ticker][days.start : days.stop]))
             else:
+                span = spans[ticker]
                 if ticker not in cached:
-                    cached[ticker] = self._tokenize(_joined(self._lines(frame), tails[ticker]))
-                lines = cached[ticker][days.start : days.stop]
+                    read = slice(span.start, span.stop)
+                    cached[ticker] = self._tokenize(_joined(self._lines(frame)[read], tails[ticker][read]))
+                lines = cached[ticker][days.start - span.start : days.stop - span.start]
             encoded.append(self._join(sequence, lines, frame))
         return encoded
 

@@ -114,9 +114,10 @@ class Forecaster:
             UserError: a ticker with fewer days than the window needs.
         """
         known = with_enough_days(prices, self.spec.window_size, "the window")
-        everything = {**known, **(market_only or {})}
-        surprised, markets = self.scale.markets_of(everything), markets_of(everything)
-        scales = {name: self.scale.at(frame, surprised.of(name)) for name, frame in known.items()}
+        scales = self.scale.on(known, market_only or {})
+        # Only day lines with the market's day in them read it.
+        read = "market" in self.spec.indicators
+        markets = markets_of({**known, **(market_only or {})}) if read else None
         quantiles = self.quantiles([self._last_example(name, frame, scales, markets) for name, frame in known.items()])
         return [
             row
@@ -125,7 +126,7 @@ class Forecaster:
         ]
 
     def _last_example(
-        self, name: str, frame: pd.DataFrame, scales: Mapping[str, np.ndarray], markets: Markets
+        self, name: str, frame: pd.DataFrame, scales: Mapping[str, np.ndarray], markets: Markets | None
     ) -> Example:
         """The last row as origin, with as much past as in training, less where wild days make long lines."""
 

@@ -27,9 +27,9 @@ REMEMBERED_BYTES = 64 * 2**20  # of what was computed from tables asked for late
 
 def garman_klass_variance(frame: pd.DataFrame) -> pd.Series:
     """A day's variance from its four prices (Garman and Klass, Journal of Business 53, 1980), at least 0."""
-    high_low = np.log(frame["High"] / frame["Low"])
-    close_open = np.log(frame["Close"] / frame["Open"])
-    return (0.5 * high_low**2 - (2.0 * np.log(2.0) - 1.0) * close_open**2).clip(lower=0.0)
+    opened, high, low, close = (frame[name].to_numpy() for name in ("Open", "High", "Low", "Close"))
+    variance = 0.5 * np.log(high / low) ** 2 - (2.0 * np.log(2.0) - 1.0) * np.log(close / opened) ** 2
+    return pd.Series(np.maximum(variance, 0.0), index=frame.index)
 
 
 class Market:

@@ -57,12 +57,7 @@ def ewma_volatility(close: pd.Series) -> np.ndarray:
     """
     squared = np.log(close).diff() ** 2
     variance = squared.ewm(alpha=1.0 - EWMA_LAMBDA, adjust=True).mean()
-    return np.maximum(
-        np.sqrt(variance.to_numpy()),
-        SCALE_FLOOR,
-        where=variance.notna().to_numpy(),
-        out=np.full(len(close), SCALE_FLOOR),
-    )
+    return np.maximum(np.sqrt(variance.fillna(0.0).to_numpy()), SCALE_FLOOR)
 
 
 def range_features(frame: pd.DataFrame) -> np.ndarray:
@@ -120,13 +115,14 @@ class VolatilityScale:
     def adapts(self) -> bool:
         return self.kind in ("harx", "prior")
 
-    def at(self, frame: pd.DataFrame, market: Market) -> np.ndarray:
+    def at(self, frame: pd.DataFrame, market: Market, before: np.ndarray | None = None) -> np.ndarray:
         """The scale at every day of ``frame``: (days, horizon), at least ``SCALE_FLOOR``.
 
         Args:
             market: of all tickers of its exchange that are forecast together, from ``markets_of``.
+            before: what ``before_adapting`` gives, where it is known.
         """
-        fitted = self.before_adapting(frame, market)
+        fitted = self.before_adapting(frame, market) if before is None else before
         if not self.adapts:
             return fitted
         return np.maximum(fitted * self.surprise_factor(frame, market)[:, None], SCALE_FLOOR)
@@ -137,24 +133,31 @@ class VolatilityScale:
         trust = tickers / (tickers + 1.0) if self.kind == "prior" else self.trust
         return np.clip((surprise / self.usual) ** trust, 1.0 / FURTHEST, FURTHEST)
 
-    def on(self, prices: Mapping[str, pd.DataFrame]) -> dict[str, np.ndarray]:
-        """The scale at every day of every ticker, forecast together: ticker -> (days, horizon)."""
-        markets = self.markets_of(prices)
-        return {name: self.at(frame, markets.of(name)) for name, frame in prices.items()}
+    def on(self, prices: Mapping[str, pd.DataFrame], others: Mapping[str, pd.DataFrame] = {}) -> dict[str, np.ndarray]:
+        """The scale at every day of every ticker, forecast together with ``others``: ticker -> (days, horizon)."""
+        before: dict[str, np.ndarray] = {}
+        markets = self.markets_of({**prices, **others}, before=before)
+        return {name: self.at(frame, markets.of(name), before.get(name)) for name, frame in prices.items()}
 
-    def markets_of(self, prices: Mapping[str, pd.DataFrame], plain: Markets | None = None) -> Markets:
+    def markets_of(
+        self, prices: Mapping[str, pd.DataFrame], plain: Markets | None = None, before: dict[str, Any] | None = None
+    ) -> Markets:
         """The markets as this scale reads them, with surprises where it adapts.
 
         Args:
             prices: ticker -> its table.
             plain: what ``markets_of`` made of these prices, if it has been called already.
+            before: filled, where the scale adapts, with ``before_adapting`` of every ticker.
         """
         if not self.adapts:
             return Markets()
         markets = (plain or markets_of(prices)).without_surprises()
         for name, frame in prices.items():
             market = markets.of(name)
-            market.add_surprise(frame, self.before_adapting(frame, market)[:, 0])
+            fitted = self.before_adapting(frame, market)
+            market.add_surprise(frame, fitted[:, 0])
+            if before is not None:
+                before[name] = fitted
         return markets
 
     def before_adapting(self, frame: pd.DataFrame, market: Market) -> np.ndarray:

@@ -357,6 +357,25 @@ class WithoutSome:
         return {"input_ids": [[0 if mark in self.unknown else ord(mark) for mark in line] for line in lines]}
 
 
+def test_no_day_is_tokenized_that_no_sequence_reads():
+    """Tickers with years of days are forecast from the last few; the tokens are those of a whole table."""
+    tokenizer, read = WithoutSome(""), []
+    call = type(tokenizer).__call__
+
+    class Counting(WithoutSome):
+        def __call__(self, lines, add_special_tokens):
+            read.extend(lines)
+            return call(self, lines, add_special_tokens)
+
+    prices = {"X": random_prices(500), "Y": random_prices(400, 1)}
+    last = [pack(name, range(rows - 30, rows), 30, 20)[-1] for name, rows in (("X", 500), ("Y", 400))]
+    encoded = DayEncoder(Counting(""), "returns").encode(prices, last)
+    assert len(read) == sum(len(sequence.days) for sequence in last)
+    everything = [sequence for name in prices for sequence in pack(name, range(30, len(prices[name])), 30, 20)]
+    whole = DayEncoder(tokenizer, "returns").encode(prices, [*everything, *last])[-2:]
+    assert all(np.array_equal(one.input_ids, other.input_ids) for one, other in zip(encoded, whole, strict=True))
+
+
 def test_a_tokenizer_that_cannot_write_the_numbers_is_refused():
     frame, sequences = random_prices(60), pack("X", range(30, 50), 30, 20)
     with pytest.raises(UserError, match="cannot write digits and signs; choose another --model_path"):

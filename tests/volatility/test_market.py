@@ -325,6 +325,22 @@ def test_a_tables_inputs_are_computed_once_for_all_scales_fitted_on_it(monkeypat
     assert sorted(seen) == sorted(map(id, prices.values()))
 
 
+def test_a_forecast_of_many_tickers_computes_their_inputs_once(monkeypatch):
+    """Even where a market remembers nothing; the scales are those of each ticker asked by itself."""
+    prices = {name: random_prices(80, seed) for seed, name in enumerate("ABCD")}
+    scale = prior_named("builtin").scale_for(3)
+    markets = scale.markets_of(prices)
+    expected = {name: scale.at(frame, markets.of(name)) for name, frame in prices.items()}
+    counts = []
+    real = scales.harx_features
+    monkeypatch.setattr("stocklora.volatility.market.REMEMBERED_BYTES", 0)
+    monkeypatch.setattr(scales, "harx_features", lambda *given: counts.append(None) or real(*given))
+    found = scale.on({name: prices[name] for name in "AB"}, {name: prices[name] for name in "CD"})
+    assert len(counts) == 4
+    assert list(found) == ["A", "B"]
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
+
+
 def test_what_a_market_remembers_is_of_the_very_table_and_bounded(monkeypatch):
     frames = [random_prices(30, seed) for seed in range(3)]
     market = market_of({"A": frames[0]})
