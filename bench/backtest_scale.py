@@ -51,20 +51,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def make_prices(folder: Path, count: int) -> None:
+def make_prices(folder: Path, count: int, rows: int = DAYS) -> None:
+    """Random walks whose volatility walks too, a file a ticker."""
     import numpy as np
     import pandas as pd
 
     folder.mkdir()
     draw = np.random.default_rng(0)
-    days = pd.bdate_range("2018-01-01", periods=DAYS).strftime("%Y-%m-%d")
+    days = pd.bdate_range("2018-01-01", periods=rows).strftime("%Y-%m-%d")
     for number in range(count):
-        volatility = 0.01 * np.exp(0.1 * np.cumsum(0.1 * draw.standard_normal(DAYS)))
-        close = 50.0 * np.exp(np.cumsum(volatility * draw.standard_normal(DAYS)))
-        opened = np.r_[close[:1], close[:-1]] * np.exp(0.3 * volatility * draw.standard_normal(DAYS))
-        high = np.maximum(opened, close) * np.exp(0.5 * volatility * draw.random(DAYS))
-        low = np.minimum(opened, close) * np.exp(-0.5 * volatility * draw.random(DAYS))
-        volume = np.round(1e6 * np.exp(0.3 * draw.standard_normal(DAYS)))
+        volatility = 0.01 * np.exp(0.1 * np.cumsum(0.1 * draw.standard_normal(rows)))
+        close = 50.0 * np.exp(np.cumsum(volatility * draw.standard_normal(rows)))
+        opened = np.r_[close[:1], close[:-1]] * np.exp(0.3 * volatility * draw.standard_normal(rows))
+        high = np.maximum(opened, close) * np.exp(0.5 * volatility * draw.random(rows))
+        low = np.minimum(opened, close) * np.exp(-0.5 * volatility * draw.random(rows))
+        volume = np.round(1e6 * np.exp(0.3 * draw.standard_normal(rows)))
         table = pd.DataFrame({"Date": days, "Open": opened, "High": high, "Low": low, "Close": close, "Volume": volume})
         table.to_csv(folder / f"S{number:04d}.csv", index=False, float_format="%.6f")
 

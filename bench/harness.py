@@ -6,8 +6,10 @@ A benchmark is started by path, so this file is found as ``harness``, and the pr
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,17 +21,66 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DEVELOPMENT = ROOT.parent / "shared" / "data"  # prices that are not the repository's: markets/, a file a market, and
 POOL_FILE = DEVELOPMENT / "prices" / "us_large_2012_2017.csv.gz"
+ANSWER = "answer.json"  # what a process of its own leaves
 sys.path.insert(0, str(ROOT))  # started by path, a script sees only its own folder
 
 
 def run_benchmark(
-    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], int],
+    argv: Sequence[str] | None,
+    work: Callable[[dict[str, Any], Path], Mapping[str, Any]] | None = None,
 ) -> int:
-    """Parse, run, and turn a user's mistake into one line and exit code 2."""
+    """Parse, run, and turn a user's mistake into one line and exit code 2.
+
+    Args:
+        work: what a process of its own does for ``answer_of``, from a task and a folder to an answer.
+    """
+    if work is not None:
+        parser.add_argument("--worker", type=Path, metavar="TASK", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     from stocklora.cli.console import run_script
 
-    return run_script(lambda: run(arguments))
+    if work is None or arguments.worker is None:
+        return run_script(lambda: run(arguments))
+
+    def work_on(task: Path) -> None:
+        answer = work(json.loads(task.read_text(encoding="utf-8")), task.parent)
+        (task.parent / ANSWER).write_text(json.dumps(answer), encoding="utf-8")
+
+    return run_script(lambda: work_on(arguments.worker))
+
+
+def answer_of(script: str, task: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
+    """What the ``work`` of a benchmark answers in a process of its own, so that its peak memory is its own.
+
+    Args:
+        script: the benchmark's ``__file__``.
+        task: as JSON has it.
+        scratch: a folder, in which it works.
+
+    Returns:
+        ``{"error": ...}`` where it said in a line why it cannot be.
+    """
+    path, answer = scratch / "task.json", scratch / ANSWER
+    answer.unlink(missing_ok=True)
+    path.write_text(json.dumps(dict(task)), encoding="utf-8")
+    command = [sys.executable, str(Path(script).resolve()), "--worker", str(path.resolve())]
+    return error_of(command, task, cwd=scratch) or dict(json.loads(answer.read_text(encoding="utf-8")))
+
+
+class Clock:
+    """Wall clock and CPU time of this process since it was made."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter(), time.process_time()
+
+    def seconds(self) -> tuple[float, float]:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - self.started[0], time.process_time() - self.started[1]
 
 
 def markets_in(paths: Sequence[Path]) -> dict[str, dict[str, pd.DataFrame]]:

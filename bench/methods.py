@@ -13,14 +13,13 @@ that of the weights file if such an epoch is kept. Writes bench/results/methods.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, ROOT, error_of, run_benchmark, save_result
+from harness import RESULTS, ROOT, answer_of, run_benchmark, save_result
 
 # name -> settings of train_lora.py
 METHODS: dict[str, dict[str, Any]] = {
@@ -49,14 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--test_from", help="with --data: first test day")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--output", type=Path, default=RESULTS / "methods.json")
-    parser.add_argument("--worker", type=Path, metavar="TASK", help=argparse.SUPPRESS)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_benchmark(
-        build_parser(), lambda arguments: work(arguments.worker) if arguments.worker else run(arguments), argv
-    )
+    return run_benchmark(build_parser(), run, argv, work)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -114,18 +110,13 @@ def measure(settings: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
     Args:
         settings: of ``TrainLoraSettings``, as JSON has them.
     """
-    task = scratch / "task.json"
-    answer = scratch / "answer.json"
-    answer.unlink(missing_ok=True)
     # The run works elsewhere: prices and model may be given by a path from here.
     settings = dict(settings) | {"data": [str(Path(path).resolve()) for path in settings["data"]]}
     settings["model_path"] = str(Path(settings["model_path"]).resolve())
-    task.write_text(json.dumps({"settings": settings, "answer": str(answer)}), encoding="utf-8")
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(task)]
-    return error_of(command, settings, cwd=scratch) or dict(json.loads(answer.read_text(encoding="utf-8")))
+    return answer_of(__file__, settings, scratch)
 
 
-def work(task: Path) -> int:
+def work(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The process of its own."""
     import torch
 
@@ -139,8 +130,7 @@ def work(task: Path) -> int:
     from stocklora.prices.tables import read_prices
     from stocklora.runtime.machine import peak_memory_mb
 
-    content = json.loads(task.read_text(encoding="utf-8"))
-    settings = restored(content["settings"] | {"save_dir": str(task.parent / "run")}, TrainLoraSettings)
+    settings = restored(task | {"save_dir": str(folder / "run")}, TrainLoraSettings)
     prices = select_tickers(read_prices(settings.data), settings.tickers)
     torch.manual_seed(settings.seed)
     run = finetune(prices, settings)
@@ -155,11 +145,11 @@ def work(task: Path) -> int:
     epoch_s = targets / history[-1]["targets_per_s"]
     steps = history[-1]["step"] - history[-2]["step"]
     state = trained_state(forecaster.model)
-    kept = task.parent / "kept.pth"
+    kept = folder / "kept.pth"
     save_weights(kept, WeightsFile(forecaster.spec, state["adapters"], state["head"], {}))
     number_format = forecaster.model.autocast_dtype or next(iter(forecaster.model.backbone.parameters())).dtype
     trainable = [parameter for parameter in forecaster.model.parameters() if parameter.requires_grad]
-    facts = {
+    return {
         "trainable": sum(parameter.numel() for parameter in trainable),
         "step_s": epoch_s / steps,
         "epoch_s": epoch_s,
@@ -173,8 +163,6 @@ def work(task: Path) -> int:
         "validation_ratio": min(row["validation_ratio"] for row in history[1:]),
         "number_format": str(number_format).removeprefix("torch."),
     }
-    Path(content["answer"]).write_text(json.dumps(facts), encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":

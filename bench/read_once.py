@@ -17,13 +17,12 @@ import json
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import RESULTS, ROOT, error_of, run_benchmark, save_result
+from harness import RESULTS, ROOT, Clock, answer_of, run_benchmark, save_result
 
 SPEED_TARGET, MEMORY_TARGET = 3.0, 0.5
 
@@ -43,14 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="real prices of the third part (default: bundled AAPL)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--output", type=Path, default=RESULTS / "read_once.json")
-    parser.add_argument("--worker", type=Path, metavar="TASK", help=argparse.SUPPRESS)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_benchmark(
-        build_parser(), lambda arguments: work(arguments.worker) if arguments.worker else run(arguments), argv
-    )
+    return run_benchmark(build_parser(), run, argv, work)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -71,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
             met &= speed["ratio_cpu"] >= SPEED_TARGET
         if arguments.memory:
-            peaks = [trained(arguments, Path(scratch), ways(arguments)[side])["peak_mb"] for side in ("whole", "last")]
+            peaks = [answer_of(__file__, ways(arguments)[side], Path(scratch))["peak_mb"] for side in ("whole", "last")]
             result["memory"] = {"whole_mb": peaks[0], "last_mb": peaks[1], "ratio": peaks[1] / peaks[0]}
             say(f"peak memory: {peaks[0]:,.0f} and {peaks[1]:,.0f} MB: {peaks[1] / peaks[0]:.3f} (target: 0.5)")
             met &= peaks[1] / peaks[0] <= MEMORY_TARGET
@@ -144,20 +140,6 @@ def measure_speed(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any
     return {"tokens_an_epoch": tokens, "of_epochs": arguments.of_epochs, **table, **ratios}
 
 
-class Clock:
-    """Wall clock and CPU time of this process since it was made."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter(), time.process_time()
-
-    def seconds(self) -> tuple[float, float]:
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - self.started[0], time.process_time() - self.started[1]
-
-
 def compare_learning(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Validation and test loss of both sides, over the start's and over that of EWMA, on each table of days."""
     days = arguments.learning_days
@@ -167,30 +149,20 @@ def compare_learning(arguments: argparse.Namespace, scratch: Path) -> dict[str, 
     for name, table in (("planted trend", trend), ("real days", real)):
         for side, flags in ways(arguments).items():
             epochs = {"epochs": arguments.learning_epochs, "patience": arguments.learning_epochs}
-            found[f"{name}, {side}"] = trained(arguments, scratch, flags | table | epochs)
+            found[f"{name}, {side}"] = answer_of(__file__, flags | table | epochs, scratch)
     return found
 
 
-def trained(arguments: argparse.Namespace, scratch: Path, task: Mapping[str, Any]) -> dict[str, Any]:
+def work(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A run of ``train_lora.py`` in a process of its own."""
-    path, answer = scratch / "task.json", scratch / "answer.json"
-    answer.unlink(missing_ok=True)
-    path.write_text(json.dumps(dict(task)), encoding="utf-8")
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(path)]
-    return error_of(command, task, cwd=scratch) or dict(json.loads(answer.read_text(encoding="utf-8")))
-
-
-def work(path: Path) -> int:
-    """The process of its own."""
     from stocklora.cli.settings import restored
     from stocklora.finetune.fit import finetune
     from stocklora.finetune.settings import TrainLoraSettings
     from stocklora.prices.tables import read_prices
     from stocklora.runtime.machine import peak_memory_mb
 
-    task = json.loads(path.read_text(encoding="utf-8"))
     planted, last_days = task.pop("planted", None), task.pop("last_days", None)
-    settings = restored(task | {"save_dir": str(path.parent / "run")}, TrainLoraSettings)
+    settings = restored(task | {"save_dir": str(folder / "run")}, TrainLoraSettings)
     if planted is not None:
         prices = {"TREND": planted_trend(planted)}
     elif last_days is not None:
@@ -199,15 +171,13 @@ def work(path: Path) -> int:
         prices = read_prices(settings.data) if settings.data else a_year()
     run = finetune(prices, settings)
     scores, history = run.test_scores, run.outcome.history
-    facts = {
+    return {
         "peak_mb": peak_memory_mb(run.forecaster.device.type),
         "validation_ratio": min(row["validation_ratio"] for row in history[1:]),
         "validation_ratios": [row["validation_ratio"] for row in history[1:]],
         "test_of_ewma": scores["model"].pinball_bp / scores["ewma"].pinball_bp,
         "seconds": history[-1]["seconds"],
     }
-    (path.parent / "answer.json").write_text(json.dumps(facts), encoding="utf-8")
-    return 0
 
 
 def a_longer_time() -> Any:
