@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stocklora.base_models.folders import made_whole
 from stocklora.cli.console import UserError
 from stocklora.runtime import files
 from stocklora.runtime.files import BUNDLED_PRICES, bundled_folder, replacing, sha256_of, write_json, write_text
@@ -235,6 +236,24 @@ def test_bytes_then_name_then_folder_reach_the_disk(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "replace", renamed)
     write_text(tmp_path / "a.txt", "x")
     assert order == ["file", "name", "folder"]
+
+
+def test_all_of_a_folder_reaches_the_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[int] = set()
+    rename = os.rename
+
+    def renamed(source: Path, target: Path) -> None:
+        assert {path.stat().st_ino for path in (source, *Path(source).rglob("*"))} <= synced
+        synced.clear()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
+    monkeypatch.setattr(os, "rename", renamed)
+    with made_whole(tmp_path / "model") as folder:
+        (folder / "inner").mkdir()
+        for path in (folder / "config.json", folder / "inner" / "weights"):
+            path.write_text("x", encoding="utf-8")
+    assert synced == {tmp_path.stat().st_ino}
 
 
 def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:

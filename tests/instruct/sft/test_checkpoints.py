@@ -29,7 +29,14 @@ from sft_folders import instruction_rows
 
 from stocklora.cli.console import UserError
 from stocklora.instruct.sft import run as sft_run
-from stocklora.instruct.sft.checkpoints import check_room, checkpoints_in, find_checkpoint, make_room
+from stocklora.instruct.sft.checkpoints import (
+    check_room,
+    checkpoints_in,
+    damage_of,
+    fault_of,
+    find_checkpoint,
+    make_room,
+)
 from stocklora.instruct.sft.settings import Resolved, SftSettings
 
 forked = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
@@ -50,10 +57,10 @@ class Run:
     def again(self, **changes: Any) -> int:
         return start(dataclasses.replace(self.settings, **changes))
 
-    def write_checkpoint(self, folder: Path, step: int) -> None:
+    def write_checkpoint(self, folder: Path, step: int, best: int | None = None) -> None:
         """Into ``folder``, as the run that has reached ``step`` does; its weights are that number."""
         self.trainer.args.output_dir = str(folder)
-        self.trainer.state.global_step = step
+        self.trainer.state.global_step, self.trainer.state.best_global_step = step, best
         self.trainer.state.best_model_checkpoint = None
         fill(self.trainer.model, step)
         with sft_run.advice_on_failures(folder):
@@ -144,24 +151,67 @@ def test_a_call_that_fails_leaves_the_checkpoint_before_it(finished: Run, tmp_pa
 
 @forked
 def test_a_process_killed_at_any_call_leaves_a_whole_checkpoint(finished: Run, tmp_path: Path) -> None:
-    """While the third is written, and the first is let go of after it."""
+    """While the third is written, and the second is let go of after it, since the first is the best."""
     folder, states, steps = tmp_path / "folder", tmp_path / "states", []
 
     def once() -> None:
         for step in (1, 2):
             finished.write_checkpoint(folder, step)
         with copied_at_each_call(folder, states):
-            finished.write_checkpoint(folder, 3)
+            finished.write_checkpoint(folder, 3, best=1)
 
     assert in_a_child(once) == 0
     for state in sorted(states.iterdir()):
         steps.append(resumed_step(state))
         whole = {path.name for path in checkpoints_in(state)}
-        assert {"checkpoint-2", f"checkpoint-{steps[-1]}"} <= whole, state.name
-        assert {path.name for path in state.iterdir()} - {"checkpoint-1"} == whole - {"checkpoint-1"}, state.name
+        assert {"checkpoint-1", f"checkpoint-{steps[-1]}"} <= whole, state.name
+        assert {path.name for path in state.iterdir()} - {"checkpoint-2"} == whole - {"checkpoint-2"}, state.name
     assert steps == sorted(steps)
     assert set(steps) == {2, 3}
-    assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "checkpoint-3"}
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-1", "checkpoint-3"}
+
+
+@forked
+def test_a_checkpoint_that_is_written_again_is_not_believed_meanwhile(finished: Run, tmp_path: Path) -> None:
+    """After the last step of an epoch, and once more at its end, with what was judged there."""
+    folder, states = tmp_path / "folder", tmp_path / "states"
+
+    def twice() -> None:
+        finished.write_checkpoint(folder, 1)
+        finished.trainer.state.log_history.append({"eval_loss": 0.5})
+        with copied_at_each_call(folder, states):
+            finished.write_checkpoint(folder, 1)
+
+    assert in_a_child(twice) == 0
+    whole = [fault_of(state / "checkpoint-1") is None for state in sorted(states.iterdir())]
+    assert whole[0]
+    assert whole[-1]
+    assert whole.count(False) > 20
+    assert all(damage_of(path) is None for state in states.iterdir() for path in checkpoints_in(state))
+
+
+def test_bytes_reach_the_disk_before_what_vouches_for_them(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    vouched: list[str] = []
+    replace = os.replace
+
+    def replaced(source: Path, target: Path) -> None:
+        if Path(target).name in ("stocklora_checkpoint.json", "adapter_config.json"):
+            beside = [*Path(source).parent.iterdir(), *Path(target).parent.iterdir()]
+            unsynced = {path.name for path in beside if path.is_file() and path.stat().st_ino not in synced}
+            assert unsynced == set()
+            vouched.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
+    monkeypatch.setattr(os, "replace", replaced)
+    finished.write_checkpoint(tmp_path, 1)
+    (tmp_path / "last").mkdir()
+    finished.write_model(tmp_path / "last", 1)
+    assert vouched == ["stocklora_checkpoint.json", "adapter_config.json"]
+    assert {tmp_path.stat().st_ino, (tmp_path / "last").stat().st_ino} <= synced
 
 
 @forked
