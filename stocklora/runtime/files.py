@@ -39,8 +39,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     with write_errors(path):
-        target = Path(os.path.realpath(path)) if path.is_symlink() else path
-        is_special = target.exists() and not target.is_file()
+        is_special = path.exists() and not path.is_file()  # a pipe has no name that its link could be resolved to
+        target = Path(os.path.realpath(path)) if path.is_symlink() and not is_special else path
         if target.is_dir():
             raise UserError(f"cannot write {path}: it is a folder; give a file name")
         if target.parent.exists() and not target.parent.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,24 @@ def test_neither_home_nor_tmp_is_needed(repo_root: Path, tmp_path: Path) -> None
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "sample_test.csv").is_file()
     assert result.stderr == ""
+
+
+def test_a_tmp_that_is_full_is_one_line(repo_root: Path, sample_csv: Path, tmp_path: Path) -> None:
+    """For the one script that writes its scratch there; the others write beside what they make."""
+    try:
+        subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this system lets nobody mount")
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, str(repo_root / "backtest.py"), "--data", str(sample_csv), "--models", "prior"]
+    full = f"mount -t tmpfs -o size=8k none tmp && exec {shlex.join([*command, '--check-leakage'])}"
+    result = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", full], cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert "No space left on device" in result.stderr
 
 
 @pytest.mark.parametrize("number", [25, 100, 400, 700])

@@ -256,6 +256,28 @@ def test_all_of_a_folder_reaches_the_disk_before_its_name(tmp_path: Path, monkey
     assert synced == {tmp_path.stat().st_ino}
 
 
+def test_a_writer_that_comes_amid_another_one_does_not_disturb_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with replacing(path) as temporary:
+        temporary.write_text("first, and", encoding="utf-8")
+        write_text(path, "second")
+        assert path.read_text(encoding="utf-8") == "second"
+        with temporary.open("a", encoding="utf-8") as stream:
+            stream.write(" whole")
+    assert path.read_text(encoding="utf-8") == "first, and whole"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no names for open pipes")
+def test_a_pipe_is_written_into(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    (tmp_path / "stdout").symlink_to(f"/dev/fd/{writer}")
+    write_text(tmp_path / "stdout", "x")
+    assert os.read(reader, 9) == b"x"
+    for end in (reader, writer):
+        os.close(end)
+
+
 def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
     def by_another(text: str) -> None:
         """Write in a process that has not been here before."""
@@ -271,10 +293,10 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
             signal.pause()
     os.read(ready[0], 1)
     by_another("first")
-    (half,) = set(names(tmp_path)) - {"a.txt"}  # of the other process, which lives
-    assert half.startswith(".b.")
+    left = set(names(tmp_path)) - {"a.txt"}
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    assert [name[:3] for name in left] == [".b."]  # of the other process, which lived
     (tmp_path / ".b.mine.txt").write_text("somebody's own file with a similar name")
     by_another("second")
     assert names(tmp_path) == [".b.mine.txt", "a.txt"]
