@@ -72,6 +72,17 @@ def _no_exchange_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stocklora.prices.exchanges._assigned", {})
 
 
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """A training run in this process leaves an empty picture: drawn, it takes a fifth of the time of such a run.
+
+    tests/scripts/test_forecasting_scripts.py looks at a drawn one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stocklora.plots.curves.plot_training_curve", lambda history, best, path: path.touch())
+        yield
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return REPO_ROOT
@@ -126,7 +137,7 @@ def nursery() -> ForkServerContext:
     context.set_forkserver_preload(
         [
             "stocklora.finetune.fit", "stocklora.metrics.significance", "stocklora.plots.forecasts", "accelerate",
-            "exchange_calendars", "transformers.optimization", "transformers.models.qwen3.modeling_qwen3",
+            "exchange_calendars", "transformers.optimization", "transformers.models.qwen3.modeling_qwen3", "peft",
         ]
     )  # fmt: skip
     return context

@@ -39,6 +39,7 @@ from stocklora.forecaster.weights import load_weights
 from stocklora.runtime.files import as_json_types
 from stocklora.runtime.interrupt import Interruption
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 TIMES = ["seconds", "targets_per_s"]
 
 

@@ -30,6 +30,8 @@ from stocklora.forecaster.methods import trained_state
 from stocklora.forecaster.weights import load_weights
 from stocklora.runtime.distributed import Alone
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def prices() -> dict[str, Any]:

@@ -25,7 +25,9 @@ from stocklora.finetune.fit import finetune
 from stocklora.finetune.report import FinetunedRun
 from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.forecaster.weights import load_weights
+from stocklora.plots import curves
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 LIMIT_S = 240
 
 
@@ -57,7 +59,8 @@ def free_port() -> int:
 
 
 def _member(index: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...], answer: Path) -> None:
-    """What accelerate's launcher sets for each process, then the work."""
+    """What accelerate's launcher sets for each process, then the work; its pictures are not drawn either."""
+    curves.plot_training_curve = lambda history, best, path: path.touch()  # type: ignore[assignment]
     os.environ.update(
         RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port), OMP_NUM_THREADS="1",

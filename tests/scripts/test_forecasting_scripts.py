@@ -49,6 +49,7 @@ def test_training_announces_itself_and_reports_beside_the_random_walk(trained):
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {
         "best_lora_weights.pth", "training_history.csv", "training_curve.png",
     }  # fmt: skip
+    assert (folder / "checkpoints/training_curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_weights_load_as_plain_data_and_hold_the_metadata(trained, tiny_model):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import runpy
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from script_calls import ForkedScript
 from sft_folders import info_of, lay_out
 from source_tree import REPO_ROOT, RunScript
 
@@ -46,28 +44,16 @@ def test_the_documents_commands_work_as_written(
     assert (folder / "qlora_output/adapter_config.json").is_file()
 
 
-def run_as_main(script: Path, arguments: list[str], folder: Path, printed: Path) -> None:
-    """In a process of its own: as ``python script *arguments`` in ``folder``, with its words in files."""
-    printed.mkdir(parents=True, exist_ok=True)
-    for stream, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(printed / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    os.chdir(folder)
-    sys.argv[:] = [str(script), *arguments]
-    sys.path.insert(0, str(script.parent))
-    runpy.run_path(str(script), run_name="__main__")
+def start(nursery: Any, folder: Path, number: int, *arguments: str) -> ForkedScript:
+    return ForkedScript(
+        nursery, REPO_ROOT / "fine_tune_qwen.py", *arguments, cwd=folder, printed=folder / f"printed-{number}"
+    )
 
 
-def start(nursery: Any, folder: Path, *arguments: str) -> Any:
-    given = (REPO_ROOT / "fine_tune_qwen.py", list(arguments), folder, folder / "printed")
-    process = nursery.Process(target=run_as_main, args=given)
-    process.start()
-    return process
-
-
-def wait_for(pattern: str, folder: Path, process: Any) -> None:
+def wait_for(pattern: str, folder: Path, script: ForkedScript) -> None:
     deadline = time.monotonic() + 120
     while not list(folder.glob(pattern)):
-        assert process.is_alive(), (folder / "printed/stderr").read_text(encoding="utf-8")
+        assert script.process.is_alive(), script.stderr
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -81,21 +67,20 @@ def test_a_run_that_was_stopped_then_killed_ends_as_one_left_alone(
     assert result.returncode == 0, result.stderr
     expected = load_file(folder / "alone/adapter_model.safetensors")
 
-    process = start(nursery, folder, *shlex.split(LONG), "--output_dir", "interrupted")
-    wait_for("interrupted/checkpoint-2/stocklora_checkpoint.json", folder, process)
-    os.kill(process.pid, signal.SIGINT)
-    process.join(120)
-    out, err = ((folder / "printed" / name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
-    assert process.exitcode == 130, (out, err)
+    script = start(nursery, folder, 1, *shlex.split(LONG), "--output_dir", "interrupted")
+    wait_for("interrupted/checkpoint-2/stocklora_checkpoint.json", folder, script)
+    script.interrupt()
+    out, code = script.stdout.read(), script.wait(120)
+    err = script.stderr.read_text(encoding="utf-8")
+    assert code == 130, (out, err)
     assert "Traceback" not in err
     command = out.splitlines()[-1].strip()
     assert command.startswith("python fine_tune_qwen.py --use_lora")
     assert not (folder / "interrupted/adapter_model.safetensors").exists()
 
-    process = start(nursery, folder, *shlex.split(command)[2:])
-    wait_for("interrupted/checkpoint-6/stocklora_checkpoint.json", folder, process)
-    process.kill()
-    process.join(120)
+    script = start(nursery, folder, 2, *shlex.split(command)[2:])
+    wait_for("interrupted/checkpoint-6/stocklora_checkpoint.json", folder, script)
+    script.end()
     assert not (folder / "interrupted/adapter_model.safetensors").exists()
     arguments = [*shlex.split(LONG), "--output_dir", "interrupted", "--resume_from_checkpoint", "last"]
     result = call_script("fine_tune_qwen.py", *arguments, cwd=folder)

@@ -1,4 +1,4 @@
-"""inference_lora.py --serve: a real server process, asked by the real openai client."""
+"""inference_lora.py --serve: a server in a process of its own, asked by the real openai client."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import asyncio
 import contextlib
 import gc
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,20 +18,22 @@ import httpx
 import openai
 import pytest
 from chat_models import make_adapter
+from script_calls import ForkedScript
 
 from stocklora.cli.console import UserError
 from stocklora.instruct.chat.model import Answer, Sampling
 from stocklora.instruct.chat.server import make_app
 from stocklora.runtime.machine import listen
 
+Start = Callable[..., "Server"]
 ASKED = [{"role": "user", "content": "央行降准50个基点"}]
 
 
 class Server:
     """A running ``inference_lora.py --serve``."""
 
-    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
-        self.process, self.url = process, url
+    def __init__(self, script: ForkedScript, url: str) -> None:
+        self.script, self.url = script, url
         self.client = openai.OpenAI(base_url=url, api_key="-", max_retries=0, timeout=60)
 
     def ask(self, model: str = "first", **options: object):  # type: ignore[no-untyped-def]
@@ -44,45 +42,38 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def start_server(repo_root: Path) -> Iterator[Callable[..., Server]]:
+def start_server(repo_root: Path, tmp_path_factory: pytest.TempPathFactory, nursery: Any) -> Iterator[Start]:
     """Starts ``inference_lora.py --serve`` with the flags given."""
-    script = str(repo_root / "inference_lora.py")
-    processes: list[subprocess.Popen[str]] = []
+    scripts: list[ForkedScript] = []
 
     def start(*flags: str) -> Server:
-        process = subprocess.Popen(
-            [sys.executable, script, *flags, "--serve", "--port", "0", "--dtype", "float32"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-        )
-        processes.append(process)
-        assert process.stdout is not None
-        for line in process.stdout:
+        folder = tmp_path_factory.mktemp("server")
+        script = ForkedScript(
+            nursery, repo_root / "inference_lora.py", *flags, "--serve", "--port", "0", "--dtype", "float32",
+            cwd=folder, printed=folder / "printed",
+        )  # fmt: skip
+        scripts.append(script)
+        for line in script.stdout:
             if found := re.search(r"serving (http://127\.0\.0\.1:\d+/v1)", line):
-                return Server(process, found[1])
-        raise AssertionError(process.stderr.read() if process.stderr else "")
+                return Server(script, found[1])
+        raise AssertionError(script.stderr)
 
     yield start
-    for process in processes:
-        process.kill()
+    for script in scripts:
+        script.end()
 
 
 @pytest.fixture(scope="module")
-def server(
-    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, start_server: Callable[..., Server]
-) -> Iterator[Server]:
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, start_server: Start) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("serve")
     adapters = [
         f"{name}={make_adapter(tiny_model, folder / name, seed)}" for seed, name in enumerate(["first", "2.nd"])
     ]
     running = start_server("--base_model", str(tiny_model), "--lora_model", *adapters)
     yield running
-    running.process.send_signal(signal.SIGINT)
-    _, errors = running.process.communicate(timeout=20)
-    assert "Traceback" not in errors, errors
+    running.script.interrupt()
+    running.script.wait(20)
+    assert "Traceback" not in (errors := running.script.stderr.read_text(encoding="utf-8")), errors
 
 
 def test_base_and_adapters_are_models_of_their_own(server: Server, tiny_model: Path) -> None:
@@ -281,12 +272,11 @@ def test_ctrl_c_ends_a_stream_with_a_word_and_no_traceback(tiny_model: Path, sta
     server = start_server("--base_model", str(tiny_model))
     stream = server.ask(tiny_model.name, max_tokens=4000, stream=True)
     next(stream)
-    server.process.send_signal(signal.SIGINT)
+    server.script.interrupt()
     with pytest.raises(openai.APIError, match="being stopped"):
         list(stream)
-    _, errors = server.process.communicate(timeout=20)
-    assert errors == "interrupted\n"
-    assert server.process.returncode == 130
+    assert server.script.wait(20) == 130
+    assert server.script.stderr.read_text(encoding="utf-8") == "interrupted\n"
 
 
 class Speaker:
