@@ -16,7 +16,8 @@ from typing import Any, cast
 import pytest
 import torch
 from families import make_family
-from source_tree import RunScript
+from script_calls import ForkedScript
+from source_tree import REPO_ROOT, RunScript
 
 from stocklora.cli.console import UserError
 from stocklora.instruct.rows.chat_template import (
@@ -497,7 +498,7 @@ def test_tensorboard_gets_the_log(tune: Tune, tmp_path: Path) -> None:
 
 
 def test_weights_and_biases_gets_the_log(
-    tune: Tune, rows: Path, tiny_model: Path, run_script: RunScript, tmp_path: Path
+    rows: Path, tiny_model: Path, run_script: RunScript, tmp_path: Path, nursery: Any
 ) -> None:
     """In a process of its own: it leaves a service running and settings of its own in the process."""
     pytest.importorskip("wandb")
@@ -509,10 +510,14 @@ def test_weights_and_biases_gets_the_log(
     (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     assert log.stat().st_size > 1000
     # Without a key there is nobody to ask here: one line, before any work.
-    done = run_script(*command, "online", cwd=tmp_path, env={**keyless, "WANDB_MODE": "online"})
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "set WANDB_MODE=offline to keep its log here" in done.stderr.splitlines()[-1]
+    asked = ForkedScript(
+        nursery, REPO_ROOT / command[0], *command[1:], "online",
+        cwd=tmp_path, printed=tmp_path / "printed", env={**keyless, "WANDB_MODE": "online"},
+    )  # fmt: skip
+    assert asked.wait(120) == 2
+    said = asked.stderr.read_text(encoding="utf-8")
+    assert "Traceback" not in said
+    assert "set WANDB_MODE=offline to keep its log here" in said.splitlines()[-1]
     assert not (tmp_path / "online").exists()
 
 

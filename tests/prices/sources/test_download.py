@@ -161,10 +161,10 @@ def test_plain_download_then_a_second_run_that_asks_nothing(download: Run, work:
     assert len(server.requests) > asked
 
 
-def test_429_then_good(download: Run, work: Path, server: YahooServer) -> None:
+def test_429_then_good(called: Run, work: Path, server: YahooServer) -> None:
     # yfinance itself asks twice before it gives up once
     server.plans["AAPL"] = [TOO_MANY] * 5 + [Stock(made_up_bars(past_sessions()))]
-    result = download(*QUICK)
+    result = called(*QUICK)
     assert result.returncode == 0, result.stderr
     assert "429" in result.stderr
     assert "trying again" in result.stderr
@@ -175,14 +175,14 @@ def test_429_then_good(download: Run, work: Path, server: YahooServer) -> None:
     ("plan", "words"), [(TOO_MANY, "429"), (BROKEN, "500"), ("gone", "cannot be reached")], ids=["429", "500", "gone"]
 )
 def test_a_source_that_fails_leaves_the_old_csv(
-    plan: object, words: str, download: Run, work: Path, server: YahooServer
+    plan: object, words: str, called: Run, work: Path, server: YahooServer
 ) -> None:
-    assert download("--source", "sample").returncode == 0
+    assert called("--source", "sample").returncode == 0
     before = {path.name: path.read_bytes() for path in work.iterdir()}
     server.plans["AAPL"] = plan
     if plan == "gone":
         server.stop()
-    result = download(*QUICK, "--retries", "2")
+    result = called(*QUICK, "--retries", "2")
     assert result.returncode == 2
     assert result.stdout == ""
     last = result.stderr.splitlines()[-1]
