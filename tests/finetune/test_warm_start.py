@@ -164,11 +164,11 @@ def test_a_teacher_of_another_kind_teaches_its_own_forecasts(tiny_models, prices
         optimization = Optimization(
             pupil.model, taught, data.levels,
             dataclasses.replace(
-                student, epochs=15, learning_rate=2e-3, head_learning_rate=2e-2, distill_weight=weight
+                student, epochs=9, learning_rate=4e-3, head_learning_rate=4e-2, distill_weight=weight
             ),
             Alone(CPU),
         )  # fmt: skip
-        for epoch in range(1, 16):
+        for epoch in range(1, 10):
             list(optimization.epoch(epoch))
         apart.append(distance(pupil))
     assert apart[1] < 0.8 * apart[0]
