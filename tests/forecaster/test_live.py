@@ -7,17 +7,17 @@ import datetime as dt
 import json
 import os
 import queue
-import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from price_tables import random_prices
+from script_calls import ForkedScript
 from source_tree import REPO_ROOT
 from tuned_models import make_weights
 from yahoo_server import BROKEN, TOO_MANY, Stock, YahooServer, made_up_bars, zone_at_noon
@@ -399,19 +399,14 @@ def test_a_file_s_running_row_waits_for_the_close_while_watching(in_folder: Path
 class Running:
     """A script in a process of its own, whose lines (both streams) are read as they come."""
 
-    def __init__(self, *options: object, cwd: Path, env: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(REPO_ROOT / "framework_llm.py"), *map(str, options)],
-            cwd=cwd, env={**os.environ, "PYTHONIOENCODING": "utf-8", **env}, text=True, encoding="utf-8",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+    def __init__(self, script: ForkedScript) -> None:
+        self.script = script
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.printed: list[str] = []
         threading.Thread(target=self.read, daemon=True).start()
 
     def read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self.script.stdout:
             self.lines.put(line.rstrip())
         self.lines.put(None)
 
@@ -425,9 +420,9 @@ class Running:
         raise AssertionError(f"ended before {words!r}: {self.printed}")
 
     def interrupt(self) -> int:
-        self.process.send_signal(signal.SIGINT)
+        self.script.interrupt()
         self.until("watching has ended")
-        return self.process.wait(60)
+        return self.script.wait(60)
 
 
 def wait_for_looks(server: YahooServer, count: int) -> None:
@@ -438,17 +433,27 @@ def wait_for_looks(server: YahooServer, count: int) -> None:
 
 
 @pytest.fixture
-def running() -> Iterator[list[Running]]:
-    started: list[Running] = []
-    yield started
-    for one in started:
-        if one.process.poll() is None:
-            one.process.kill()
-            one.process.wait()
+def start(nursery: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Running]]:
+    """``start(*options, cwd=..., env=...)``: ``framework_llm.py`` in a process of its own."""
+    started: list[ForkedScript] = []
+
+    def run(*options: object, cwd: Path, env: dict[str, str] | None = None) -> Running:
+        printed = tmp_path_factory.mktemp("watch") / "printed"
+        started.append(
+            ForkedScript(
+                nursery, REPO_ROOT / "framework_llm.py", *options, cwd=cwd, printed=printed, env=env, together=True
+            )
+        )
+        return Running(started[-1])
+
+    yield run
+    for each in started:
+        each.process.kill()
+        each.process.join()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C cannot be sent to one process there")
-def test_watching_a_ticker_from_start_to_ctrl_c(server: YahooServer, tmp_path: Path, options, running) -> None:
+def test_watching_a_ticker_from_start_to_ctrl_c(server: YahooServer, tmp_path: Path, options, start) -> None:
     days = sessions_between("AAPL", TODAY - pd.DateOffset(years=1, months=2), TODAY)
     days = days[[is_complete("AAPL", day, dt.datetime.now(dt.UTC)) for day in days]]  # up to the very last
     whole = made_up_bars(days)
@@ -456,8 +461,7 @@ def test_watching_a_ticker_from_start_to_ctrl_c(server: YahooServer, tmp_path: P
     env = {"STOCKLORA_YAHOO_URL": server.url, "STOCKLORA_CACHE": str(tmp_path / "cache")}
     work = tmp_path / "work"
     work.mkdir()
-    run = Running("--ticker", "AAPL", *options, "--watch", "0.005", cwd=work, env=env)
-    running.append(run)
+    run = start("--ticker", "AAPL", *options, "--watch", "0.005", cwd=work, env=env)
 
     def origins() -> set[pd.Timestamp]:
         return set(pd.read_csv(work / "predictions.csv", parse_dates=["Origin"])["Origin"])
@@ -493,12 +497,11 @@ def test_watching_a_ticker_from_start_to_ctrl_c(server: YahooServer, tmp_path: P
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C cannot be sent to one process there")
-def test_watching_a_file_from_start_to_ctrl_c(tmp_path: Path, options, running) -> None:
+def test_watching_a_file_from_start_to_ctrl_c(tmp_path: Path, options, start) -> None:
     days = sessions_between("AAPL", "2024-01-01", "2024-06-28")
     frame = random_prices(len(days)).set_index(days)
     write_prices({"AAPL": frame.iloc[:-1]}, tmp_path / "sample_test.csv", META)
-    run = Running(*options, "--watch", "0.005", "--plot", "fan.png", cwd=tmp_path, env={})
-    running.append(run)
+    run = start(*options, "--watch", "0.005", "--plot", "fan.png", cwd=tmp_path)
     run.until("watching")
     write_prices({"AAPL": frame}, tmp_path / "sample_test.csv", META)
     run.until(f"new: AAPL {days[-1]:%Y-%m-%d}")
