@@ -11,8 +11,9 @@ on. Rows: the day prompts of ``--prompt``, and forms that only stand here; the b
 states after so many layers; at the line's end, at the last token before it, the mean over the line, and the line's end
 beside its means over the last 5 and 22 days. With ``--hidden N`` one hidden layer in place of the linear map.
 
-**taught**: ``train_lora.py --teacher prior`` from the EWMA start on the training tickers, then on the others: R² of the
-log of its scale against the prior's, and its quantile loss over EWMA's, beside HAR-range's and the prior's own.
+**taught**: ``train_lora.py --teacher prior`` from the EWMA start on the training tickers, then on the others, of later
+years and of the same: R² of the log of its scale against the prior's, and its quantile loss over EWMA's, beside
+HAR-range's and the prior's own.
 
 Half the tickers train, a quarter chooses (the ridge), a quarter tests; training and choice end before --test_from,
 tests begin there. Intervals are 95%, by a bootstrap over sequences (R²) or blocks of days (losses). Writes
@@ -469,7 +470,10 @@ def taught(days: Days, form: str, weights: str, layers: int, arguments: argparse
                  "best_epoch": run.outcome.best_epoch,
                  "validation": [entry["validation_ratio"] for entry in run.outcome.history],
                  "training_days": sum(len(parts["train"]) for parts in run.data.origins.values())}  # fmt: skip
-        row = facts | held_out_scores(days, run)
+        row = facts | {
+            "later_years": held_out_scores(days, run, "test"),
+            "same_years": held_out_scores(days, run, "validation", first),
+        }
     say(", ".join(f"{name} {value}" for name, value in row.items()))
     return row
 
@@ -495,8 +499,13 @@ def with_fields(settings: Any, **fields: Any) -> Any:
     return replace(settings, **fields)
 
 
-def held_out_scores(days: Days, run: Any) -> dict[str, Any]:
-    """R² of the log scale against the prior's, and losses over EWMA's, on tickers and years that nothing saw."""
+def held_out_scores(days: Days, run: Any, part: str, first: Any = None) -> dict[str, Any]:
+    """R² of the log scale against the prior's, and losses over EWMA's, on tickers that nothing saw.
+
+    Args:
+        part: ``test``, of years that nothing saw either, or ``validation``, of the years that the others trained on.
+        first: day of the latter.
+    """
     import numpy as np
     import pandas as pd
 
@@ -504,8 +513,13 @@ def held_out_scores(days: Days, run: Any) -> dict[str, Any]:
     from stocklora.metrics.significance import relative_mean_interval
     from stocklora.prices.tables import log_returns_ahead
 
-    prices = {name: frame for name, frame in days.prices.items() if days.part[name] == "test" and days.origins(name)}
-    origins = {name: days.origins(name) for name in prices}
+    origins: dict[str, range] = {}
+    for name, frame in days.prices.items():
+        rows = days.origins(name)
+        start = max(rows.start, 0 if first is None else int(frame.index.searchsorted(first)))
+        if days.part[name] == part and start < rows.stop:
+            origins[name] = range(start, rows.stop)
+    prices = {name: days.prices[name] for name in origins}
 
     def at(values: Mapping[str, Any]) -> Any:
         return np.concatenate([values[name][list(rows)] for name, rows in origins.items()])
