@@ -265,7 +265,7 @@ def test_a_client_that_goes_away_ends_its_answer(server: Server, stream: bool) -
     thread.join()
     started = time.perf_counter()
     server.ask(max_tokens=1)
-    assert time.perf_counter() - started < max(2.0, 5 * of_200_s)
+    assert time.perf_counter() - started < max(3.0, 10 * of_200_s)  # half of what the long one would take
 
 
 def test_ctrl_c_ends_a_stream_with_a_word_and_no_traceback(tiny_model: Path, start_server) -> None:
