@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from stocklora.finetune.fit import FinetunedRun
 
 TICKER, PERIOD = "AAPL", "2y"
-LESSONS, LESSON_YEARS = ("GOOG", "IBM", "MSFT"), 4  # what the first layers are taught to read on: before the demo's days
+LESSONS, LESSON_YEARS = ("GOOG", "IBM", "MSFT"), 4  # what its first layers are taught to read on, before the demo's days
+TARGETS = 45  # a sequence: short ones, since two years of one stock would else make three steps an epoch
 FAST_LAYERS = 8
 
 
@@ -107,10 +108,10 @@ def read(frame: pd.DataFrame, model_path: Path, settings: QuickStartSettings) ->
                                end=f"{first:%Y-%m-%d}")  # fmt: skip
     found = read_from_text(lessons, {TICKER: frame}, model_path, settings.device)
     print_facts([
-        ("read from the text", f"R² {found.r2:.2f} of how much wider or narrower than EWMA's the prior's forecasts are, "
-                               f"by the first {found.layers} layers"),
-        ("", f"as they are, on {found.days} days of {TICKER} (HAR-range, from numbers: {found.har_r2:.2f}); taught on "
-             f"{', '.join(LESSONS)} before"),
+        ("read from the text", f"R² {found.r2:.2f} of how much wider or narrower than EWMA's the prior's forecasts "
+                               f"are, by the first"),
+        ("", f"{found.layers} layers as they are, on {found.days} days of {TICKER} (HAR-range, from numbers: "
+             f"{found.har_r2:.2f}); taught on {', '.join(LESSONS)} before"),
     ])  # fmt: skip
     say()
 
@@ -131,6 +132,7 @@ def train(frame: pd.DataFrame, model_path: Path, settings: QuickStartSettings) -
             backbone_layers=layers,
             epochs=settings.epochs if settings.epochs is not None else (3 if settings.fast else 6),
             batch_size=1,
+            targets_per_sequence=TARGETS,
             patience=3,
             seed=settings.seed,
             device=settings.device,
