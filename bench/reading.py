@@ -23,20 +23,19 @@ bench/results/reading.json.
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness import DEVELOPMENT, POOL_FILE, RESULTS, ROOT, run_benchmark, save_result
+from reading_forms import FORMS, TARGET_DAYS, WARM_DAYS, Encoder
 
 TARGETS = ("range_1", "range_5", "range_22", "ewma", "har", "return", "range_1/ewma", "range_5/ewma", "range_22/ewma",
            "har/ewma")  # fmt: skip
-WARM_DAYS, TARGET_DAYS = 66, 44  # of a sequence: read before the first origin, and forecast from
 RIDGES = tuple(10.0**power for power in range(-4, 2))
 STATES = {"mean": ("mean",), "last": ("last",), "end": ("end",), "end+means": ("end", "end_5", "end_22")}
 DATA = (DEVELOPMENT / "markets" / "us.csv.gz", POOL_FILE)
@@ -164,105 +163,6 @@ class Days:
         _, ewma, one, five, month, _, move, _ = range_features(self.prices[name]).T
         har = np.log(self.scales["har"][name][:, 0])
         return np.stack([one, five, month, ewma, har, move, one - ewma, five - ewma, month - ewma, har - ewma], axis=1)
-
-
-# ------------------------------------------------------------------------------------------------------ the forms
-
-
-def package_lines(prompt: str) -> Callable[[Any], list[str]]:
-    def lines(frame: Any) -> list[str]:
-        from stocklora.dataset.prompts import DayEncoder
-
-        return DayEncoder(_NoTokenizer(), prompt)._lines(frame)  # the package's own text, whatever it is
-
-    return lines
-
-
-class _NoTokenizer:
-    bos_token_id = eos_token_id = None
-
-
-def changed_numbers(change: Callable[[int], str]) -> Callable[[Any], list[str]]:
-    """``returns`` with each of its numbers written in another way."""
-
-    def lines(frame: Any) -> list[str]:
-        from stocklora.dataset.prompts import returns_lines
-
-        return [line and " ".join(change(int(cell)) for cell in line.split()) + "\n" for line in returns_lines(frame)]
-
-    return lines
-
-
-def two_digits(number: int) -> str:
-    unit = 10 ** max(0, len(str(abs(number))) - 2)
-    return str(round(number / unit) * unit)
-
-
-def with_range(alone: bool) -> Callable[[Any], list[str]]:
-    """``returns`` and the day's range in basis points behind it; alone: range and return, nothing else."""
-
-    def lines(frame: Any) -> list[str]:
-        from stocklora.dataset.indicators import indicator_table
-        from stocklora.dataset.prompts import returns_lines
-
-        ranges = indicator_table(frame, ["range"])[:, 0].tolist()
-        written = zip(returns_lines(frame), ranges, strict=True)
-        if alone:
-            return [line and f"{size} {line.split()[3]}\n" for line, size in written]
-        return [line and f"{line.rstrip()} {size}\n" for line, size in written]
-
-    return lines
-
-
-def words_in_percent(frame: Any) -> list[str]:
-    """``words`` in percent of the price, in place of volatilities."""
-    import numpy as np
-
-    from stocklora.dataset.prompts import words_lines
-
-    return words_lines(frame, np.full(len(frame), 0.01))
-
-
-FORMS: dict[str, Callable[[Any], list[str]] | None] = {
-    "returns": package_lines("returns"),
-    "zscores": package_lines("zscores"),
-    "words": package_lines("words"),
-    "words%": words_in_percent,
-    "ohlcv": None,  # its lines depend on the sequence
-    "rounded": changed_numbers(two_digits),
-    "fixed": changed_numbers(lambda number: f"{number:+05d}"),
-    "returns+range": with_range(alone=False),
-    "range,return": with_range(alone=True),
-}
-
-
-class Encoder:
-    """Days of a form as tokens: ids of a sequence, and the end and length of each line."""
-
-    def __init__(self, tokenizer: Any, form: str) -> None:
-        self.tokenizer, self.form = tokenizer, form
-        self._known: dict[str, list[list[int]]] = {}
-
-    def sequence(self, name: str, frame: Any, first: int) -> tuple[Any, Any, Any]:
-        import numpy as np
-
-        from stocklora.dataset.prompts import ohlcv_lines
-
-        days = slice(first - WARM_DAYS + 1, first + TARGET_DAYS)
-        make = FORMS[self.form]
-        if make is None:
-            lines = self._tokens(ohlcv_lines(frame, range(days.start, days.stop)))
-        else:
-            if name not in self._known:
-                self._known[name] = self._tokens(make(frame))
-            lines = self._known[name][days]
-        lengths = np.array([len(line) for line in lines])
-        ids = [self.tokenizer.bos_token_id or 0, *itertools.chain.from_iterable(lines)]
-        return np.array(ids), np.cumsum(lengths), lengths
-
-    def _tokens(self, lines: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(lines, add_special_tokens=False)["input_ids"]
-        return ids
 
 
 # ------------------------------------------------------------------------------------------- what frozen states hold
@@ -509,6 +409,7 @@ def held_out_scores(days: Days, run: Any, part: str, first: Any = None) -> dict[
     import numpy as np
     import pandas as pd
 
+    from stocklora.finetune.reading import forecasts_at
     from stocklora.metrics.scores import BASIS_POINTS, QUANTILE_LEVELS, pinball_loss, width_explained
     from stocklora.metrics.significance import relative_mean_interval
     from stocklora.prices.tables import log_returns_ahead
@@ -525,12 +426,10 @@ def held_out_scores(days: Days, run: Any, part: str, first: Any = None) -> dict[
         return np.concatenate([values[name][list(rows)] for name, rows in origins.items()])
 
     ewma, har = at(days.scales["ewma"]), at(days.scales["har"])
-    prior = run.data.baselines["prior"]
-    prior_scale = at(prior.scale.on(prices))
     forecasts = {
         "ewma": run.data.baselines["ewma"].quantiles(ewma),
         "har": har[:, :, None] * days.tables["har"][None],
-        "prior": prior.quantiles(prior_scale),
+        "prior": forecasts_at(run.data.baselines["prior"], prices, origins),
         "model": run.forecaster.quantiles(run.forecaster.packed_examples(prices, origins), calibrated=False),
     }
     returns = at({name: log_returns_ahead(frame["Close"].to_numpy(), 3) for name, frame in prices.items()})

@@ -146,7 +146,7 @@ class DayEncoder:
         return sum(map(len, self._tokenize(_joined(lines, self._tails(frame, market)[days.start :])))) / len(days)
 
     def _tokenize(
-        self, lines: list[str], what: str = "digits and signs", remedy: str = "choose another --model_path"
+        self, lines: list[str], what: str = "letters, digits and signs", remedy: str = "choose another --model_path"
     ) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(lines, add_special_tokens=False)["input_ids"]
         unknown = self.tokenizer.unk_token_id

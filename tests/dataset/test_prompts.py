@@ -378,7 +378,7 @@ def test_no_day_is_tokenized_that_no_sequence_reads():
 
 def test_a_tokenizer_that_cannot_write_the_numbers_is_refused():
     frame, sequences = random_prices(60), pack("X", range(30, 50), 30, 20)
-    with pytest.raises(UserError, match="cannot write digits and signs; choose another --model_path"):
+    with pytest.raises(UserError, match="cannot write letters, digits and signs; choose another --model_path"):
         DayEncoder(WithoutSome("7"), "returns").encode({"X": frame}, sequences)
 
 
