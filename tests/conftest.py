@@ -23,6 +23,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
+from nursery import open_nursery
 from script_calls import call_in_process
 from source_tree import REPO_ROOT, RunScript
 from tiny_models import MODELS, make_tiny_models
@@ -38,7 +39,10 @@ hypothesis_settings.load_profile("stocklora")
 gc.set_threshold(10_000, 10, 100)
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    wanted = any("nursery" in getattr(item, "fixturenames", ()) for item in session.items)
+    if wanted and not session.config.option.collectonly:
+        open_nursery()
     gc.collect()
     gc.freeze()
 
@@ -129,18 +133,8 @@ def call_script() -> RunScript:
 
 @pytest.fixture(scope="session")
 def nursery() -> ForkServerContext:
-    """Processes born with everything imported and nothing computed yet: ``nursery.Process(target=..., args=...)``.
-
-    A run by ``finetune`` imports these, some of them late; in a process without them that takes longer than the run.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "stocklora.finetune.fit", "stocklora.metrics.significance", "stocklora.plots.forecasts", "accelerate",
-            "exchange_calendars", "transformers.optimization", "transformers.models.qwen3.modeling_qwen3", "peft",
-        ]
-    )  # fmt: skip
-    return context
+    """Processes born with everything imported and nothing computed yet: ``nursery.Process(target=..., args=...)``."""
+    return multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(scope="session")
