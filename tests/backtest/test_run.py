@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from price_tables import random_prices
+from script_calls import ACCELERATE_LAUNCH, ForkedScript
 
 from stocklora.backtest.run import run_backtest
 from stocklora.backtest.settings import BacktestSettings
@@ -223,14 +222,15 @@ def test_a_stopped_run_goes_on_and_ends_the_same(folder, whole_run, tmp_path, mo
     assert outputs(out) == outputs(whole_run)
 
 
-def test_two_processes_give_identical_results(folder, whole_run, tmp_path, repo_root):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+def test_two_processes_give_identical_results(folder, whole_run, tmp_path, repo_root, nursery):
+    launch = [ACCELERATE_LAUNCH, "--cpu", "--num_processes", "2",
               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
     script = [str(repo_root / "backtest.py"), "--data", str(folder), "--from", "2021-07-01", "--output_dir", "backtest",
               "--forecasts_format", "csv"]  # fmt: skip
-    result = subprocess.run([*launch, *script], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.count("Mean of 1 to 3 days ahead") == 1
+    launcher = ForkedScript(nursery, *launch, *script, cwd=tmp_path, printed=tmp_path / "printed")
+    printed = launcher.stdout.read()
+    assert launcher.wait(300) == 0, launcher.stderr.read_text()[-2000:]
+    assert printed.count("Mean of 1 to 3 days ahead") == 1
     assert outputs(tmp_path / "backtest") == outputs(whole_run)
 
 

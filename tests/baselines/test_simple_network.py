@@ -83,9 +83,9 @@ def test_training_says_what_it_did_and_compares_with_the_random_walk(trained: tu
     assert sorted(path.name for path in folder.iterdir()) == ["model.pth", "sample_test.csv"]
 
 
-def test_the_documented_forecast_command(trained: tuple[Path, str], run_script: RunScript) -> None:
+def test_the_documented_forecast_command(trained: tuple[Path, str], call_script: RunScript) -> None:
     folder, _ = trained
-    result = run_script("framework.py", "--model_path", "model.pth", "--test_csv", "sample_test.csv", cwd=folder)
+    result = call_script("framework.py", "--model_path", "model.pth", "--test_csv", "sample_test.csv", cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "trainable parameters: 9,729" in result.stdout
     assert "peak memory:" in result.stdout

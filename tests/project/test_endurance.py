@@ -9,9 +9,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +18,7 @@ import httpx
 import pandas as pd
 import psutil
 import pytest
+from script_calls import ForkedScript
 from source_tree import REPO_ROOT, RunScript
 from yahoo_server import BROKEN, DOWN, TOO_MANY, Stock, YahooServer, made_up_bars
 
@@ -36,21 +34,27 @@ MOST_GROWTH_BYTES = 150e6
 
 
 @pytest.fixture(scope="module")
-def chat(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, psutil.Process]]:
+def chat(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, nursery: Any
+) -> Iterator[tuple[str, psutil.Process]]:
     """The address of a chat server that lives through all rounds, and its process."""
-    command = [sys.executable, str(REPO_ROOT / "inference_lora.py"), "--base_model", str(tiny_model), "--serve"]
-    with subprocess.Popen(
-        [*command, "--port", "0", "--device", "cpu"], cwd=tmp_path_factory.mktemp("chat"), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        address = next(found[1] for line in process.stdout if (found := re.search(r"serving (http://\S+)", line)))
-        yield address, psutil.Process(process.pid)
-        process.send_signal(signal.SIGINT)
+    folder = tmp_path_factory.mktemp("chat")
+    script = ForkedScript(
+        nursery, REPO_ROOT / "inference_lora.py", "--base_model", tiny_model, "--serve", "--port", 0, "--device", "cpu",
+        cwd=folder, printed=folder / "printed", together=True,
+    )  # fmt: skip
+    address = next(found[1] for line in script.stdout if (found := re.search(r"serving (http://\S+)", line)))
+    yield address, psutil.Process(script.process.pid)
+    script.end()
 
 
 def test_prices_weights_forecasts_and_memory_hold(
-    server: YahooServer, chat: tuple[str, psutil.Process], tiny_model: Path, call_script: RunScript, tmp_path: Path
+    server: YahooServer,
+    chat: tuple[str, psutil.Process],
+    tiny_model: Path,
+    call_script: RunScript,
+    tmp_path: Path,
+    nursery: Any,
 ) -> None:
     draw, end, rounds, kills, sizes = random.Random(18), time.monotonic() + SECONDS, 0, 0, []
     today = pd.Timestamp.now().normalize()
@@ -67,7 +71,7 @@ def test_prices_weights_forecasts_and_memory_hold(
             result = call_script(*TRAIN, "--model_path", tiny_model, cwd=quiet)
             assert result.returncode == 0, result.stderr
             _forecast(call_script, tiny_model, quiet)
-        kills += _train(call_script, tiny_model, folder, draw)
+        kills += _train(nursery, call_script, tiny_model, folder, draw)
         _forecast(call_script, tiny_model, folder)
         assert (folder / "predictions.csv").read_bytes() == (quiet / "predictions.csv").read_bytes()
         _talk(chat[0])
@@ -98,18 +102,18 @@ def _download(
     assert len(read_prices(path)["AAPL"]) > 200
 
 
-def _train(call_script: RunScript, model: Path, folder: Path, draw: random.Random) -> int:
+def _train(nursery: Any, call_script: RunScript, model: Path, folder: Path, draw: random.Random) -> int:
     """Kill a run at some moment, take it up, until it ends; how often it was killed."""
     kills, resume = 0, ()
     while kills < 1 + draw.randint(0, 1):
-        command = [sys.executable, str(REPO_ROOT / TRAIN[0]), *map(str, TRAIN[1:]), "--model_path", str(model), *resume]
-        with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            patience = time.monotonic() + 120
-            last = folder / "checkpoints" / "last"
-            while process.poll() is None and not any(last.glob("*state-*")) and time.monotonic() < patience:
-                time.sleep(0.01)  # until a state is there, or begun
-            time.sleep(draw.random() * 0.2)
-            process.kill()
+        command = (REPO_ROOT / TRAIN[0], *TRAIN[1:], "--model_path", model, *resume)
+        script = ForkedScript(nursery, *command, cwd=folder, printed=folder / f"printed-{kills}", together=True)
+        patience = time.monotonic() + 120
+        last = folder / "checkpoints" / "last"
+        while script.process.is_alive() and not any(last.glob("*state-*")) and time.monotonic() < patience:
+            time.sleep(0.01)  # until a state is there, or begun
+        time.sleep(draw.random() * 0.2)
+        script.end()
         kills += 1
         resume = ("--resume",)
     result = call_script(*TRAIN, "--model_path", model, *resume, cwd=folder)

@@ -8,8 +8,6 @@ import pickle
 import re
 import signal
 import socket
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from price_tables import random_prices
+from script_calls import ACCELERATE_LAUNCH, ForkedScript
 
 from stocklora.finetune.fit import finetune
 from stocklora.finetune.report import FinetunedRun
@@ -322,20 +321,23 @@ def test_one_of_two_may_train_by_itself(
 # ---------------------------------------------------------------------------------------------- accelerate launch
 
 
-def test_the_documented_command(sample_csv: Path, tiny_model: Path, repo_root: Path, tmp_path: Path) -> None:
+def test_the_documented_command(
+    sample_csv: Path, tiny_model: Path, repo_root: Path, tmp_path: Path, nursery: Any
+) -> None:
     options = [
         "--data", sample_csv, "--model_path", tiny_model, "--device", "cpu", "--epochs", 1, "--batch_size", 1,
         "--targets_per_sequence", 40, "--save_dir", "out",
     ]  # fmt: skip
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    result = subprocess.run(
-        [*launch, "--main_process_port", str(free_port()), str(repo_root / "train_lora.py"), *map(str, options)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    launch = [ACCELERATE_LAUNCH, "--multi_gpu", "--num_processes", "2"]
+    launcher = ForkedScript(
+        nursery, *launch, "--main_process_port", free_port(), repo_root / "train_lora.py", *options,
+        cwd=tmp_path, printed=tmp_path / "printed", env={"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    printed = launcher.stdout.read()
+    assert launcher.stderr is not None
+    assert launcher.wait(LIMIT_S) == 0, launcher.stderr.read_text()
     for once in ("base model", "epoch 1/1", "weights: ", "next: ", "processes"):
-        assert len(re.findall(f"^{once}", result.stdout, re.MULTILINE)) == 1, result.stdout
+        assert len(re.findall(f"^{once}", printed, re.MULTILINE)) == 1, printed
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "best_lora_weights.pth", "training_curve.png", "training_history.csv",
     ]  # fmt: skip

@@ -66,9 +66,9 @@ def test_weights_load_as_plain_data_and_hold_the_metadata(trained, tiny_model):
     assert "torch" in training["versions"]
 
 
-def test_the_forecast_is_three_real_sessions_with_ordered_quantiles(trained, run_script, tiny_model, sample_csv):
+def test_the_forecast_is_three_real_sessions_with_ordered_quantiles(trained, call_script, tiny_model, sample_csv):
     folder, _ = trained
-    result = run_script(
+    result = call_script(
         "framework_llm.py", "--test_csv", sample_csv, "--model_path", tiny_model, "--plot", "chart.png", cwd=folder
     )
     assert result.returncode == 0, result.stderr

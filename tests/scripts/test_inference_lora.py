@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,15 +70,11 @@ def test_a_prompt_is_answered_as_the_model_answers(chat_model, adapters, capsys)
     assert capsys.readouterr().out.startswith(chat_model.reply(user("央行降准"), adapter="none", max_new_tokens=6))
 
 
-def test_a_pipe_is_a_prompt(chat_model, adapters, tmp_path) -> None:
-    result = subprocess.run(
-        [sys.executable, inference_lora.__file__, "--lora_model", str(adapters["news"]), *FAST],
-        input="央行降准\n".encode(), cwd=tmp_path, capture_output=True, check=False, timeout=120,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    )  # fmt: skip
-    assert (result.returncode, result.stderr) == (0, b"")
-    out = result.stdout.decode()  # as it is: random models also say \r
-    assert out.startswith(chat_model.reply(user("央行降准"), adapter="news", max_new_tokens=6))
+def test_a_pipe_is_a_prompt(chat_model, adapters, call_script: RunScript, tmp_path) -> None:
+    text = "央行降准\n".encode()
+    result = call_script("inference_lora.py", "--lora_model", adapters["news"], *FAST, cwd=tmp_path, text=text)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(chat_model.reply(user("央行降准"), adapter="news", max_new_tokens=6))
 
 
 def test_a_chat_remembers_resets_and_changes_adapters(chat_model, adapters, piped) -> None:
