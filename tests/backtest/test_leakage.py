@@ -18,6 +18,8 @@ from stocklora.volatility import harx
 from stocklora.volatility import random_walk as baselines
 from stocklora.volatility import scales as volatility
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> BacktestSettings:

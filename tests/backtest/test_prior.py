@@ -12,6 +12,8 @@ from source_tree import RunScript
 from stocklora.prices.tables import write_prices
 from stocklora.volatility.prior import fit_prior, load_prior
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 META = {"source": "test", "adjust": "all", "interval": "1d"}
 
 

@@ -21,6 +21,8 @@ from stocklora.finetune.settings import TrainLoraSettings
 from stocklora.metrics.scores import QUANTILE_LEVELS, pinball_loss
 from stocklora.prices.tables import read_prices, write_prices
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 LEVELS = np.array(QUANTILE_LEVELS)
 META = {"source": "test", "adjust": "all", "interval": "1d"}
 

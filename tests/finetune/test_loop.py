@@ -25,6 +25,8 @@ from stocklora.forecaster.weights import load_weights
 from stocklora.metrics.scores import QUANTILE_LEVELS, pinball_loss
 from stocklora.runtime.machine import choose_device
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 LEVELS = np.array(QUANTILE_LEVELS)
 
 
@@ -316,7 +318,7 @@ def test_history_and_curve_are_written(plain):
     assert history["epoch"].tolist() == [0, 1, 2]
     assert history["validation_ratio"][0] == 1.0
     assert history["train_loss"][1:].notna().all()
-    assert (folder / "training_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "training_curve.png").exists()
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     assert plain.outcome.steps == 2 * -(-len(plain.data.sequences("train", 20)) // 2)
 

@@ -19,6 +19,8 @@ from stocklora.prices.calendar import sessions_between
 from stocklora.prices.tables import write_prices
 from stocklora.volatility.prior import fit_prior, load_prior
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 COLUMNS = "Ticker,Origin,Date,Day,Last_Close,Predicted_Close,P05,P10,P25,P50,P75,P90,P95"
 META = {"source": "test", "adjust": "all", "interval": "1d"}
 
