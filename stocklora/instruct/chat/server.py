@@ -34,7 +34,7 @@ from stocklora.instruct.chat.model import Answer, ChatModel, ContextError, Quest
 from stocklora.instruct.chat.requests import APIError, ChatRequest, question_of_request, sampling_of
 from stocklora.instruct.chat.tool_calls import calls_in
 
-POLL_S = 0.1  # how often a waiting request looks whether its client is still there
+POLL_S = 0.1  # how often a request looks whether its client is still there
 GRACE_S = 10  # for answers to end after Ctrl-C: one token each, or the reading of a long prompt
 
 
@@ -220,13 +220,17 @@ class _Job:
     async def pieces(self, request: Request) -> AsyncGenerator[str]:
         """The answer's text as it comes; ends it when the client or the reader goes away."""
         worker = asyncio.ensure_future(asyncio.to_thread(self._compute))
+        look_at = self.loop.time() + POLL_S
         try:
             while True:
+                # By the clock: a fast model's pieces never let the queue be empty for so long.
+                if self.loop.time() >= look_at:
+                    if await request.is_disconnected():
+                        return
+                    look_at = self.loop.time() + POLL_S
                 try:
                     piece = await asyncio.wait_for(self.queue.get(), POLL_S)
                 except TimeoutError:
-                    if await request.is_disconnected():
-                        return
                     continue
                 if piece is None:
                     return

@@ -291,8 +291,9 @@ class Speaker:
     adapters: tuple[str, ...] = ()
     base_name = "m"
 
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
+    def __init__(self, error: Exception | None = None, length: int = 20) -> None:
+        self.error, self.length = error, length
+        self.answers: list[Answer] = []
 
     def tokenizer(self, adapter: str) -> None:
         return None
@@ -303,30 +304,38 @@ class Speaker:
     def answer(self, messages: object, *, on_text, cancelled, **_: object) -> Answer:  # type: ignore[no-untyped-def]
         if self.error is not None:
             raise self.error
-        for count in range(20):
-            if cancelled():
-                return Answer("x" * count, "cancelled", 1, count, 0.0)
+        count = 0
+        while count < self.length and not cancelled():
             on_text("x")
+            count += 1
             time.sleep(0.01)
-        return Answer("x" * 20, "stop", 1, 20, 0.0)
+        self.answers.append(Answer("x" * count, "stop" if count == self.length else "cancelled", 1, count, 0.0))
+        return self.answers[-1]
 
 
-async def ask_app(app: Any, stream: bool, leave_in_write: bool = False) -> list[dict[str, Any]]:
-    """What an application sends; ``leave_in_write``: the client goes away while one of its answers is being written."""
+async def ask_app(app: Any, stream: bool, leave_in_write: bool = False, gone: bool = False) -> list[dict[str, Any]]:
+    """What an application sends.
+
+    Args:
+        leave_in_write: the client goes away while one of its answers is being written.
+        gone: it went away once it had asked.
+    """
     body = {"model": "m", "messages": ASKED, "stream": stream}
     requests = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
-    gone, sent = asyncio.Event(), []
+    left, sent = asyncio.Event(), []
+    if gone:
+        left.set()
 
     async def receive() -> dict[str, Any]:
         if request := next(requests, None):
             return request
-        await gone.wait()
+        await left.wait()
         return {"type": "http.disconnect"}
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
         if leave_in_write and len(sent) == 4:
-            asyncio.get_running_loop().call_later(0.1, gone.set)
+            asyncio.get_running_loop().call_later(0.1, left.set)
             await asyncio.Event().wait()
 
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
@@ -351,6 +360,13 @@ def test_a_client_that_leaves_in_the_middle_of_a_write_gives_its_turn_back() -> 
             gc.enable()
 
     assert asyncio.run(both()) > 20
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_is_missed_however_fast_the_pieces_come(stream: bool) -> None:
+    speaker = Speaker(length=500)  # five seconds
+    asyncio.run(ask_app(make_app(speaker, Sampling()), stream, gone=True))  # type: ignore[arg-type]
+    assert [answer.finish for answer in speaker.answers] in ([["cancelled"], []] if stream else [["cancelled"]])
 
 
 @pytest.mark.parametrize("stream", [True, False])
