@@ -39,12 +39,23 @@ hypothesis_settings.load_profile("stocklora")
 gc.set_threshold(10_000, 10, 100)
 
 
+imported = 0  # modules, when what there was stopped being looked through
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     wanted = any("nursery" in getattr(item, "fixturenames", ()) for item in session.items)
     if wanted and not session.config.option.collectonly:
         open_nursery()
-    gc.collect()
-    gc.freeze()
+    pytest_runtest_logfinish()
+
+
+def pytest_runtest_logfinish() -> None:
+    """Much is imported within the tests: training collects garbage at its end, and would look through it each time."""
+    global imported
+    if len(sys.modules) > imported + 200:
+        gc.collect()
+        gc.freeze()
+        imported = len(sys.modules)
 
 
 # Modules of minutes. Begun last, one of them would keep one worker busy while the others have nothing left to do.
@@ -80,10 +91,11 @@ def _no_exchange_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 def undrawn() -> Iterator[None]:
     """A training run in this process leaves an empty picture: drawn, it takes a fifth of the time of such a run.
 
-    tests/scripts/test_forecasting_scripts.py looks at a drawn one.
+    tests/scripts/test_forecasting_scripts.py and test_fine_tune_qwen.py look at drawn ones.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stocklora.plots.curves.plot_training_curve", lambda history, best, path: path.touch())
+        patch.setattr("stocklora.plots.curves.plot_loss_curve", lambda log, path, title: path.touch())
         yield
 
 

@@ -42,7 +42,8 @@ def test_the_documents_commands_work_as_written(
     info = info_of(output)
     assert info["losses"]["validation_best"] < info["losses"]["validation_start"]
     weights = "model.safetensors" if info["method"] == "full" else "adapter_model.safetensors"
-    assert {weights, "tokenizer.json", "loss_curve.png"} <= {path.name for path in output.iterdir()}
+    assert {weights, "tokenizer.json"} <= {path.name for path in output.iterdir()}
+    assert (output / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     # What was said is what was used, and where it came from.
     settings = info["settings"]
     if "--config_file" in words:

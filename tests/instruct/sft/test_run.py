@@ -17,7 +17,7 @@ import pytest
 import torch
 from families import make_family
 from script_calls import ForkedScript
-from source_tree import REPO_ROOT, RunScript
+from source_tree import REPO_ROOT
 
 from stocklora.cli.console import UserError
 from stocklora.instruct.rows.chat_template import (
@@ -34,6 +34,7 @@ from stocklora.instruct.rows.records import read_records
 from stocklora.instruct.sft.run import run_training
 from stocklora.instruct.sft.settings import Resolved, SftSettings
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 Tune = Callable[..., int]
 UP, DOWN = "情绪：利好", "情绪：利空"
 QUICK: dict[str, Any] = {
@@ -159,7 +160,7 @@ def test_a_tuned_model_stops(tune: Tune, tiny_model: Path, tmp_path: Path, full:
     method = {"use_lora": False, "learning_rate": 1e-2} if full else {"lora_r": 32, "learning_rate": 3e-2}
     code = tune(
         data_path=[path], validation_fraction=0.0, test_fraction=0.0, num_epochs=150, lr_scheduler="linear",
-        logging_steps=50, **method,
+        logging_steps=50, eval_steps=150, **method,
     )  # fmt: skip
     assert code == 0
     folder = tmp_path / "out"
@@ -497,25 +498,29 @@ def test_tensorboard_gets_the_log(tune: Tune, tmp_path: Path) -> None:
     assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
 
 
-def test_weights_and_biases_gets_the_log(
-    rows: Path, tiny_model: Path, run_script: RunScript, tmp_path: Path, nursery: Any
-) -> None:
+def test_weights_and_biases_gets_the_log(rows: Path, tiny_model: Path, tmp_path: Path, nursery: Any) -> None:
     """In a process of its own: it leaves a service running and settings of its own in the process."""
     pytest.importorskip("wandb")
     command = ["fine_tune_qwen.py", "--use_lora", "--model_path", str(tiny_model), "--data_path", str(rows)]
     command += ["--max_steps", "2", "--report_to", "wandb", "--output_dir"]
     keyless = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path / "config")}
-    done = run_script(*command, "alone", cwd=tmp_path, env={**keyless, "WANDB_MODE": "offline"})
-    assert done.returncode == 0, done.stderr
+
+    def run(folder: str, mode: str) -> tuple[int, str]:
+        script = ForkedScript(
+            nursery, REPO_ROOT / command[0], *command[1:], folder,
+            cwd=tmp_path, printed=tmp_path / f"printed_{folder}", env={**keyless, "WANDB_MODE": mode},
+        )  # fmt: skip
+        script.stdout.read()
+        assert script.stderr is not None
+        return script.wait(120), script.stderr.read_text(encoding="utf-8")
+
+    code, said = run("alone", "offline")
+    assert code == 0, said
     (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     assert log.stat().st_size > 1000
     # Without a key there is nobody to ask here: one line, before any work.
-    asked = ForkedScript(
-        nursery, REPO_ROOT / command[0], *command[1:], "online",
-        cwd=tmp_path, printed=tmp_path / "printed", env={**keyless, "WANDB_MODE": "online"},
-    )  # fmt: skip
-    assert asked.wait(120) == 2
-    said = asked.stderr.read_text(encoding="utf-8")
+    code, said = run("online", "online")
+    assert code == 2
     assert "Traceback" not in said
     assert "set WANDB_MODE=offline to keep its log here" in said.splitlines()[-1]
     assert not (tmp_path / "online").exists()
