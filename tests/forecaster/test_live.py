@@ -461,12 +461,12 @@ def test_watching_a_ticker_from_start_to_ctrl_c(server: YahooServer, tmp_path: P
     env = {"STOCKLORA_YAHOO_URL": server.url, "STOCKLORA_CACHE": str(tmp_path / "cache")}
     work = tmp_path / "work"
     work.mkdir()
-    run = start("--ticker", "AAPL", *options, "--watch", "0.005", cwd=work, env=env)
+    run = start("--ticker", "AAPL", *options, "--watch", "0.002", cwd=work, env=env)
 
     def origins() -> set[pd.Timestamp]:
         return set(pd.read_csv(work / "predictions.csv", parse_dates=["Origin"])["Origin"])
 
-    run.until("watching, one look every 0.005 min")
+    run.until("watching, one look every 0.002 min")
     assert origins() == {days[-3]}
     wait_for_looks(server, 3)  # that find nothing
     before = (work / "predictions.csv").stat().st_ino
@@ -483,7 +483,7 @@ def test_watching_a_ticker_from_start_to_ctrl_c(server: YahooServer, tmp_path: P
     run.until("saved: predictions.csv")
     assert origins() == {days[-1]}
     looks = len(server.charts())
-    time.sleep(0.7)
+    time.sleep(0.3)
     assert len(server.charts()) == looks  # no session has ended since: nobody is asked
     assert run.interrupt() == 0
     assert run.printed[-1] == "watching has ended after 3 forecasts"
@@ -501,7 +501,7 @@ def test_watching_a_file_from_start_to_ctrl_c(tmp_path: Path, options, start) ->
     days = sessions_between("AAPL", "2024-01-01", "2024-06-28")
     frame = random_prices(len(days)).set_index(days)
     write_prices({"AAPL": frame.iloc[:-1]}, tmp_path / "sample_test.csv", META)
-    run = start(*options, "--watch", "0.005", "--plot", "fan.png", cwd=tmp_path)
+    run = start(*options, "--watch", "0.002", "--plot", "fan.png", cwd=tmp_path)
     run.until("watching")
     write_prices({"AAPL": frame}, tmp_path / "sample_test.csv", META)
     run.until(f"new: AAPL {days[-1]:%Y-%m-%d}")

@@ -41,6 +41,7 @@ def past_sessions(ticker: str, years: int = 1) -> pd.DatetimeIndex:
 @pytest.fixture
 def source(server: YahooServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> YahooSource:
     monkeypatch.setenv("STOCKLORA_YAHOO_URL", server.url)
+    monkeypatch.setattr("stocklora.prices.sources.yahoo.SPACING_S", 0.0)
     return YahooSource(tmp_path / "yfinance", timeout_s=5)
 
 
@@ -205,6 +206,34 @@ def test_failures_have_names(
     assert caught.value.passing == (kind in {"rate", "server"})
 
 
+def test_requests_are_spaced(server: YahooServer, source: YahooSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stocklora.prices.sources import yahoo
+
+    now, started = [100.0], []
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            return now[0]
+
+        @staticmethod
+        def sleep(seconds: float) -> None:
+            now[0] += seconds
+
+    class Session:
+        @staticmethod
+        def request(*_: object) -> None:
+            started.append(now[0])
+
+    monkeypatch.setattr(yahoo, "SPACING_S", 0.1)
+    monkeypatch.setattr(yahoo, "time", Clock)
+    session = source.watched(Session())
+    for pause in (0.0, 0.04, 0.3, 0.0):
+        now[0] += pause
+        session.request("GET", "https://query2.finance.yahoo.com/v8")
+    assert started == pytest.approx([100.0, 100.1, 100.4, 100.5])
+
+
 def test_retry_after_is_heard(server: YahooServer, source: YahooSource) -> None:
     server.retry_after = "7"
     server.plans["WAIT"] = TOO_MANY
@@ -232,10 +261,10 @@ def test_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_answer_that_takes_too_long(server: YahooServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STOCKLORA_YAHOO_URL", server.url)
     server.plans["SLOW"] = Stock(made_up_bars(past_sessions("SLOW")))
-    server.pause_s = 1.5
-    patient = YahooSource(tmp_path, timeout_s=0.4)
+    server.pause_s = 0.6
+    impatient = YahooSource(tmp_path, timeout_s=0.2)
     with pytest.raises(SourceError) as caught:
-        patient.fetch("SLOW", Request("1y"))
+        impatient.fetch("SLOW", Request("1y"))
     assert caught.value.kind == "network"
 
 
