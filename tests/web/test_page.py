@@ -28,6 +28,20 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; on D
 ROOMS = ("forecasts", "train", "trust", "assistant", "data")
 PHONE = {"width": 390, "height": 844}
 SCRIPT_MS = 60_000  # what a script may take on a busy machine
+# What the page waits for: answers, and timers that are not its looks every second or so.
+COUNTED = """(() => { const { fetch, setTimeout, clearTimeout } = window; const due = new Set(); let asked = 0;
+    window.fetch = async (...given) => { asked += 1; try { return await fetch(...given); } finally { asked -= 1; } };
+    window.setTimeout = (action, ms, ...given) => {
+        const timer = setTimeout(() => { due.delete(timer); action(...given); }, ms);
+        if (!(ms > 600)) due.add(timer);
+        return timer; };
+    window.clearTimeout = (timer) => { due.delete(timer); clearTimeout(timer); };
+    window.isWaiting = () => asked > 0 || due.size > 0; })()"""
+ENTERED = """async (room) => { if (location.hash === `#/${room}`) return;
+    const entered = new Promise((resolve) => addEventListener("hashchange", resolve, {once: true}));
+    location.hash = `#/${room}`; await entered; }"""
+SETTLED = """async () => { for (let still = 0; still < 6; still += 1) {
+    await new Promise(requestAnimationFrame); if (window.isWaiting()) still = -1; } }"""
 
 
 @contextlib.contextmanager
@@ -94,6 +108,7 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     def opened(address: str, room: str = "", **options: object) -> Page:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, "locale": "en-US", **options})
         contexts.append(context)
+        context.add_init_script(COUNTED)
         page = context.new_page()
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda said: faults.append(said.text) if "Content Security Policy" in said.text else None)
@@ -105,6 +120,14 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     for context in contexts:
         context.close()
     assert faults == []
+
+
+def enter(page: Page, room: str) -> None:
+    """Go to a room as its link does, and wait until its requests are answered and what came is drawn."""
+    page.evaluate(ENTERED, room)
+    page.locator("main :is(h1, .title)").first.wait_for()
+    page.locator("main .muted.pad").wait_for(state="detached")
+    page.evaluate(SETTLED)
 
 
 def test_from_nothing_to_a_forecast_and_a_price_one_drags(open_page: Callable[..., Page], tmp_path: Path) -> None:
@@ -259,10 +282,7 @@ def test_contrast_names_and_roles(open_page: Callable[..., Page], furnished: tup
     options = {"resultTypes": ["violations"], **({"runOnly": ["color-contrast"]} if theme == "light" else {})}
     page = open_page(furnished[0], color_scheme=theme)
     for room in (*ROOMS, "forecasts/AAPL", "run/20260101-000000-train-abcdef"):
-        page.goto(f"{furnished[0]}#/{room}")
-        page.locator("main :is(h1, .title)").first.wait_for()
-        page.locator("main .muted.pad").wait_for(state="detached")
-        page.wait_for_timeout(400)
+        enter(page, room)
         assert page.evaluate("document.documentElement.dataset.theme") == theme
         found = Axe().run(page, options=options).response["violations"]
         assert not found, (room, [(one["id"], [node["html"] for node in one["nodes"]][:3]) for one in found])
@@ -271,9 +291,7 @@ def test_contrast_names_and_roles(open_page: Callable[..., Page], furnished: tup
 def test_a_phone_s_width_holds_every_room(open_page: Callable[..., Page], furnished: tuple[str, Path]) -> None:
     page = open_page(furnished[0], viewport=PHONE, has_touch=True, is_mobile=True)
     for room in (*ROOMS, "forecasts/AAPL", "data/rows.jsonl"):
-        page.goto(f"{furnished[0]}#/{room}")
-        page.locator("main h1").first.wait_for()
-        page.wait_for_timeout(300)
+        enter(page, room)
         wide = page.evaluate("""() => [document.documentElement.scrollWidth, document.querySelector('main').scrollWidth,
             innerWidth]""")
         assert max(wide[:2]) <= wide[2], (room, wide)
