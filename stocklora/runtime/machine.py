@@ -192,7 +192,7 @@ def listen(port: int, host: str = HOST) -> socket.socket:
     """
     try:
         # One that listens: bound alone, it could be bound again by a second server while the first loads its model.
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        made = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         if host != HOST and error.errno != errno.EADDRINUSE:
             raise UserError(
@@ -201,3 +201,6 @@ def listen(port: int, host: str = HOST) -> socket.socket:
         raise UserError(
             f"cannot listen on port {port}: {os.strerror(error.errno or 0)}; give another --port, or 0 for a free one"
         ) from None
+    # asyncio sets TCP_NODELAY only where a socket says that it is TCP's. Without, each answer on a connection that is
+    # kept, and each piece of a stream, waits some 40 ms for the client's acknowledgement of what went before.
+    return socket.socket(made.family, made.type, socket.IPPROTO_TCP, fileno=made.detach())

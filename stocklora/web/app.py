@@ -143,7 +143,8 @@ def _serve_runs(app: FastAPI, workspace: Workspace, runs: Runs, planner: Planner
 
     @app.get("/api/runs/{name}/log")
     def log(name: str, start: int = -1) -> dict[str, Any]:
-        return {**runs.log(name, start), "run": runs.describe(name)}
+        run = runs.describe(name)  # before its log: of a run that is over the last lines come along
+        return {**runs.log(name, start), "run": run}
 
     @app.get("/api/runs/{name}/curve")
     def curve(name: str) -> dict[str, Any]:

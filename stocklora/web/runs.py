@@ -126,14 +126,15 @@ class Runs:
     def log(self, name: str, start: int) -> dict[str, Any]:
         """Text of a run's log from byte ``start`` on, and where the next part begins; a negative start: its end."""
         path = self._folder(name) / "log"
+        running = self.describe(name)["state"] == "running"  # asked first: what has ended writes no more
         size = path.stat().st_size if path.exists() else 0
         start = max(0, size - LOG_PART) if start < 0 else min(start, size)
         data = b""
         if size:
             with path.open("rb") as stream:
                 stream.seek(start)
-                data = stream.read(LOG_PART)
-        if len(data) == LOG_PART or self.describe(name)["state"] == "running":
+                data = stream.read(min(LOG_PART, size - start))
+        if len(data) == LOG_PART or running:
             whole = data.rfind(b"\n") + 1  # no character is cut in two
             data = data[:whole] if whole else data
         return {"text": data.decode("utf-8", errors="replace"), "next": start + len(data), "size": size}

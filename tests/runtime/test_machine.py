@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 import subprocess
 import sys
 from importlib import metadata
@@ -14,7 +16,7 @@ import torch
 from source_tree import REPO_ROOT
 
 from stocklora.cli.console import UserError
-from stocklora.runtime.machine import best_dtype, machine_facts, memory_errors, versions, versions_of
+from stocklora.runtime.machine import best_dtype, listen, machine_facts, memory_errors, versions, versions_of
 
 
 def test_facts_are_plain_and_complete() -> None:
@@ -74,3 +76,24 @@ assert peak_memory_mb() >= during
         [sys.executable, "-c", code], cwd=REPO_ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_answers_on_a_connection_that_is_kept_go_out_at_once() -> None:
+    """Over sockets that do not say that they are TCP's, asyncio leaves the waiting for acknowledgements on."""
+
+    async def served() -> int:
+        found = asyncio.get_running_loop().create_future()
+
+        async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = listen(0)
+        async with await asyncio.start_server(answer, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            try:
+                return int(await found)
+            finally:
+                writer.close()
+
+    assert asyncio.run(served()) != 0

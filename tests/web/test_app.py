@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import json
 import re
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ from source_tree import RunScript
 from web_workspaces import HOSTILE, write_many, write_record, write_sample
 
 from stocklora.web.app import make_app
+from stocklora.web.runs import Runs
 from stocklora.web.workspace import Workspace
 
 PORT, TOKEN = 8750, "a-token-of-this-life"
@@ -301,6 +304,32 @@ def test_a_form_s_command_is_checked_as_one_types(page: TestClient, root: Path) 
     assert page.post("/api/runs", json={"script": "../evil", "values": {}}).status_code == 400
     assert page.post("/api/runs", content="[1]").status_code == 400
     assert page.get("/api/runs").json() == []
+
+
+def test_a_log_has_its_last_lines_no_later_than_its_run_is_over(
+    page: TestClient, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run writes its last line and ends while it is asked about."""
+    folder = root / "runs" / "20260101-000000-train-abcdef"
+    folder.mkdir(parents=True)
+    command = {"script": "train", "values": {}, "argv": ["python", "train.py"], "folder": str(root),
+               "started": dt.datetime.now(dt.UTC).isoformat()}  # fmt: skip
+    (folder / "command.json").write_text(json.dumps(command))
+    (folder / "log").write_text("first\nla")
+    describe = Runs.describe
+
+    def and_then_it_ends(runs: Runs, name: str) -> dict[str, Any]:
+        described = describe(runs, name)
+        (folder / "log").write_text("first\nlast\n")
+        (folder / "exit.json").write_text(json.dumps({"code": 0, "ended": time.time()}))
+        return described
+
+    monkeypatch.setattr(Runs, "describe", and_then_it_ends)
+    text, start, state = "", 0, "running"
+    while state == "running":
+        found = page.get(f"/api/runs/{folder.name}/log", params={"start": start}).json()
+        text, start, state = text + found["text"], found["next"], found["run"]["state"]
+    assert text == "first\nlast\n"
 
 
 def test_the_memory_plan_is_the_training_s(page: TestClient, root: Path, tiny_model: Path) -> None:

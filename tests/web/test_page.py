@@ -28,12 +28,12 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; on D
 ROOMS = ("forecasts", "train", "trust", "assistant", "data")
 PHONE = {"width": 390, "height": 844}
 SCRIPT_MS = 60_000  # what a script may take on a busy machine
-# What the page waits for: answers, and timers that are not its looks every second or so.
+# What the page waits for: answers, and timers that are not its looks at what runs.
 COUNTED = """(() => { const { fetch, setTimeout, clearTimeout } = window; const due = new Set(); let asked = 0;
     window.fetch = async (...given) => { asked += 1; try { return await fetch(...given); } finally { asked -= 1; } };
     window.setTimeout = (action, ms, ...given) => {
         const timer = setTimeout(() => { due.delete(timer); action(...given); }, ms);
-        if (!(ms > 600)) due.add(timer);
+        if (!(ms >= 400)) due.add(timer);
         return timer; };
     window.clearTimeout = (timer) => { due.delete(timer); clearTimeout(timer); };
     window.isWaiting = () => asked > 0 || due.size > 0; })()"""

@@ -75,6 +75,13 @@ export function watchRuns(listener) {
 
 export const runs = () => known;
 
+/** When to look at the runs again: often while one is young, for most scripts take seconds. */
+export function lookAgain() {
+  const ages = known.filter((run) => run.state === "running").map((run) => run.seconds);
+  if (!ages.length) return 6000;
+  return Math.min(...ages) < 20 ? 400 : 1000;
+}
+
 export async function refreshRuns() {
   clearTimeout(timer);
   try {
@@ -86,7 +93,7 @@ export async function refreshRuns() {
   } catch (error) {
     if (error.message === "offline") document.dispatchEvent(new CustomEvent("offline"));
   }
-  timer = setTimeout(refreshRuns, known.some((run) => run.state === "running") ? 1000 : 6000);
+  timer = setTimeout(refreshRuns, lookAgain());
 }
 
 export async function start(script, values) {

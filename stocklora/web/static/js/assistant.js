@@ -1,6 +1,6 @@
 // A chat with the base and with what was tuned on it, side by side where one likes.
 
-import { get, refreshRuns, start, stream, watchRuns } from "./api.js";
+import { get, lookAgain, refreshRuns, start, stream, watchRuns } from "./api.js";
 import { fill, h } from "./dom.js";
 import { startForm } from "./form.js";
 import { runStrip } from "./runs.js";
@@ -35,7 +35,7 @@ export function assistantRoom(root) {
     } catch (error) {
       if (!gone && error.message === "offline") fill(problem, t("offline"));
     }
-    if (!gone) timer = setTimeout(look, server && !server.port ? 1000 : 4000);
+    if (!gone) timer = setTimeout(look, server && !server.port ? Math.min(lookAgain(), 1000) : 4000);
   }
 
   function drawStrip() {

@@ -1,6 +1,6 @@
 // Runs as the page shows them: a strip, a table, and one run with its loss, log and command.
 
-import { get, post, refreshRuns, start, watchRuns } from "./api.js";
+import { get, lookAgain, post, refreshRuns, start, watchRuns } from "./api.js";
 import { lineChart } from "./charts.js";
 import { fill, h, icon } from "./dom.js";
 import { bytes, duration, moment, number } from "./format.js";
@@ -150,33 +150,47 @@ export function emptyState(title, text, ...more) {
   return h("div", { class: "empty" }, h("p", { class: "title" }, title), h("p", {}, text), more);
 }
 
-/** A log that grows as its run writes. */
+/** A log that grows as its run writes; `toEnd()` resolves when it shows all that is written by now. */
 export function liveLog(id) {
   const text = h("pre", { class: "log", tabindex: "0", "aria-label": t("log") }, t("noLog"));
   let from = -1;
   let timer = 0;
   let gone = false;
   let all = "";
-  const more = async () => {
+  let over = false;
+  let asking = null;
+  const part = async () => {
+    let whole = false;
     try {
-      const part = await get(`/api/runs/${id}/log`, { start: from });
-      if (gone) return;
-      from = part.next;
-      if (part.text) {
+      const found = await get(`/api/runs/${id}/log`, { start: from });
+      if (gone) return true;
+      from = found.next;
+      if (found.text) {
         const follows = text.scrollTop + text.clientHeight >= text.scrollHeight - 24;
-        all = (all + part.text).slice(-400000);
+        all = (all + found.text).slice(-400000);
         fill(text, all);
         if (follows) text.scrollTop = text.scrollHeight;
       }
-      if (part.run.state !== "running" && part.next >= part.size) return;
+      whole = found.next >= found.size || !found.text;
+      over = found.run.state !== "running" && whole;
     } catch {
       // asked again
+      whole = true;
     }
-    if (!gone) timer = setTimeout(more, 900);
+    return whole;
+  };
+  const ask = () => (asking ??= part().finally(() => { asking = null; }));
+  const more = async () => {
+    await ask();
+    if (!gone && !over) timer = setTimeout(more, Math.min(lookAgain(), 1000));
   };
   more();
   return {
     element: text,
+    async toEnd() {
+      await asking; // it may have been answered before the run's end
+      while (!gone && !over && !(await ask()));
+    },
     remove() {
       gone = true;
       clearTimeout(timer);
@@ -204,9 +218,13 @@ export function runPage(root, id) {
   const log = liveLog(id);
   let lastSeconds = -9;
   let drawn = "";
+  let latest = null;
   const stop = watchRuns(async (all) => {
     const run = all.find((one) => one.id === id);
     if (!run) return;
+    latest = run;
+    if (run.state !== "running") await log.toEnd(); // the last lines come no later than the state
+    if (latest !== run) return;
     fill(head,
       h("h1", { class: "mono" }, `${run.script}.py`), stateBadge(run), progressBar(run),
       h("span", { class: "muted num" }, `${moment(run.started)} · ${duration(run.seconds)}`),
