@@ -46,13 +46,35 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def fetch(run_script: Fetch, hub: Hub, tmp_path: Path, environment: dict[str, str]) -> Fetch:
+def fetch_apart(run_script: Fetch, hub: Hub, tmp_path: Path, environment: dict[str, str]) -> Fetch:
+    """``download_model.py`` in a process of its own, against the local hub."""
+
     def run(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
         return run_script(
             "download_model.py", "--mirror", hub.url, *args, cwd=tmp_path, env={**environment, **env}, timeout_s=90
         )
 
     return run
+
+
+@pytest.fixture
+def fetch(
+    call_script: Fetch, hub: Hub, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Fetch]:
+    """The same in this process, for stories of several runs."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    # Read from the environment when the library was imported.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+    close_session()  # the next one reads the environment's proxies
+
+    def run(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
+        return call_script("download_model.py", "--mirror", hub.url, *args, cwd=tmp_path, env={**environment, **env})
+
+    yield run
+    close_session()
 
 
 def one_error(result: subprocess.CompletedProcess[str]) -> str:
@@ -85,7 +107,7 @@ def test_help_answers_at_once_and_names_the_defaults(run_script: Fetch, tmp_path
 
 
 def test_a_sharded_model_arrives_loads_and_is_kept(
-    fetch: Fetch, hub: Hub, tiny_models: dict[str, Path], tmp_path: Path
+    fetch_apart: Fetch, hub: Hub, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     """Only the needed files come, in the documents' folder, and transformers loads the same weights from it."""
     import torch
@@ -110,7 +132,7 @@ def test_a_sharded_model_arrives_loads_and_is_kept(
     }
     hub.models["Qwen/Qwen3-0.6B"] = {COMMIT: {**files, **unwanted, "LICENSE": b"a licence"}}
 
-    result = fetch("--model", "Qwen/Qwen3-0.6B", "--save_dir", "./Qwen3-0.6B")
+    result = fetch_apart("--model", "Qwen/Qwen3-0.6B", "--save_dir", "./Qwen3-0.6B")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     folder = tmp_path / "Qwen3-0.6B"
@@ -132,13 +154,13 @@ def test_a_sharded_model_arrives_loads_and_is_kept(
     assert AutoTokenizer.from_pretrained(folder)("-29 65").input_ids
 
     asked = len(hub.requests)
-    again = fetch("--model", "Qwen/Qwen3-0.6B", "--save_dir", "./Qwen3-0.6B")
+    again = fetch_apart("--model", "Qwen/Qwen3-0.6B", "--save_dir", "./Qwen3-0.6B")
     assert again.returncode == 0
     assert "already" in again.stdout
     assert len(hub.requests) == asked
 
     hub.models["Qwen/Qwen3-0.6B"][COMMIT]["LICENSE"] = b"another licence"
-    forced = fetch("--model", "Qwen/Qwen3-0.6B", "--save_dir", "./Qwen3-0.6B", "--force")
+    forced = fetch_apart("--model", "Qwen/Qwen3-0.6B", "--save_dir", "./Qwen3-0.6B", "--force")
     assert forced.returncode == 0, forced.stderr
     assert (folder / "LICENSE").read_bytes() == b"another licence"
     assert content_of(folder) == {*files, "LICENSE", "stocklora_source.json"}
@@ -181,11 +203,11 @@ class Code:
         return os.mkdir, ("ran",)
 
 
-def test_code_in_a_bin_file_is_refused_and_not_kept(fetch: Fetch, hub: Hub, tmp_path: Path) -> None:
+def test_code_in_a_bin_file_is_refused_and_not_kept(fetch_apart: Fetch, hub: Hub, tmp_path: Path) -> None:
     files = small_model() | {"pytorch_model.bin": bin_bytes({"weight": torch.ones(3), "x": Code()})}
     del files["model.safetensors"]
     hub.models["org/hostile"] = {COMMIT: files}
-    message = one_error(fetch("--model", "org/hostile"))
+    message = one_error(fetch_apart("--model", "org/hostile"))
     assert "pytorch_model.bin of org/hostile is damaged, or holds more than tensors, such as code" in message
     assert "choose a model with safetensors weights" in message
     assert not (tmp_path / "ran").exists()
@@ -372,9 +394,9 @@ def test_revisions_and_the_token(fetch: Fetch, hub: Hub, tmp_path: Path) -> None
 
 
 def test_errors_that_the_user_can_mend(
-    fetch: Fetch, run_script: Fetch, hub: Hub, tmp_path: Path, environment: dict[str, str]
+    fetch: Fetch, fetch_apart: Fetch, run_script: Fetch, hub: Hub, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    message = one_error(fetch("--model", "org/absent"))
+    message = one_error(fetch_apart("--model", "org/absent"))
     assert "no model 'org/absent'" in message
 
     hub.models["org/huge"] = {COMMIT: small_model()}
@@ -394,7 +416,7 @@ def test_errors_that_the_user_can_mend(
     portal = fetch("--mirror", f"{hub.url}/portal", "--model", "org/huge")
     assert "what answers is not a model hub" in one_error(portal)
     assert "check --mirror" in one_error(fetch("--mirror", f"{hub.url}/nothing", "--model", "org/huge"))
-    assert "HF_HUB_OFFLINE" in one_error(fetch("--model", "org/huge", HF_HUB_OFFLINE="1"))
+    assert "HF_HUB_OFFLINE" in one_error(fetch_apart("--model", "org/huge", HF_HUB_OFFLINE="1"))
 
     (tmp_path / "huge").mkdir()
     (tmp_path / "huge" / "thesis.txt").write_text("do not lose")
@@ -425,10 +447,10 @@ def test_a_folder_with_another_model_is_not_replaced_unasked(fetch: Fetch, hub: 
     assert fetch("--model", "b/same", "--force").returncode == 0
 
 
-def test_two_at_once_fetch_once(fetch: Fetch, hub: Hub, tmp_path: Path) -> None:
+def test_two_at_once_fetch_once(fetch_apart: Fetch, hub: Hub, tmp_path: Path) -> None:
     hub.models["org/big"] = {COMMIT: small_model(8 * MEBIBYTE)}
     results: list[subprocess.CompletedProcess[str]] = []
-    threads = [threading.Thread(target=lambda: results.append(fetch("--model", "org/big"))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: results.append(fetch_apart("--model", "org/big"))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -457,12 +479,12 @@ def test_modelscope_missing_says_what_to_install(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("modelscope") is None, reason="the optional package modelscope is absent")
-def test_modelscope_fetches_the_same_folder(fetch: Fetch, hub: Hub, tmp_path: Path) -> None:
+def test_modelscope_fetches_the_same_folder(fetch_apart: Fetch, hub: Hub, tmp_path: Path) -> None:
     """The real package against a local server: listing, download, bookkeeping removed, errors in one line."""
     home = {"MODELSCOPE_HOME": str(tmp_path / "ms"), "MODELSCOPE_CACHE": str(tmp_path / "ms_cache")}
     files = small_model(2 * MEBIBYTE)
     hub.models["Qwen/Qwen3-0.6B"] = {"master": {**files, "configuration.json": b"{}", "onnx/model.onnx": b"x"}}
-    result = fetch("--source", "modelscope", "--save_dir", "models", **home)
+    result = fetch_apart("--source", "modelscope", "--save_dir", "models", **home)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     folder = tmp_path / "models" / "Qwen3-0.6B"
@@ -472,9 +494,9 @@ def test_modelscope_fetches_the_same_folder(fetch: Fetch, hub: Hub, tmp_path: Pa
         assert (folder / name).read_bytes() == content
     manifest = json.loads((folder / "stocklora_source.json").read_text())
     assert (manifest["source"], manifest["revision"]) == ("modelscope", "master")
-    message = one_error(fetch("--source", "modelscope", "--model", "org/absent", **home))
+    message = one_error(fetch_apart("--source", "modelscope", "--model", "org/absent", **home))
     assert "no model 'org/absent' on ModelScope" in message
-    assert "ORG/NAME" in one_error(fetch("--source", "modelscope", "--model", "gpt2-medium", **home))
+    assert "ORG/NAME" in one_error(fetch_apart("--source", "modelscope", "--model", "gpt2-medium", **home))
 
 
 # ---- PyPI --------------------------------------------------------------------------------------------------
