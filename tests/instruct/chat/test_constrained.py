@@ -61,8 +61,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {"nested": NESTED, "tree": TREE, "any objec
 
 
 @pytest.fixture(scope="module")
-def chat_model(tiny_model: Path) -> ChatModel:
-    return load_chat_model(tiny_model, device="cpu", dtype="float32")
+def chat_model(tiny_models: dict[str, Path]) -> ChatModel:
+    return load_chat_model(tiny_models["shallow_qwen3"], device="cpu", dtype="float32")
 
 
 @pytest.mark.parametrize(
