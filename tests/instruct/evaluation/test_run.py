@@ -109,7 +109,7 @@ def test_a_question_said_again_is_no_answer() -> None:
 
 
 def test_expected_answers_score_all_points_and_their_questions_none(in_folder: Path) -> None:
-    rows = build_dataset(InstructionSettings(output=in_folder / "rows.jsonl", num_samples=200)).records
+    rows = build_dataset(InstructionSettings(output=in_folder / "rows.jsonl", num_samples=120)).records
     labels = label_sets(rows)
     assert len(labels) == 10
     for row in rows:
@@ -157,7 +157,7 @@ def test_likeness_is_that_of_the_papers() -> None:
         if text.strip() and expected.strip():
             assert chrf(text, expected) == pytest.approx(reference_chrf(text, expected), abs=1e-9)
             assert rouge_l(text, expected) == pytest.approx(reference_rouge_l(text, expected), abs=1e-5)
-    long = "甲乙丙丁" * 400
+    long = "甲乙丙丁" * 260  # longer than Python recurses
     assert rouge_l(long, long) == pytest.approx(1.0)
 
 
@@ -503,9 +503,9 @@ def test_without_test_rows_validation_rows_are_taken_and_it_is_said(
 FAST = {"max_new_tokens": 8, "resamples": 100, "dtype": "float32", "device": "cpu"}
 
 
-def test_the_script_scores_base_and_tuned(trained: Path, in_folder: Path, run_script: RunScript) -> None:
+def test_the_script_scores_base_and_tuned(trained: Path, in_folder: Path, call_script: RunScript) -> None:
     flags = [item for name, value in FAST.items() for item in (f"--{name}", str(value))]
-    result = run_script("training/evaluate.py", "--model_path", "outputs", *flags, cwd=in_folder)
+    result = call_script("training/evaluate.py", "--model_path", "outputs", *flags, cwd=in_folder)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert "the test rows of" in result.stdout
