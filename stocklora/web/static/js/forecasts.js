@@ -134,7 +134,7 @@ export function forecastsRoom(root) {
 
   const chooseForecaster = () => { forecaster = by.value ? JSON.parse(by.value) : lastForecaster(); };
 
-  async function load() {
+  async function load(wait_ms = 100) {
     try {
       watch = await get("/api/watch");
       if (gone) return;
@@ -144,7 +144,7 @@ export function forecastsRoom(root) {
       if (unreachable) fill(problem); // what else is said there stays
       unreachable = false;
       draw();
-      if (watch.reading) setTimeout(() => gone || load(), 500);
+      if (watch.reading) setTimeout(() => gone || load(Math.min(2 * wait_ms, 500)), wait_ms);
       else loadRecord();
     } catch (error) {
       unreachable = true;
