@@ -368,12 +368,8 @@ def _public(error: Exception) -> APIError:
 
 def _known(name: str, names: list[str]) -> str:
     if name not in names:
-        raise APIError(
-            f"The model '{name}' does not exist; there are: {', '.join(names)}",
-            status=404,
-            param="model",
-            code="model_not_found",
-        )
+        message = f"The model '{name}' does not exist; there are: {', '.join(names)}"
+        raise APIError(message, status=404, param="model", code="model_not_found")
     return name
 
 
