@@ -203,7 +203,7 @@ def test_training_from_the_form_to_the_history(open_page: Callable[..., Page], f
     command = page.locator(".command pre").inner_text()
     assert command.endswith("train.py --data prices/AAPL.csv --epochs 2")
     # However slow its log comes, a run is over for the page no sooner than its last lines are there.
-    page.route("**/log?*", lambda route: (time.sleep(0.2), route.continue_()))
+    page.route("**/log?*", lambda route: (time.sleep(0.4), route.continue_()))
     page.get_by_role("button", name="Start", exact=True).click()
     page.locator(".run-head .badge", has_text="done").wait_for(timeout=SCRIPT_MS)
     assert "model: model.pth" in page.locator(".log").inner_text()
