@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--loss_layers", type=int, default=6, help="layers of the second part (default: %(default)s)")
     parser.add_argument("--loss_epochs", type=int, default=3, help="epochs of the second part (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="seeds of the second part (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--output", type=Path, default=RESULTS / "packing.json")
     return parser
@@ -99,7 +100,7 @@ def build(arguments: argparse.Namespace, data: Any, layers: int | None) -> Any:
         calibration={"shrinkage": 1.0, "interval_scale": 1.0},
     )  # fmt: skip
     device = choose_device(arguments.device)
-    return build_forecaster(spec, base, device, choose_dtype("auto", device))
+    return build_forecaster(spec, base, device, choose_dtype(arguments.dtype, device))
 
 
 class Trainer:

@@ -191,7 +191,7 @@ def test_its_forecasts_are_those_of_the_forecasting_script(folder, weights, tiny
 def test_refits_of_the_learned_models(folder, weights, tiny_model, tmp_path):
     settings = settings_for(
         folder, tmp_path / "b", models=["simple", "llm"], lora_weights=[weights], model_path=[tiny_model],
-        device="cpu", dtype="float32", refit="80", start="2021-06-01", end="2021-11-30", tickers=["T0", "T1"],
+        device="cpu", dtype="float32", refit="80", start="2021-06-01", end="2021-11-30",
     )  # fmt: skip
     assert run_backtest(settings) == 0
     metrics = pd.read_csv(tmp_path / "b" / "metrics.csv")

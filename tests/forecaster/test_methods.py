@@ -67,6 +67,15 @@ def forecast_each(cases: Cases, result: Path) -> None:
     result.write_text(json.dumps(found))
 
 
+def reloaded(nursery: Any, cases: Cases, folder: Path) -> dict[str, Any]:
+    """By case the forecasts of its file in a new process."""
+    process = nursery.Process(target=forecast_each, args=(cases, folder / "result.json"))
+    process.start()
+    process.join(300)
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
 FITS: list[dict[str, Any]] = [
     {}, {"method": "peft", "quantization": "4bit", "use_dora": True}, {"method": "full"}, {"method": "head"},
     {"method": "peft", "adapt_layers": 1},
@@ -100,10 +109,7 @@ def artefacts(tmp_path_factory, tiny_models, prices, nursery) -> dict[str, tuple
         save_run(run, settings)
         here[str(flags)] = exact(run.forecaster.forecast(prices))
         cases.append((str(flags), str(run.weights_path), str(settings.model_path), "float32"))
-    process = nursery.Process(target=forecast_each, args=(cases, folder / "result.json"))
-    process.start()
-    process.join(300)
-    there = json.loads((folder / "result.json").read_text())
+    there = reloaded(nursery, cases, folder)
     assert len({json.dumps(rows) for rows in here.values()}) == len(cases)  # no two alike, or little is shown
     return {name: (here[name], there[name], Path(path)) for name, path, *_ in cases}
 
@@ -646,8 +652,10 @@ def test_batches_are_cut_to_their_tokens_with_the_same_gradients(tiny_model, pri
 
 
 @pytest.mark.slow
-def test_smollm2_trains_quantized_and_reloads(smollm2, tmp_path) -> None:
+def test_smollm2_trains_quantized_and_reloads_in_a_new_process(smollm2, tmp_path, nursery) -> None:
     table = {"AAA": random_prices(120, 1), "BBB": random_prices(90, 2)}
+    cases: Cases = []
+    expected = {}
     for method, quantization, kind in (("lora", "4bit", "Linear4bit"), ("peft", "8bit", "Linear8bitLt")):
         settings = TrainLoraSettings(
             model_path=smollm2, backbone_layers=1, window_size=20, epochs=1, batch_size=1, method=method,
@@ -661,7 +669,8 @@ def test_smollm2_trains_quantized_and_reloads(smollm2, tmp_path) -> None:
         run.outcome.best_epoch = 1
         unsettled(run.forecaster)
         save_run(run, settings)
-        again, _ = load_forecaster(run.weights_path, smollm2, CPU, torch.float32)
-        assert exact(again.forecast(table)) == exact(run.forecaster.forecast(table))
+        expected[quantization] = exact(run.forecaster.forecast(table))
+        cases.append((quantization, str(run.weights_path), str(smollm2), "float32"))
         modules = [type(module) for module in run.forecaster.model.modules()]
         assert [found.__name__ for found in modules if "bitsandbytes" in found.__module__] == [kind] * 7
+    assert reloaded(nursery, cases, tmp_path) == expected

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 def test_smollm2_starts_at_the_random_walk_and_finds_a_planted_trend(smollm2, tmp_path):
     settings = TrainLoraSettings(
-        model_path=smollm2, backbone_layers=2, epochs=2, batch_size=1, horizon=1, scale="ewma", device="cpu",
+        model_path=smollm2, backbone_layers=3, epochs=2, batch_size=1, horizon=1, scale="ewma", device="cpu",
         learning_rate=1e-3, head_learning_rate=1e-3, targets_per_sequence=45, save_dir=tmp_path,
     )  # fmt: skip
     run = finetune({"X": planted_trend(500)}, settings)

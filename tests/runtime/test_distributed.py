@@ -164,7 +164,7 @@ def test_two_processes_train_what_one_trains(
     prices: dict[str, pd.DataFrame], settings: TrainLoraSettings, tmp_path: Path, nursery: Any
 ) -> None:
     # Batches a process, batches summed, and what one process needs for the same steps.
-    shapes = {"plain": (1, 1), "summed": (3, 2)}
+    shapes = {"plain": (1, 1), "accumulated": (1, 2), "both": (3, 2)}
     alone, together = {}, {}
     for name, (size, summed) in shapes.items():
         alone[name] = changed(settings, save_dir=tmp_path / name / "one", batch_size=2 * size * summed)
@@ -174,7 +174,7 @@ def test_two_processes_train_what_one_trains(
     runs = [finetune(prices, one) for one in alone.values()]
     # The last step of an epoch doesn't go round: one sequence is left, and the second process has none.
     left = [sequences_of(run) % one.batch_size for run, one in zip(runs, alone.values(), strict=True)]
-    assert left == [1, 1], left
+    assert left == [1, 1, 1], left
     first, second = in_two(nursery, tmp_path, fit_each, prices, list(together.values()))
     for name in shapes:
         assert_same_training(alone[name], together[name])

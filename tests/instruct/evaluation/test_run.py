@@ -503,9 +503,9 @@ def test_without_test_rows_validation_rows_are_taken_and_it_is_said(
 FAST = {"max_new_tokens": 8, "resamples": 100, "dtype": "float32", "device": "cpu"}
 
 
-def test_the_script_scores_base_and_tuned(trained: Path, in_folder: Path, call_script: RunScript) -> None:
+def test_the_script_scores_base_and_tuned(trained: Path, in_folder: Path, run_script: RunScript) -> None:
     flags = [item for name, value in FAST.items() for item in (f"--{name}", str(value))]
-    result = call_script("training/evaluate.py", "--model_path", "outputs", *flags, cwd=in_folder)
+    result = run_script("training/evaluate.py", "--model_path", "outputs", *flags, cwd=in_folder)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert "the test rows of" in result.stdout
