@@ -58,16 +58,16 @@ def pytest_runtest_logfinish() -> None:
         imported = len(sys.modules)
 
 
-# Modules of minutes. Begun last, one of them would keep one worker busy while the others have nothing left to do.
+# The longest modules. Begun last, one of them would keep one worker busy while the others have nothing left to do.
 LONGEST = (
-    "web/test_page.py", "forecaster/test_methods.py", "runtime/test_distributed.py", "finetune/test_resume.py",
-    "runtime/test_faults.py", "instruct/sft/test_run.py", "finetune/test_loop.py", "finetune/test_warm_start.py",
-    "backtest/test_run.py", "backtest/test_leakage.py", "base_models/test_download.py", "forecaster/test_live.py",
-    "project/test_notebook.py", "volatility/test_prior.py", "project/test_real_model.py",
-    "instruct/chat/test_constrained.py", "web/test_runs.py", "scripts/test_train_qlora.py",
-    "project/test_endurance.py", "project/test_families.py", "prices/sources/test_download.py",
-    "backtest/report/test_page.py", "finetune/test_memory.py", "scripts/test_forecasting_scripts.py",
-    "instruct/chat/test_server.py", "forecaster/test_merge.py", "project/test_wheel.py",
+    "web/test_page.py", "forecaster/test_methods.py", "instruct/sft/test_run.py", "finetune/test_resume.py",
+    "runtime/test_distributed.py", "backtest/test_run.py", "forecaster/test_merge.py", "finetune/test_loop.py",
+    "scripts/test_train_qlora.py", "volatility/test_prior.py", "instruct/chat/test_constrained.py",
+    "project/test_notebook.py", "scripts/test_forecasting_scripts.py", "backtest/test_leakage.py",
+    "finetune/test_warm_start.py", "instruct/chat/test_model.py", "runtime/test_faults.py",
+    "base_models/test_download.py", "web/test_runs.py", "project/test_wheel.py", "finetune/test_memory.py",
+    "backtest/report/test_page.py", "project/test_families.py", "instruct/rows/test_template_process.py",
+    "project/test_real_model.py",
 )  # fmt: skip
 
 
