@@ -4,8 +4,9 @@
     python bench/packing.py --model_path FOLDER --seeds 1
     python bench/packing.py --seeds 0 --prompt words --lengths 400 1400
 
-Part one times real training steps, four sequences a forward pass on all sides, the sides taking turns: one window a
-pass, the default token budget of train_lora.py, and others. Part two trains the first layers of the model with one
+Part one times real training steps of four sequences, the sides taking turns: one window a sequence, the default token
+budget of train_lora.py, and others; each in passes as train_lora.py cuts them (2,816 tokens on a CPU), the default also
+in one pass of all four. Part two trains the first layers of the model with one
 window and with the default on the same targets, step by step, and compares their losses on two years of validation days
 against the noise of those days.
 """
@@ -23,7 +24,9 @@ from typing import Any
 from harness import RESULTS, ROOT, run_benchmark, save_result
 
 TARGET_RATIO = 20.0
-BATCH_SIZE = 4  # sequences a forward pass on both sides: the default of train_lora.py
+BATCH_SIZE = 4  # sequences a step on all sides: the default of train_lora.py
+UNCUT = "packed, one pass"
+EVERYTHING = 10**9  # tokens
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -125,15 +128,21 @@ class Trainer:
             ]
         )
 
-    def step(self, examples: list[Any], batch_size: int) -> tuple[float, float]:
-        """One optimizer step over ``examples``, ``batch_size`` sequences a pass; seconds, and those of the CPU."""
+    def step(self, examples: list[Any], most: int | None = None) -> tuple[float, float]:
+        """One optimizer step over ``examples`` in passes of at most so many tokens, or as training cuts them.
+
+        Returns:
+            Seconds, and those of the CPU.
+        """
         import torch
 
         from stocklora.finetune.optimization import accumulate_gradients
-        from stocklora.forecaster.batches import collate
+        from stocklora.forecaster.batches import collate, grouped_by_tokens, training_tokens
 
+        most = most or training_tokens(None, self.device.type) or EVERYTHING
         targets = sum(len(example.scale) for example in examples)
-        micro = [collate(examples[at : at + batch_size]) for at in range(0, len(examples), batch_size)]
+        batches = [examples[at : at + BATCH_SIZE] for at in range(0, len(examples), BATCH_SIZE)]
+        micro = [collate(group) for batch in batches for group in grouped_by_tokens(batch, most)]
         start, cpu = time.perf_counter(), time.process_time()
         accumulate_gradients(self.model, micro, self.levels, self.accelerator, targets)
         self.optimizer.step()
@@ -156,13 +165,14 @@ def measure_speed(arguments: argparse.Namespace, data: Any) -> dict[str, Any]:
                arguments.lengths}  # fmt: skip
     sides = {
         name: forecaster.examples(data.prices, data.sequences("train", targets)[:BATCH_SIZE])
-        for name, targets in {"packed": own, **budgets, "one_window_a_pass": 1}.items()
+        for name, targets in {"packed": own, UNCUT: own, **budgets, "one_window_a_pass": 1}.items()
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for turn in range(arguments.rounds + 1):
         for name, examples in sides.items():
             # One window is over soon: as many passes as there are turns of one packed pass would be a bad clock.
-            passes = [trainer.step(examples, BATCH_SIZE) for _ in range(4 if name == "one_window_a_pass" else 1)]
+            most = EVERYTHING if name == UNCUT else None
+            passes = [trainer.step(examples, most) for _ in range(4 if name == "one_window_a_pass" else 1)]
             if turn:  # the first steps fetch their memory from the system
                 seconds[name].append((statistics.mean(wall for wall, _ in passes), min(cpu for _, cpu in passes)))
     table = {}
@@ -232,7 +242,7 @@ def compare_losses(arguments: argparse.Namespace, data: Any) -> dict[str, Any]:
             for _ in range(arguments.loss_epochs if name != "untrained" else 0):
                 for example in packed:
                     same = [windows[origin] for origin in example.encoded.sequence.origins]
-                    trainer.step([example] if name == "packed" else same, BATCH_SIZE)
+                    trainer.step([example] if name == "packed" else same)
             quantiles = forecaster.quantiles(forecaster.examples(data.prices, data.sequences("validation", fitted)))
             losses[name] = BASIS_POINTS * pinball_loss(returns, quantiles, forecaster.levels).mean(axis=1)
             means[name] += float(losses[name].mean()) / arguments.seeds

@@ -28,10 +28,9 @@ from stocklora.base_models.split import inside_last_layers
 from stocklora.cli.console import UserError, print_table, say
 from stocklora.dataset.prepare import Example
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.forecaster.batches import MEMORY_BYTES
+from stocklora.forecaster.batches import FORECAST_TOKENS, MEMORY_BYTES, training_tokens
 
 FEWER_LAYERS = 8  # to adapt, in the plan of a run that adapts all
-FORECAST_TOKENS = 8192  # of one forward pass of ``training.predict``
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,17 @@ def shape_of(settings: TrainLoraSettings, config: Any = None) -> ModelShape:
     )
 
 
+def tokens_of_a_step(settings: TrainLoraSettings, device_type: str, longest: int, sequences: int) -> int:
+    """Padded tokens of the largest pass of a training step.
+
+    Args:
+        longest: tokens of the longest sequence.
+        sequences: of a step.
+    """
+    most = training_tokens(settings.max_tokens_per_batch, device_type)
+    return longest * sequences if most is None else min(longest * sequences, max(longest, most))
+
+
 def setup_of(
     settings: TrainLoraSettings, shape: ModelShape, examples: Sequence[Example], dtype: torch.dtype, device: Any
 ) -> Setup:
@@ -134,9 +144,7 @@ def setup_of(
         examples: to learn from.
     """
     longest = padded_tokens(max(len(example.encoded.input_ids) for example in examples))
-    tokens = longest * min(settings.batch_size, len(examples))
-    if settings.max_tokens_per_batch is not None:
-        tokens = min(tokens, max(longest, settings.max_tokens_per_batch))
+    tokens = tokens_of_a_step(settings, device.type, longest, min(settings.batch_size, len(examples)))
     outputs = examples[0].scale.shape[1] * 9
     kept = sum(len(example.encoded.input_ids) for example in examples)
     return Setup(

@@ -18,7 +18,7 @@ from llm_model import TOKENS_STEP, StockForecaster, blocks_of, distance_sum, pin
 from stocklora.cli.console import UserError
 from stocklora.dataset.prepare import Example
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.forecaster.batches import Batch, KeptStates, collate, grouped_by_tokens
+from stocklora.forecaster.batches import Batch, KeptStates, collate, grouped_by_tokens, training_tokens
 from stocklora.forecaster.methods import load_trained_state, parameter_groups, trained_state
 from stocklora.runtime.distributed import (
     is_sharded,
@@ -242,7 +242,8 @@ class Optimization:
 
     def _cut(self, group: np.ndarray) -> list[list[Example]]:
         """A process's share of a step in batches of ``batch_size``, cut on where they have too many tokens."""
-        size, most = self.settings.batch_size, self.settings.max_tokens_per_batch
+        size = self.settings.batch_size
+        most = training_tokens(self.settings.max_tokens_per_batch, self.accelerator.device.type)
         batches = [[self.sequences[i] for i in group[at : at + size]] for at in range(0, len(group), size)]
         return batches if most is None else [part for batch in batches for part in grouped_by_tokens(batch, most)]
 

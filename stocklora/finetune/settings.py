@@ -154,7 +154,8 @@ class TrainLoraSettings(ReadingSettings):
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower", section="training")
     max_tokens_per_batch: int | None = setting(
         None, "padded tokens of one forward pass, at most: larger batches are cut, with the same gradients (a longer "
-        "sequence goes alone)", section="training", metavar="TOKENS",
+        "sequence goes alone; default: 2,816 on a CPU, the whole batch on a graphics card)", section="training",
+        metavar="TOKENS",
     )  # fmt: skip
     compile: bool = setting(
         False, "compile the base model with torch.compile; needs a C++ compiler", section="training"

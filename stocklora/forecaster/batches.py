@@ -19,6 +19,8 @@ from stocklora.cli.console import warn
 from stocklora.dataset.prepare import Example
 from stocklora.runtime.distributed import gathered, is_sharded
 
+FORECAST_TOKENS = 8192  # padded, of one forward pass without gradient, at most
+CPU_TOKENS = 2 * 1408  # of one pass of a training step: two sequences; a processor is no faster with more
 MEMORY_BYTES = 2 * 10**9  # of states in the machine's memory; those beyond lie in a file
 
 
@@ -136,11 +138,20 @@ def collate(examples: Sequence[Example], states: KeptStates | None = None) -> Ba
     )
 
 
+def training_tokens(given: int | None, device_type: str) -> int | None:
+    """Padded tokens of one pass of a training step, at most; None for the whole batch at once.
+
+    Args:
+        given: ``--max_tokens_per_batch``.
+    """
+    return CPU_TOKENS if given is None and device_type == "cpu" else given
+
+
 def predict(
     model: StockForecaster,
     examples: Sequence[Example],
     device: torch.device,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int = FORECAST_TOKENS,
     accelerator: Any = None,
     on_batch: Callable[[], None] = lambda: None,
     states: KeptStates | None = None,

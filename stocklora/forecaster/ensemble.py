@@ -35,6 +35,7 @@ from stocklora.forecaster.forecaster import Forecaster, assemble, with_enough_da
 from stocklora.forecaster.weights import ForecasterSpec, WeightsFile, load_weights, other_setting
 from stocklora.metrics.scores import INTERVAL_COLUMNS
 from stocklora.runtime.files import sha256_of_all
+from stocklora.runtime.machine import keep_freed_memory
 
 T = TypeVar("T")
 SAME_START = ("levels", "table", "location", "scale")
@@ -102,6 +103,8 @@ class Ensemble:
             parts = [f"{share:g} {path}" for path, share in zip(self.files, shares, strict=True)]
             self.members = [(Path(" + ".join(parts)), members[0][1])]
         self.how, self.keep = how, keep
+        if device.type == "cpu":
+            keep_freed_memory()
         self.digests: dict[Path, str] = {}
         self.device, self.dtype, self.trust_remote_code = device, dtype, trust_remote_code
         self.weights = [self._read(index) for index in range(len(self.members))]

@@ -95,7 +95,7 @@ def plan_of(settings: TrainLoraSettings, workspace: Workspace) -> dict[str, Any]
     from stocklora.base_models.folders import check_model_folder
     from stocklora.base_models.loading import backbone_config
     from stocklora.base_models.memory import WARN_AT, free_memory_mb
-    from stocklora.finetune.memory import Setup, advice, cost_of, shape_of
+    from stocklora.finetune.memory import Setup, advice, cost_of, shape_of, tokens_of_a_step
     from stocklora.runtime.machine import choose_device, choose_dtype
 
     settings = replace(settings, model_path=workspace.root / settings.model_path)
@@ -104,9 +104,7 @@ def plan_of(settings: TrainLoraSettings, workspace: Workspace) -> dict[str, Any]
     shape = shape_of(settings, config)
     device = choose_device(settings.device)
     longest = padded_tokens(min(settings.max_tokens_per_sequence, facts_of(config).context_tokens))
-    tokens = longest * settings.batch_size
-    if settings.max_tokens_per_batch is not None:
-        tokens = min(tokens, max(longest, settings.max_tokens_per_batch))
+    tokens = tokens_of_a_step(settings, device.type, longest, settings.batch_size)
     setup = Setup(
         settings.method, settings.quantization, settings.gradient_checkpointing, settings.lora_rank, settings.use_dora,
         choose_dtype(settings.dtype, device).itemsize, tokens, longest, device.type == "cpu",

@@ -29,7 +29,7 @@ from stocklora.finetune.fit import finetune
 from stocklora.finetune.optimization import Optimization, compiled, standardize_head
 from stocklora.finetune.report import save_run
 from stocklora.finetune.settings import TrainLoraSettings
-from stocklora.forecaster.batches import KeptStates, collate, predict
+from stocklora.forecaster.batches import CPU_TOKENS, KeptStates, collate, predict
 from stocklora.forecaster.forecaster import build_forecaster, load_forecaster
 from stocklora.forecaster.methods import load_trained_state, parameter_groups, trained_state
 from stocklora.forecaster.weights import load_weights, save_weights
@@ -620,24 +620,25 @@ def test_what_the_machines_compiler_builds_gives_the_same_gradients(tmp_path, mo
     assert list(tmp_path.rglob("*.main.cpp"))
 
 
-@pytest.mark.parametrize("limit", [400, 700, 1])
+@pytest.mark.parametrize("limit", [400, 700, 1, None])
 def test_batches_are_cut_to_their_tokens_with_the_same_gradients(tiny_model, prices, limit) -> None:
     data = prepare(prices, 20, 3)
     results = []
-    for most in (None, limit):
+    for given in (10**6, limit):
+        most = CPU_TOKENS if given is None else given
         forecaster = built(spec_of(tiny_model, "lora"), tiny_model)
         nn.init.normal_(forecaster.model.head.linear.weight, std=0.1, generator=torch.Generator().manual_seed(1))
         examples = forecaster.packed_examples(prices, {name: parts["train"] for name, parts in data.origins.items()})
-        settings = TrainLoraSettings(model_path=tiny_model, batch_size=5, epochs=1, max_tokens_per_batch=most)
+        settings = TrainLoraSettings(model_path=tiny_model, batch_size=9, epochs=1, max_tokens_per_batch=given)
         shapes: list[torch.Size] = []
         forecaster.model.backbone.register_forward_pre_hook(
             lambda module, args, kwargs, shapes=shapes: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
         )
         optimization = Optimization(forecaster.model, examples, data.levels, settings, Alone(CPU))
-        optimization.step(np.arange(5), sum(len(example.scale) for example in examples[:5]))
+        optimization.step(np.arange(9), sum(len(example.scale) for example in examples[:9]))
         results.append(trained_state(forecaster.model))
-        longest = padded_tokens(max(len(example.encoded.input_ids) for example in examples[:5]))
-        if most is None:
+        longest = padded_tokens(max(len(example.encoded.input_ids) for example in examples[:9]))
+        if given == 10**6:
             assert len(shapes) == 1
         else:
             assert len(shapes) > 1

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fastapi.testclient import TestClient
 from source_tree import RunScript
 from web_workspaces import HOSTILE, write_many, write_record, write_sample
 
+from stocklora.forecaster.batches import CPU_TOKENS
 from stocklora.web.app import make_app
 from stocklora.web.runs import Runs
 from stocklora.web.workspace import Workspace
@@ -340,10 +342,12 @@ def test_the_memory_plan_is_the_training_s(page: TestClient, root: Path, tiny_mo
 
     shutil.copytree(tiny_model, root / "base")
     assert page.get("/api/state").json()["base_models"] == ["base"]
-    plans = [page.post("/api/plan", json={"model_path": "base", **more}).json() for more in ({}, {"batch_size": 8},
-             {"method": "full"})]  # fmt: skip
+    changes: list[dict[str, Any]] = [{"max_tokens_per_batch": 10**6}, {"max_tokens_per_batch": 10**6, "batch_size": 8},
+                                     {"method": "full"}]  # fmt: skip
+    plans = [page.post("/api/plan", json={"model_path": "base", **more}).json() for more in changes]
     assert plans[0]["total_mb"] == pytest.approx(sum(plans[0]["parts"].values()), abs=2)
     assert plans[1]["tokens"] == 2 * plans[0]["tokens"]
+    assert plans[2]["tokens"] == CPU_TOKENS < plans[0]["tokens"]
     assert plans[2]["trainable"] >= plans[2]["parameters"]
     assert "--lora_rank must be above 0" in page.post("/api/plan", json={"lora_rank": -1}).json()["error"]
     page.app.state.planner.close()  # type: ignore[attr-defined]
