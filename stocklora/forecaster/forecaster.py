@@ -118,7 +118,10 @@ class Forecaster:
         # Only day lines with the market's day in them read it.
         read = "market" in self.spec.indicators
         markets = markets_of({**known, **(market_only or {})}) if read else None
-        quantiles = self.quantiles([self._last_example(name, frame, scales, markets) for name, frame in known.items()])
+        examples = [self._last_example(name, frame, scales, markets) for name, frame in known.items()]
+        # By length there is little padding, and the longest first ask for all the memory that the others need.
+        order = sorted(range(len(examples)), key=lambda index: -len(examples[index].encoded.input_ids))
+        quantiles = self.quantiles([examples[index] for index in order])[np.argsort(order)]
         return [
             row
             for index, (name, frame) in enumerate(known.items())

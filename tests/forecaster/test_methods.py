@@ -130,6 +130,18 @@ def test_training_saves_its_method_and_all_that_belongs_to_it(artefacts, flags) 
     assert any(name.endswith("lora_magnitude") for name in content.adapters) == flags.get("use_dora", False)
 
 
+def test_many_tickers_get_the_forecasts_that_each_gets_alone(tiny_model, monkeypatch) -> None:
+    """Whatever their lines' lengths and however many passes; the scale does not read the other tickers here."""
+    monkeypatch.setattr("stocklora.forecaster.forecaster.predict", functools.partial(predict, tokens_per_batch=1500))
+    table = {f"T{rows}": random_prices(rows, rows) for rows in (40, 160, 25, 90, 31, 140)}
+    forecaster = unsettled(built(spec_of(tiny_model, "lora"), tiny_model))
+    together = forecaster.forecast(table)
+    assert [row["Ticker"] for row in together[::3]] == list(table)
+    alone = [row for name, frame in table.items() for row in forecaster.forecast({name: frame})]
+    closes = [[row["Predicted_Close"] for row in rows] for rows in (together, alone)]
+    np.testing.assert_allclose(*closes, rtol=1e-6)
+
+
 def test_a_full_run_that_kept_nothing_writes_a_small_file(tiny_model, tmp_path, prices) -> None:
     run = finetune(prices, TrainLoraSettings(
         model_path=tiny_model, window_size=20, epochs=0, device="cpu", scale="ewma", save_dir=tmp_path, method="full",
