@@ -169,10 +169,14 @@ def predict(
         (origins, horizon, levels) float64.
     """
     groups = list(grouped_by_tokens(examples, tokens_per_batch))
+    ends = np.cumsum([sum(len(example.scale) for example in group) for group in groups])
+    parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    # One array for all: small ones that outlive their pass would lie where the next pass wants its memory in one piece.
+    found = np.empty((0,))
     count, index = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     was_training = model.training
     model.eval()
-    mine: dict[int, list[np.ndarray]] = {}
+    mine: set[int] = set()
     try:
         # What FSDP gathers must not become an inference tensor: training uses it again.
         with torch.no_grad() if is_sharded(model) else torch.inference_mode():
@@ -182,13 +186,18 @@ def predict(
                 number = min(first + index, len(groups) - 1)
                 batch = collate(groups[number], states).to(device)
                 quantiles = model(batch.input_ids, batch.origin_tokens, batch.scale, batch.states)
-                quantiles = quantiles.cpu().double().numpy()
-                mine[number] = [quantiles[row, : len(example.scale)] for row, example in enumerate(groups[number])]
+                if not found.size:
+                    found = np.empty((ends[-1], *quantiles.shape[2:]))
+                rows = [quantiles[row, : len(example.scale)] for row, example in enumerate(groups[number])]
+                found[parts[number]] = torch.cat(rows).cpu().double().numpy()
+                mine.add(number)
     finally:
         model.train(was_training)
     if count > 1:
-        mine = {number: rows for part in gathered(accelerator, mine) for number, rows in part.items()}
-    return np.concatenate([row for number in range(len(groups)) for row in mine[number]])
+        for theirs in gathered(accelerator, {number: found[parts[number]] for number in mine}):
+            for number, values in theirs.items():
+                found[parts[number]] = values
+    return found
 
 
 def grouped_by_tokens(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[list[Example]]:
