@@ -48,8 +48,9 @@ class Answer:
 def late():
     while threading.main_thread().is_alive():
         time.sleep(0.01)
-    ask()
-    time.sleep(60)
+    for _ in range(120):  # one that comes as Python begins to wait for its threads is not seen
+        ask()
+        time.sleep(0.5)
 if when == "end":
     threading.Thread(target=late).start()
 else:
