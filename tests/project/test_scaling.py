@@ -86,7 +86,9 @@ def test_one_device(page: str, shapes: dict[str, ModelShape]) -> None:
     for flags, *cells in rows:
         expected = [cost(shape, flags, batch, width) for batch, width in ((4, 2), (1, 2), (1, 4))]
         assert cells == [mb(one.total_mb) for one in expected], flags
-    assert f"takes {mb(cost(shapes['SmolLM2-135M'], batch=4, on_cpu=True).total_mb)} MB in bfloat16 on a CPU" in page
+    two, four = (mb(cost(shapes["SmolLM2-135M"], batch=batch, on_cpu=True).total_mb) for batch in (2, 4))
+    assert f"takes {two} MB in bfloat16 on a CPU" in page
+    assert f"`--batch_size 4` in one pass (`--max_tokens_per_batch 6000`) {four} MB" in page
 
 
 def test_seven_billion_on_a_t4(page: str, shapes: dict[str, ModelShape]) -> None:
